@@ -1,0 +1,231 @@
+"""What the rest of the house knows about a model: a family adapter, a spec, an open model.
+
+`ModelSpec` is shapes only (from configs, on the meta device): planning works on it.
+`OpenModel` is the module with its weights: compressors change it in place.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.manifest import HistoryEntry, QuantizedModule
+
+Role = Literal[
+    "attention.q", "attention.k", "attention.v", "attention.out",
+    "cross.q", "cross.k", "cross.v", "cross.out",
+    "ff.in", "ff.out", "adaln", "embedder", "head",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One `nn.Linear` and what it does in its model.
+
+    Attributes:
+        name: dotted name in `named_modules()`.
+        role: what it computes.
+        block: index of its block, None outside the blocks.
+        shape: (out_features, in_features).
+    """
+
+    name: str
+    role: Role
+    block: int | None
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class FoldGroup:
+    """Linears that read one tensor whose per-channel scale another module can absorb exactly.
+
+    Attributes:
+        targets: names of the linears that share the input.
+        absorb: called with (module, m) where m [in_features] float multiplies the input channels
+            from now on; changes the producer's weights. The caller divides the targets' columns.
+    """
+
+    targets: tuple[str, ...]
+    absorb: Callable[[nn.Module, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a model is.
+
+    Attributes:
+        parameters: identical copies counted once, as papers do.
+        parameters_stored: all of them.
+        macs: multiply-accumulates of one forward at the family's reference input, attention
+            products included.
+        bytes: tensor bytes as they would be stored, shared copies once.
+        bits_per_weight: 8 * bytes / parameters.
+    """
+
+    parameters: int
+    parameters_stored: int
+    macs: int
+    bytes: int
+    bits_per_weight: float
+
+    def to_json(self) -> dict[str, int | float]:
+        """Return the report's form."""
+        return {
+            "parameters": self.parameters,
+            "parameters_stored": self.parameters_stored,
+            "macs": self.macs,
+            "bytes": self.bytes,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+        }
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights came from.
+
+    Attributes:
+        id: what the user wrote: a Hub id, a folder, or `builtin:NAME`.
+        folder: the local folder of the component (weights, config.json).
+        revision: Hub commit, None for a folder.
+        hashes: file name -> SHA-256 of every weight file.
+    """
+
+    id: str
+    folder: Path
+    revision: str | None = None
+    hashes: Mapping[str, str] = field(default_factory=dict)
+
+
+class Family(ABC):
+    """Adapter of one kind of model: structure, inputs, cost. Stateless."""
+
+    name: ClassVar[str]
+    class_names: ClassVar[tuple[str, ...]]
+    library: ClassVar[Literal["diffusers", "transformers"]] = "diffusers"
+
+    @abstractmethod
+    def build(self, config: Mapping[str, Any]) -> nn.Module:
+        """Build the stock module from its config, on the current default device."""
+
+    @abstractmethod
+    def linears(self, module: nn.Module) -> list[LinearSite]:
+        """Every `nn.Linear` in forward order with its role (a quantized one counts as well)."""
+
+    @abstractmethod
+    def blocks(self, module: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The repeated blocks in forward order, with their dotted names."""
+
+    @abstractmethod
+    def attentions(self, module: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The attention modules in forward order, with their dotted names."""
+
+    @abstractmethod
+    def folds(self, module: nn.Module) -> list[FoldGroup]:
+        """Which inputs' channel scales can be absorbed by a producer, exactly."""
+
+    @abstractmethod
+    def example_inputs(
+        self, module: nn.Module, batch: int, generator: torch.Generator
+    ) -> dict[str, Any]:
+        """Keyword arguments of one forward at the reference input (random, in the module's dtype)."""
+
+    @abstractmethod
+    def macs(self, config: Mapping[str, Any], *, attention_products: bool = True) -> int:
+        """Analytic multiply-accumulates of one forward, batch 1, at the reference input."""
+
+    @abstractmethod
+    def replicas(self, config: Mapping[str, Any]) -> list[tuple[str, ...]]:
+        """Groups of tensor names that hold equal copies by construction; the first is canonical."""
+
+    def default_keep(self) -> tuple[str, ...]:
+        """Patterns of linears that quantizers leave in floating point unless told otherwise."""
+        return ()
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Bytes as stored."""
+        count = 1
+        for length in self.shape:
+            count *= length
+        return count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model known by its shapes alone.
+
+    Attributes:
+        tensors: name -> shape and dtype of what a checkpoint would store, shared copies included.
+        shared: name of a copy -> name of the stored tensor.
+        quantization: what stages planned so far have quantized.
+        parameters, parameters_stored: of the dense model at this point of the recipe.
+    """
+
+    family: Family
+    config: Mapping[str, Any]
+    source: Source
+    dtype: torch.dtype
+    tensors: Mapping[str, TensorSpec]
+    shared: Mapping[str, str]
+    parameters: int
+    parameters_stored: int
+    quantization: Mapping[str, QuantizedModule] = field(default_factory=dict)
+
+    def meta_module(self) -> nn.Module:
+        """Build the dense module on the meta device: no memory, no weights."""
+        with torch.device("meta"):
+            return self.family.build(self.config)
+
+    def size(self) -> Size:
+        """Return the size that a checkpoint of this spec has."""
+        stored = sum(spec.bytes for name, spec in self.tensors.items() if name not in self.shared)
+        return Size(
+            parameters=self.parameters,
+            parameters_stored=self.parameters_stored,
+            macs=self.family.macs(self.config),
+            bytes=stored,
+            bits_per_weight=8 * stored / self.parameters,
+        )
+
+    def evolve(self, **changes: Any) -> ModelSpec:
+        """Return a copy with `changes`."""
+        return replace(self, **changes)
+
+
+@dataclass
+class OpenModel:
+    """A model with its weights; compressors change `module` in place and record how.
+
+    Attributes:
+        spec: of the module as it was opened (dense, before any stage).
+        scheduler: diffusers scheduler that the checkpoint came with, None for other libraries.
+        quantization: module name -> scheme; kept equal to the `QuantizedLinear`s in `module`.
+        history: one entry per finished stage.
+    """
+
+    module: nn.Module
+    family: Family
+    config: dict[str, Any]
+    source: Source
+    spec: ModelSpec
+    scheduler: Any | None = None
+    quantization: dict[str, QuantizedModule] = field(default_factory=dict)
+    history: list[HistoryEntry] = field(default_factory=list)
+
+    def linears(self) -> Sequence[LinearSite]:
+        """The family's linears of the module as it is now."""
+        return self.family.linears(self.module)

@@ -1,0 +1,99 @@
+"""Settings of every stage, as pydantic models: the schema of recipes, importable without torch.
+
+A field's description is its documentation: `compress schema`, `compress methods` and editors show it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+WeightBits = Literal[2, 3, 4, 6, 8]
+ActivationBits = Literal[4, 6, 8, 16]
+Phase = Literal["prune", "recover", "quantize", "plan"]
+
+
+class StageSettings(BaseModel):
+    """Base of all settings: unknown keys are refused, values are never changed after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    method: ClassVar[str]
+    phase: ClassVar[Phase]
+
+
+class GridSettings(StageSettings):
+    """The integer grids that all weight-and-activation quantizers share."""
+
+    phase: ClassVar[Phase] = "quantize"
+
+    weight_bits: WeightBits = Field(8, description="Bits of a weight of the quantized linear layers.")
+    activation_bits: ActivationBits = Field(
+        8, description="Bits of an activation, one dynamic scale per token; 16 leaves activations in floating point."
+    )
+    group_size: int | None = Field(
+        None, ge=16, description="Input channels that share a weight scale; null: one scale per output channel."
+    )
+    weight_symmetric: bool = Field(False, description="Symmetric weight grid; false: min-max with a zero point, as the paper.")
+    activation_symmetric: bool | None = Field(
+        None, description="Symmetric activation grid; null: symmetric, but asymmetric at 4 bits (the paper's choice)."
+    )
+    clip: Literal["minmax", "mse"] | None = Field(
+        None, description="How the weight range is found; null: minmax at 6 and 8 bits, mse at 4 and below."
+    )
+    adaln_weight_bits: Literal[8, 16] = Field(
+        16, description="Bits of the adaptive-norm modulation weights (weight-only); 16 leaves them in floating point."
+    )
+    keep: tuple[str, ...] = Field(
+        (), description="Patterns of further linear layers left in floating point: full names, `*` matches within and across dots."
+    )
+
+
+class RtnSettings(GridSettings):
+    """Round-to-nearest: the grids alone, no balancing. The baseline."""
+
+    method: ClassVar[str] = "rtn"
+
+
+class SmoothQuantSettings(GridSettings):
+    """SmoothQuant (arXiv 2211.10438): per-channel scales moved from activations to weights."""
+
+    method: ClassVar[str] = "smoothquant"
+
+    act_exponent: float = Field(
+        0.5, ge=0.0, le=1.0, description="Exponent of the activation's abs-max in s = a^e / w^(1-e); SmoothQuant's alpha."
+    )
+
+
+class ViditQSettings(GridSettings):
+    """ViDiT-Q (arXiv 2406.02540): static-dynamic channel balance, then dynamic per-token quantization."""
+
+    method: ClassVar[str] = "vidit_q"
+
+    act_exponent: float | Literal["sweep"] = Field(
+        "sweep", description="Exponent of the activation's abs-max (the paper's v1 alpha, 1 - v2 alpha); sweep: best per layer group on calibration data."
+    )
+    rotation: Literal["none", "hadamard", "block", "auto"] = Field(
+        "auto", description="Randomised Hadamard rotation: full width, blocks of at most 128, or auto: block only where it lowers the layer's error enough."
+    )
+    timestep_ranges: tuple[tuple[int, int], ...] = Field(
+        (), description="v1's option: inclusive timestep ranges whose per-range abs-max (EMA 0.95) gives the activation statistic; empty: max over all steps."
+    )
+    rounding: Literal["nearest", "gptq"] = Field(
+        "nearest", description="gptq: error-compensating rounding (arXiv 2210.17323); beyond the paper."
+    )
+    low_rank: int = Field(
+        0, ge=0, le=256, description="Rank of a 16-bit branch that carries the largest directions of the weight (SVDQuant, arXiv 2411.05007); 0: none; beyond the paper."
+    )
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> ViditQSettings:
+        if isinstance(self.act_exponent, float) and not 0.0 <= self.act_exponent <= 1.0:
+            raise ValueError(f"act_exponent {self.act_exponent} is not between 0 and 1")
+        return self
+
+
+STAGES: dict[str, type[StageSettings]] = {
+    settings.method: settings for settings in (RtnSettings, SmoothQuantSettings, ViditQSettings)
+}
+PHASES: tuple[Phase, ...] = ("prune", "recover", "quantize", "plan")

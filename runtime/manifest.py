@@ -1,0 +1,145 @@
+"""`compress.json`: what stock code cannot rebuild from the config, strictly parsed.
+
+The file is untrusted input. It is parsed with bounds on every number and name before a tensor is
+read, and then held against the tensors' own shapes before anything is allocated. Torch-free.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..errors import SourceError
+
+FILE_NAME = "compress.json"
+VERSION = 1
+MAX_BYTES = 16 * 2**20
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=512)]
+Width = Annotated[int, Field(ge=1, le=2**20)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ActivationScheme(_Strict):
+    """Dynamic quantization of a layer's input: one scale per token over its channels."""
+
+    bits: Literal[4, 6, 8]
+    symmetric: bool = True
+
+
+class RotationScheme(_Strict):
+    """Randomised Hadamard rotation of a layer's input in blocks of `block` channels.
+
+    The +-1 signs are stored as the tensor `rotation_sign`; the Hadamard matrix itself is rebuilt
+    from `block` by the construction `kind` names.
+    """
+
+    kind: Literal["hadamard"] = "hadamard"
+    block: Width
+
+
+class QuantizedModule(_Strict):
+    """How one `nn.Linear` is stored and executed; see `runtime.linear.QuantizedLinear`.
+
+    Attributes:
+        shape: (out_features, in_features).
+        bits: of a stored weight.
+        group_size: input channels per weight scale; None is one scale per output channel.
+        symmetric: False adds a `zero_point` tensor.
+        activation: None leaves activations in floating point (weight-only).
+        input_scale: the input is multiplied by the tensor `input_scale` first.
+        rotation: applied after `input_scale`.
+        low_rank: rank of the floating-point branch; 0 is none.
+        bias: whether the layer has one; it stays in floating point.
+        method: the stage that made it.
+        decided_by: the rule or pattern that chose the bits.
+    """
+
+    shape: tuple[Width, Width] = Field(strict=False)
+    bits: Literal[2, 3, 4, 6, 8]
+    group_size: Width | None = None
+    symmetric: bool
+    activation: ActivationScheme | None = None
+    input_scale: bool = False
+    rotation: RotationScheme | None = None
+    low_rank: Annotated[int, Field(ge=0, le=2**12)] = 0
+    bias: bool
+    method: Annotated[str, Field(max_length=64)]
+    decided_by: Annotated[str, Field(max_length=256)] = "default"
+
+    @model_validator(mode="after")
+    def _divides(self) -> QuantizedModule:
+        columns = self.shape[1]
+        for label, width in (("group_size", self.group_size), ("rotation.block", self.rotation and self.rotation.block)):
+            if width is not None and columns % width:
+                raise ValueError(f"{label} {width} does not divide the {columns} input channels")
+        return self
+
+
+class HistoryEntry(_Strict):
+    """One finished stage: what was done, with what, and what came out."""
+
+    method: Annotated[str, Field(max_length=64)]
+    settings: dict[str, Any]
+    seed: int
+    input_hash: Annotated[str, Field(max_length=128)]
+    versions: dict[str, str]
+    details: dict[str, Any] = Field(default_factory=dict)
+
+
+class Manifest(_Strict):
+    """The whole file.
+
+    Attributes:
+        shared: name of a tensor that is not stored -> name of the stored tensor with equal content.
+    """
+
+    format: Literal["compress"] = "compress"
+    version: Literal[1] = 1
+    quantization: dict[Name, QuantizedModule] = Field(default_factory=dict)
+    shared: dict[Name, Name] = Field(default_factory=dict)
+    history: tuple[HistoryEntry, ...] = Field((), strict=False)
+
+    def to_json(self) -> str:
+        """Return the file's text: sorted keys, so that equal manifests are equal bytes."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> Manifest:
+        """Parse the file's text.
+
+        Raises:
+            SourceError: naming `where` and the first thing that is wrong.
+        """
+        try:
+            data = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise SourceError(f"{where}: not JSON: {error}") from None
+        version = data.get("version") if isinstance(data, dict) else None
+        if isinstance(version, int) and version != VERSION:
+            raise SourceError(
+                f"{where}: manifest version {version}; this release reads version {VERSION}",
+                hint="use the release of compress that wrote the folder",
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "the document"
+            raise SourceError(f"{where}: {place}: {first['msg']}", hint="the manifest was changed by hand or damaged") from None
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest | None:
+        """Read `folder`'s manifest, or return None where it has none."""
+        path = folder / FILE_NAME
+        if not path.is_file():
+            return None
+        if path.stat().st_size > MAX_BYTES:
+            raise SourceError(f"{path}: {path.stat().st_size} bytes; a manifest has at most {MAX_BYTES}")
+        return cls.parse(path.read_text(encoding="utf-8"), str(path))
