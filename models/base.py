@@ -229,3 +229,18 @@ class OpenModel:
     def linears(self) -> Sequence[LinearSite]:
         """The family's linears of the module as it is now."""
         return self.family.linears(self.module)
+
+    def size(self) -> Size:
+        """Return the size of the module as it would be stored now."""
+        stored = sum(
+            tensor.numel() * tensor.element_size()
+            for name, tensor in self.module.state_dict().items()
+            if name not in self.spec.shared
+        )
+        return Size(
+            parameters=self.spec.parameters,
+            parameters_stored=self.spec.parameters_stored,
+            macs=self.family.macs(self.config),
+            bytes=stored,
+            bits_per_weight=8 * stored / self.spec.parameters,
+        )

@@ -20,12 +20,14 @@ class StageSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     method: ClassVar[str]
     phase: ClassVar[Phase]
+    families: ClassVar[frozenset[str]]
 
 
 class GridSettings(StageSettings):
     """The integer grids that all weight-and-activation quantizers share."""
 
     phase: ClassVar[Phase] = "quantize"
+    families: ClassVar[frozenset[str]] = frozenset({"dit", "pixart", "sd3"})
 
     weight_bits: WeightBits = Field(8, description="Bits of a weight of the quantized linear layers.")
     activation_bits: ActivationBits = Field(
