@@ -1,0 +1,108 @@
+"""The public face of a run: `plan`, `run`, `evaluate`. Refuses first, imports torch after.
+
+A wrong recipe, an unusable output folder or a damaged checkpoint is answered before the heavy
+half (`execution`) is imported; see `preflight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import preflight
+from .errors import SourceError
+from .models import checkpoint as checkpoints
+from .progress import Progress, SilentProgress
+from .recipes.loader import LoadedRecipe, load_recipe
+from .workdir import WorkDirectory
+
+RecipeSource = str | Path | Mapping[str, Any] | LoadedRecipe
+
+
+def _as_loaded(recipe: RecipeSource) -> LoadedRecipe:
+    return recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe)
+
+
+def plan(recipe: RecipeSource, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Predict a run from configs and headers alone; nothing is written.
+
+    Args:
+        recipe: path of a YAML file, a mapping, or a loaded recipe. Its model may be a folder that
+            holds only configs.
+        progress: told what is happening.
+
+    Returns:
+        The plan document: `recipe, model, stages[], export{format, path, bytes}`.
+
+    Raises:
+        RecipeError, PlanError, SourceError: as `run` would.
+    """
+    loaded = _as_loaded(recipe)
+    preflight.check_stages(loaded, checkpoints.preflight(loaded.recipe.model, weights=False))
+    from .execution import plan_document
+
+    return plan_document(loaded, progress or SilentProgress())
+
+
+def run(
+    recipe: RecipeSource,
+    *,
+    work_dir: str | Path = ".compress",
+    fresh: bool = False,
+    overwrite: bool | None = None,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Carry out a recipe.
+
+    Args:
+        recipe: path of a YAML file, a mapping, or a loaded recipe.
+        work_dir: keeps finished stages; the next run resumes from it.
+        fresh: redo every stage even where a finished one is kept.
+        overwrite: replace an output folder that compress wrote; None: as the recipe says.
+        strict: turn warnings into failures before anything ships.
+        progress: told what is happening.
+
+    Returns:
+        The report, also written to `report.json` in the output folder.
+
+    Raises:
+        CompressError: see the exit codes of its subclasses.
+    """
+    loaded = _as_loaded(recipe)
+    export = loaded.recipe.export
+    preflight.check_target(Path(export.path), overwrite=export.overwrite if overwrite is None else overwrite)
+    preflight.check_writable(Path(work_dir))
+    preflight.check_stages(loaded, checkpoints.preflight(loaded.recipe.model, weights=True))
+    from .execution import execute
+
+    work = WorkDirectory(Path(work_dir))
+    return execute(loaded, work, fresh=fresh, strict=strict, progress=progress or SilentProgress())
+
+
+def evaluate(
+    folder: str | Path, *, recipe: RecipeSource | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Measure an exported folder against the original it was made from.
+
+    Args:
+        folder: written by `run`.
+        recipe: whose `model`, `evaluate` and `require` are used; None: the folder's own recipe.
+        progress: told what is happening.
+
+    Returns:
+        `{"evaluation": {...}, "gates": [...]}`.
+
+    Raises:
+        SourceError: the folder holds no recipe and none was given.
+    """
+    folder = Path(folder)
+    if recipe is None:
+        recipe = folder / "recipe.yaml"
+        if not recipe.is_file():
+            raise SourceError(f"{folder}: holds no recipe.yaml", hint="give one with --recipe")
+    loaded = _as_loaded(recipe)
+    from .execution import evaluate_folder
+
+    return evaluate_folder(loaded, folder, progress or SilentProgress())

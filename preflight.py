@@ -1,0 +1,101 @@
+"""Everything that can be refused before torch is imported and before a byte is written.
+
+Wrong recipes and damaged checkpoints are answered in well under two seconds, so what can be known
+from the recipe, the folder names, the config and the safetensors headers is checked here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import PlanError, UsageError
+from .recipes import patterns
+from .recipes.stages import GridSettings
+
+if TYPE_CHECKING:
+    from .models.checkpoint import Checkpoint
+    from .recipes.loader import LoadedRecipe
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder that exists or cannot be written.
+
+    Raises:
+        UsageError: it exists and `overwrite` is false, or it is no folder that we wrote.
+        PlanError: its parent cannot be written.
+    """
+    if target.exists():
+        if not overwrite:
+            raise UsageError(
+                f"{target}: the output folder exists", hint="pass --overwrite, or another --output"
+            )
+        ours = target.is_dir() and ((target / "report.json").is_file() or not any(target.iterdir()))
+        if not ours:
+            raise UsageError(
+                f"{target}: exists and was not written by compress (it has no report.json)",
+                hint="choose another --output, or remove it yourself",
+            )
+    check_writable(target.parent)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder in which nothing can be created, without creating anything.
+
+    Raises:
+        PlanError: naming the nearest existing parent.
+    """
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise PlanError(f"{existing}: is a file, so {folder} cannot be a folder", hint="choose another path")
+    if not os.access(existing, os.W_OK | os.X_OK) or os.statvfs(existing).f_flag & os.ST_RDONLY:
+        raise PlanError(f"{existing}: not writable", hint="choose another path, or change its permissions")
+
+
+def check_stages(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
+    """Hold every stage against the family and the layers of the checkpoint.
+
+    Raises:
+        PlanError: a stage does not fit the model's family.
+        RecipeError: a pattern matches no layer; with its place in the file.
+    """
+    for index, stage in enumerate(loaded.recipe.stages):
+        if checkpoint.family not in stage.settings.families:
+            place = str(loaded.error(("stages", index, stage.method), "")).split(": ")[0]
+            fits = ", ".join(sorted(stage.settings.families))
+            raise PlanError(
+                f"{place}: stages[{index}].{stage.method}: does not fit a {checkpoint.class_name}",
+                hint=f"{stage.method} fits the families {fits}; see `compress methods`",
+            )
+        if isinstance(stage.settings, GridSettings):
+            _check_patterns(loaded, index, stage.method, stage.settings.keep, checkpoint)
+
+
+def _check_patterns(
+    loaded: LoadedRecipe, index: int, method: str, keep: tuple[str, ...], checkpoint: Checkpoint
+) -> None:
+    names = checkpoint.linear_names()
+    if not names:  # configs only: the plan resolves patterns on the meta module
+        return
+    for position, pattern in enumerate(keep):
+        if patterns.unmatched([pattern], names):
+            raise loaded.error(
+                ("stages", index, method, "keep", position),
+                f"the pattern {pattern!r} matches no linear layer of {checkpoint.class_name}",
+                hint=f"patterns match full names, such as {names[0]}; `compress inspect` lists them",
+            )
+
+
+def total_memory_bytes() -> int | None:
+    """Return the machine's memory, or the container's limit where that is smaller."""
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    return total

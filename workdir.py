@@ -1,0 +1,117 @@
+"""The work directory: finished stages under the hash of what made them, a lock, a journal.
+
+    .compress/
+      lock                       held by the one run that works here
+      events.jsonl               what happened, one JSON object a line
+      calibration/  reference/   recorded inputs and original outputs, by content hash
+      stages/KEY/                checkpoint after a stage, with stage.json and the hashes of its files
+
+A stage folder gets its name by a rename after everything in it is on the disk: what has a final name
+is whole. A changed recipe, input, seed or version changes the key, so old state is never reused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import StageError
+from .runtime.atomic import atomic_folder, sweep_partials
+
+RECORD = "stage.json"
+
+
+def digest(value: Any) -> str:
+    """Return the SHA-256 of a JSON value in canonical form."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, read in chunks."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class WorkDirectory:
+    """State of runs that survives a kill; see the module's docstring for its layout."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.calibration = root / "calibration"
+        self.reference = root / "reference"
+        self._stages = root / "stages"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for one run and clear what killed runs left half-written.
+
+        Raises:
+            StageError: another process works here.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / "lock").open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StageError(
+                    f"{self.root}: another run is working in this directory",
+                    hint="wait for it, or give this run a directory of its own with --work-dir",
+                ) from None
+            for folder in (self._stages, self.calibration, self.reference):
+                sweep_partials(folder)
+            yield
+
+    def log(self, event: str, **fields: Any) -> None:
+        """Append one event to the journal."""
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, default=str)
+        with (self.root / "events.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+    def stage_folder(self, key: str, method: str) -> Path:
+        """Return where the stage with `key` is kept, whether or not it is there."""
+        return self._stages / f"{method}-{key[:32]}"
+
+    def read_stage(self, folder: Path) -> dict[str, Any] | None:
+        """Return the record of a finished stage, or None where it is absent or was damaged."""
+        record_path = folder / RECORD
+        if not record_path.is_file():
+            return None
+        record: dict[str, Any] = json.loads(record_path.read_text(encoding="utf-8"))
+        for name, expected in record["files"].items():
+            path = folder / name
+            if not path.is_file() or file_sha256(path) != expected:
+                self.log("stage_damaged", folder=folder.name, file=name)
+                return None
+        return record
+
+    def write_stage(self, folder: Path, record: dict[str, Any], write: Callable[[Path], object]) -> None:
+        """Save a finished stage: `write` fills a temporary folder, which then gets its name."""
+        if folder.exists():  # damaged, or no longer wanted by a fresh run
+            remove_folder(folder)
+        with atomic_folder(folder) as temporary:
+            write(temporary)
+            files = {
+                path.relative_to(temporary).as_posix(): file_sha256(path)
+                for path in sorted(temporary.rglob("*"))
+                if path.is_file()
+            }
+            text = json.dumps({**record, "files": files}, indent=1, sort_keys=True)
+            (temporary / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that at no moment a part of it stands under its name."""
+    import shutil
+
+    from .runtime.atomic import temporary_beside
+
+    aside = temporary_beside(folder)
+    folder.rename(aside)
+    shutil.rmtree(aside)
