@@ -1,0 +1,233 @@
+"""The quantized linear layer: packed weights on disk, an integer product when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import integer, packing
+from .manifest import QuantizedModule
+from .rotation import Rotation
+
+TensorShapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def tensor_shapes(scheme: QuantizedModule, dtype: torch.dtype) -> TensorShapes:
+    """Return what a layer of this scheme stores: name -> (shape, dtype), in state-dict order.
+
+    Args:
+        scheme: of the layer.
+        dtype: of the floating-point model around it (bias, low-rank branch).
+    """
+    rows, columns = scheme.shape
+    groups = columns // scheme.group_size if scheme.group_size else 1
+    packed = scheme.bits < 8
+    shapes: TensorShapes = {
+        "qweight": (
+            (rows, packing.packed_width(columns, scheme.bits) if packed else columns),
+            torch.uint8 if packed else torch.int8,
+        ),
+        "scale": ((rows, groups), torch.float16 if scheme.group_size else torch.float32),
+    }
+    if not scheme.symmetric:
+        shapes["zero_point"] = ((rows, groups), torch.int8 if packed else torch.int16)
+    if scheme.bias:
+        shapes["bias"] = ((rows,), dtype)
+    if scheme.input_scale:
+        shapes["input_scale"] = ((columns,), torch.float32)
+    if scheme.rotation:
+        shapes["rotation_sign"] = ((columns,), torch.int8)
+    if scheme.low_rank:
+        shapes["low_rank_down"] = ((scheme.low_rank, columns), dtype)
+        shapes["low_rank_up"] = ((rows, scheme.low_rank), dtype)
+    return shapes
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer with an integer weight: y = Q(x m R) W^^T + x down^T up^T + bias.
+
+    Q quantizes per token (dynamic), m is `input_scale`, R the rotation; W^ = (q + z) scale lives in
+    the transformed space. The low-rank branch acts on the raw input. All tensors are buffers; see
+    `tensor_shapes`. Works on the meta device; fill with `load_state_dict` or `from_tensors`.
+
+    Args:
+        scheme: how it is stored and executed.
+        dtype: of bias and low-rank branch.
+    """
+
+    _float_buffers = ("bias", "low_rank_down", "low_rank_up")
+
+    def __init__(self, scheme: QuantizedModule, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.out_features, self.in_features = scheme.shape
+        shapes = tensor_shapes(scheme, dtype)
+        for name, (shape, kind) in shapes.items():
+            self.register_buffer(name, torch.empty(shape, dtype=kind))
+        for name in ("zero_point", "bias", "input_scale", "rotation_sign", "low_rank_down", "low_rank_up"):
+            if name not in shapes:
+                self.register_buffer(name, None)
+        self._forget()
+
+    @classmethod
+    def from_tensors(
+        cls, scheme: QuantizedModule, dtype: torch.dtype, tensors: Mapping[str, Tensor]
+    ) -> QuantizedLinear:
+        """Build a layer around existing tensors, without copying them.
+
+        Raises:
+            ValueError: a tensor is missing, unexpected, or of another shape or dtype.
+        """
+        shapes = tensor_shapes(scheme, dtype)
+        if set(shapes) != set(tensors):
+            raise ValueError(f"tensors {sorted(tensors)}; this scheme stores {sorted(shapes)}")
+        with torch.device("meta"):
+            layer = cls(scheme, dtype)
+        for name, (shape, kind) in shapes.items():
+            tensor = tensors[name]
+            if tuple(tensor.shape) != shape or tensor.dtype != kind:
+                raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype}; expected {shape} {kind}")
+            setattr(layer, name, tensor.detach().contiguous())
+        return layer
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Dtype of the stored weight tensor."""
+        return self.qweight.dtype
+
+    def _forget(self) -> None:
+        """Drop what is derived from the buffers; it is derived again when needed."""
+        self._weight: integer.IntegerWeight | None = None
+        self._rotation: Rotation | None = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
+        # `.half()` and `.to(dtype)` reach every floating buffer; the grids must stay what they are.
+        kept = {name: getattr(self, name) for name in ("scale", "input_scale")}
+        result = super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = getattr(self, name)
+            if before is not None and after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        self._forget()
+        return result
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_weight": None, "_rotation": None}
+
+    def levels(self) -> Tensor:
+        """Return the stored integers q: int8 [out, in]."""
+        if self.scheme.bits == 8:
+            return self.qweight
+        return packing.unpack(self.qweight, self.scheme.bits, self.in_features)
+
+    def dequantized_weight(self) -> Tensor:
+        """Return W^ = (q + z) * scale in the transformed space: float32 [out, in]."""
+        level = self.levels().float().view(self.out_features, self.scale.shape[1], -1)
+        if self.zero_point is not None:
+            level += self.zero_point.float().unsqueeze(-1)
+        level *= self.scale.float().unsqueeze(-1)
+        return level.view(self.out_features, self.in_features)
+
+    def equivalent_weight(self) -> Tensor:
+        """Return the weight that acts on the raw input, without activation rounding: float32 [out, in]."""
+        weight = self.dequantized_weight()
+        if self.scheme.rotation:
+            weight = self._rotate().inverse(weight)
+        if self.input_scale is not None:
+            weight = weight * self.input_scale
+        if self.low_rank_down is not None:
+            weight = weight + self.low_rank_up.float() @ self.low_rank_down.float()
+        return weight
+
+    def _rotate(self) -> Rotation:
+        if self._rotation is None:
+            assert self.scheme.rotation is not None
+            self._rotation = Rotation(self.rotation_sign, self.scheme.rotation.block)
+        return self._rotation
+
+    def _transform(self, x: Tensor) -> Tensor:
+        """Scale and rotate x [M, in]; float32 if either is done, else untouched."""
+        if self.input_scale is not None:
+            x = x * self.input_scale
+        if self.scheme.rotation is not None:
+            x = self._rotate()(x.float())
+        return x
+
+    def _low_rank(self, x: Tensor) -> Tensor:
+        """Return the floating-point branch of x [M, in]: [M, out]."""
+        return F.linear(F.linear(x, self.low_rank_down.to(x.dtype)), self.low_rank_up.to(x.dtype))
+
+    def reference_forward(self, x: Tensor) -> Tensor:
+        """Compute with rounded floats in float32: what `forward` must reproduce.
+
+        Args:
+            x: [..., in] float.
+
+        Returns:
+            float32 [..., out].
+        """
+        rows = self._transform(x.reshape(-1, self.in_features)).float()
+        if self.scheme.activation is not None:
+            rows = integer.fake_quantize_tokens(
+                rows, self.scheme.activation.bits, self.scheme.activation.symmetric
+            )
+        bias = None if self.bias is None else self.bias.float()
+        y = F.linear(rows, self.dequantized_weight(), bias)
+        if self.low_rank_down is not None:
+            y = y + self._low_rank(x.reshape(-1, self.in_features).float())
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _laid_out(self) -> integer.IntegerWeight:
+        if self._weight is None:
+            activation = self.scheme.activation
+            token_zero = activation is not None and activation.bits == 8 and not activation.symmetric
+            self._weight = integer.integer_weight(
+                self.levels(), self.scale, self.zero_point, self.scheme.bits, token_zero
+            )
+        return self._weight
+
+    def _weight_only(self, rows: Tensor) -> Tensor:
+        """Multiply by a weight that is turned into floats for this call alone: [M, out]."""
+        weight = self._laid_out()
+        if weight.scale.shape[0] > 1:
+            return F.linear(rows.float(), self.dequantized_weight(), None)
+        y = F.linear(rows, weight.q.to(rows.dtype)).float()
+        if weight.zero is not None:
+            y = y + rows.sum(dim=-1, keepdim=True, dtype=torch.float32) * weight.zero
+        return y * weight.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute with integer products.
+
+        Args:
+            x: [..., in] float32, float16 or bfloat16.
+
+        Returns:
+            [..., out] in x's dtype.
+        """
+        raw = x.reshape(-1, self.in_features)
+        rows = self._transform(raw)
+        activation = self.scheme.activation
+        if activation is None:
+            y = self._weight_only(rows)
+            if self.bias is not None:
+                y = y + self.bias
+        else:
+            tokens = integer.quantize_tokens(rows, activation.bits, activation.symmetric)
+            y = integer.linear(tokens, self._laid_out(), self.bias)
+        if self.low_rank_down is not None:
+            y = y + self._low_rank(raw)
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Describe the scheme in one line."""
+        activation = f"A{self.scheme.activation.bits}" if self.scheme.activation else "A16"
+        return f"{self.in_features}, {self.out_features}, W{self.scheme.bits}{activation}"
