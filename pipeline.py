@@ -39,7 +39,7 @@ def plan(recipe: RecipeSource, *, progress: Progress | None = None) -> dict[str,
         RecipeError, PlanError, SourceError: as `run` would.
     """
     loaded = _as_loaded(recipe)
-    preflight.check_stages(loaded, checkpoints.preflight(loaded.recipe.model, weights=False))
+    preflight.check_stages(loaded, checkpoints.locate(loaded.recipe.model, weights=False))
     from .execution import plan_document
 
     return plan_document(loaded, progress or SilentProgress())
@@ -74,7 +74,7 @@ def run(
     export = loaded.recipe.export
     preflight.check_target(Path(export.path), overwrite=export.overwrite if overwrite is None else overwrite)
     preflight.check_writable(Path(work_dir))
-    preflight.check_stages(loaded, checkpoints.preflight(loaded.recipe.model, weights=True))
+    preflight.check_stages(loaded, checkpoints.preflight(loaded.recipe.model))
     from .execution import execute
 
     work = WorkDirectory(Path(work_dir))

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import PlanError, UsageError
+from .models.registry import FAMILY_NAMES
+from .models.shapes import expected_shapes
 from .recipes import patterns
 from .recipes.stages import GridSettings
 
@@ -55,6 +57,16 @@ def check_writable(folder: Path) -> None:
         raise PlanError(f"{existing}: not writable", hint="choose another path, or change its permissions")
 
 
+def linear_names(checkpoint: Checkpoint) -> list[str]:
+    """Return the dotted names of the checkpoint's linear layers, as its config implies them."""
+    shapes = expected_shapes(checkpoint.class_name, checkpoint.config)
+    return [
+        name.removesuffix(".weight")
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) == 2 and "embedding_table" not in name
+    ]
+
+
 def check_stages(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
     """Hold every stage against the family and the layers of the checkpoint.
 
@@ -62,28 +74,28 @@ def check_stages(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
         PlanError: a stage does not fit the model's family.
         RecipeError: a pattern matches no layer; with its place in the file.
     """
+    family = FAMILY_NAMES[checkpoint.class_name]
     for index, stage in enumerate(loaded.recipe.stages):
-        if checkpoint.family not in stage.settings.families:
-            place = str(loaded.error(("stages", index, stage.method), "")).split(": ")[0]
+        location = ("stages", index, stage.method)
+        if family not in stage.settings.families:
+            message = f"does not fit the family {family} ({checkpoint.class_name})"
             fits = ", ".join(sorted(stage.settings.families))
             raise PlanError(
-                f"{place}: stages[{index}].{stage.method}: does not fit a {checkpoint.class_name}",
+                str(loaded.error(location, message)),
                 hint=f"{stage.method} fits the families {fits}; see `compress methods`",
             )
         if isinstance(stage.settings, GridSettings):
-            _check_patterns(loaded, index, stage.method, stage.settings.keep, checkpoint)
+            _check_patterns(loaded, (*location, "keep"), stage.settings.keep, checkpoint)
 
 
 def _check_patterns(
-    loaded: LoadedRecipe, index: int, method: str, keep: tuple[str, ...], checkpoint: Checkpoint
+    loaded: LoadedRecipe, location: tuple[str | int, ...], keep: tuple[str, ...], checkpoint: Checkpoint
 ) -> None:
-    names = checkpoint.linear_names()
-    if not names:  # configs only: the plan resolves patterns on the meta module
-        return
+    names = linear_names(checkpoint)
     for position, pattern in enumerate(keep):
         if patterns.unmatched([pattern], names):
             raise loaded.error(
-                ("stages", index, method, "keep", position),
+                (*location, position),
                 f"the pattern {pattern!r} matches no linear layer of {checkpoint.class_name}",
                 hint=f"patterns match full names, such as {names[0]}; `compress inspect` lists them",
             )
