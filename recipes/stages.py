@@ -31,23 +31,35 @@ class GridSettings(StageSettings):
 
     weight_bits: WeightBits = Field(8, description="Bits of a weight of the quantized linear layers.")
     activation_bits: ActivationBits = Field(
-        8, description="Bits of an activation, one dynamic scale per token; 16 leaves activations in floating point."
+        8,
+        description="Bits of an activation, one dynamic scale per token; 16 leaves activations in floating "
+        "point.",
     )
     group_size: int | None = Field(
-        None, ge=16, description="Input channels that share a weight scale; null: one scale per output channel."
+        None,
+        ge=16,
+        description="Input channels that share a weight scale; null: one scale per output channel.",
     )
-    weight_symmetric: bool = Field(False, description="Symmetric weight grid; false: min-max with a zero point, as the paper.")
+    weight_symmetric: bool = Field(
+        False, description="Symmetric weight grid; false: min-max with a zero point, as the paper."
+    )
     activation_symmetric: bool | None = Field(
-        None, description="Symmetric activation grid; null: symmetric, but asymmetric at 4 bits (the paper's choice)."
+        None,
+        description="Symmetric activation grid; null: symmetric, but asymmetric at 4 bits (the paper's "
+        "choice).",
     )
     clip: Literal["minmax", "mse"] | None = Field(
         None, description="How the weight range is found; null: minmax at 6 and 8 bits, mse at 4 and below."
     )
     adaln_weight_bits: Literal[8, 16] = Field(
-        16, description="Bits of the adaptive-norm modulation weights (weight-only); 16 leaves them in floating point."
+        16,
+        description="Bits of the adaptive-norm modulation weights (weight-only); 16 leaves them in floating "
+        "point.",
     )
     keep: tuple[str, ...] = Field(
-        (), description="Patterns of further linear layers left in floating point: full names, `*` matches within and across dots."
+        (),
+        description="Patterns of further linear layers left in floating point: full names, `*` matches within"
+        " and across dots.",
     )
 
 
@@ -63,7 +75,10 @@ class SmoothQuantSettings(GridSettings):
     method: ClassVar[str] = "smoothquant"
 
     act_exponent: float = Field(
-        0.5, ge=0.0, le=1.0, description="Exponent of the activation's abs-max in s = a^e / w^(1-e); SmoothQuant's alpha."
+        0.5,
+        ge=0.0,
+        le=1.0,
+        description="Exponent of the activation's abs-max in s = a^e / w^(1-e); SmoothQuant's alpha.",
     )
 
 
@@ -73,19 +88,29 @@ class ViditQSettings(GridSettings):
     method: ClassVar[str] = "vidit_q"
 
     act_exponent: float | Literal["sweep"] = Field(
-        "sweep", description="Exponent of the activation's abs-max (the paper's v1 alpha, 1 - v2 alpha); sweep: best per layer group on calibration data."
+        "sweep",
+        description="Exponent of the activation's abs-max (the paper's v1 alpha, 1 - v2 alpha); sweep: best "
+        "per layer group on calibration data.",
     )
     rotation: Literal["none", "hadamard", "block", "auto"] = Field(
-        "auto", description="Randomised Hadamard rotation: full width, blocks of at most 128, or auto: block only where it lowers the layer's error enough."
+        "auto",
+        description="Randomised Hadamard rotation: full width, blocks of at most 128, or auto: block only "
+        "where it lowers the layer's error enough.",
     )
     timestep_ranges: tuple[tuple[int, int], ...] = Field(
-        (), description="v1's option: inclusive timestep ranges whose per-range abs-max (EMA 0.95) gives the activation statistic; empty: max over all steps."
+        (),
+        description="v1's option: inclusive timestep ranges whose per-range abs-max (EMA 0.95) gives the "
+        "activation statistic; empty: max over all steps.",
     )
     rounding: Literal["nearest", "gptq"] = Field(
         "nearest", description="gptq: error-compensating rounding (arXiv 2210.17323); beyond the paper."
     )
     low_rank: int = Field(
-        0, ge=0, le=256, description="Rank of a 16-bit branch that carries the largest directions of the weight (SVDQuant, arXiv 2411.05007); 0: none; beyond the paper."
+        0,
+        ge=0,
+        le=256,
+        description="Rank of a 16-bit branch that carries the largest directions of the weight (SVDQuant, "
+        "arXiv 2411.05007); 0: none; beyond the paper.",
     )
 
     @model_validator(mode="after")

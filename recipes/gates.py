@@ -1,0 +1,98 @@
+"""Gates of `require`: a metric, a comparison, a number; what the run must satisfy to be published."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import core_schema
+
+METRICS: Mapping[str, str] = MappingProxyType(
+    {
+        "size_ratio": "tensor bytes of the result / tensor bytes of the original",
+        "bytes": "tensor bytes of the result",
+        "bits_per_weight": "8 * bytes / parameters of the result",
+        "linear_bytes_ratio": "bytes of the blocks' linear layers / their bytes in bfloat16",
+        "parameters": "parameters of the result, identical copies counted once",
+        "macs": "multiply-accumulates of one forward at the reference input",
+        "sqnr_db": "signal to error of the denoiser's output over all steps, decibels",
+        "sqnr_db_worst_step": "the same for the worst step, decibels",
+        "psnr_db": "peak signal to noise of final images under equal seeds, decibels",
+        "ssim": "structural similarity of final images under equal seeds, at most 1",
+        "class_agreement": "share of the result's samples that the classifier gives their class, 0 to 1",
+        "class_agreement_original": "the same share for the original's samples",
+        "class_agreement_drop": "class_agreement_original - class_agreement",
+        "fid": "Frechet distance of the result's samples to the reference data's features",
+        "fid_original": "the same distance for the original's samples",
+        "max_abs_error": "largest difference between the reopened folder's outputs and the model's in memory",
+    }
+)
+
+_FIDELITY = ("sqnr_db", "sqnr_db_worst_step", "psnr_db", "ssim")
+_QUALITY = ("class_agreement", "class_agreement_original", "class_agreement_drop", "fid", "fid_original")
+NEEDS: Mapping[str, str] = MappingProxyType(
+    {**dict.fromkeys(_FIDELITY, "fidelity"), **dict.fromkeys(_QUALITY, "quality")}
+)
+"""Metric -> the key of `evaluate` without which it is not measured; the others always are."""
+
+_COMPARISONS: Mapping[str, Callable[[float, float], bool]] = MappingProxyType(
+    {"<=": operator.le, ">=": operator.ge, "==": operator.eq, "<": operator.lt, ">": operator.gt}
+)
+_NUMBER = r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+_SYNTAX = rf"^\s*(<=|>=|==|<|>)\s*({_NUMBER})\s*$"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A comparison such as `<= 0.35`.
+
+    Attributes:
+        operator: one of `<=`, `>=`, `==`, `<`, `>`.
+        value: the number on its right.
+    """
+
+    operator: str
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> Gate:
+        """Read a comparison from text.
+
+        Raises:
+            ValueError: when it is none.
+        """
+        found = re.match(_SYNTAX, text)
+        if found is None or not math.isfinite(float(found[2])):
+            raise ValueError(f"{text!r} is not a comparison; write one such as '<= 0.35' or '>= 12'")
+        return cls(found[1], float(found[2]))
+
+    def holds(self, measured: float) -> bool:
+        """Tell whether `measured` satisfies the gate; NaN never does."""
+        return _COMPARISONS[self.operator](measured, self.value)
+
+    def __str__(self) -> str:
+        return f"{self.operator} {self.value:.12g}"
+
+    @classmethod
+    def _validate(cls, value: Any) -> Gate:
+        if isinstance(value, Gate):
+            return value
+        if not isinstance(value, str):
+            raise ValueError(f"{value!r} is not a comparison; write one such as '<= {value}' or '>= {value}'")
+        return cls.parse(value)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return core_schema.no_info_plain_validator_function(
+            cls._validate, serialization=core_schema.to_string_ser_schema()
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"type": "string", "pattern": _SYNTAX, "examples": ["<= 0.35", ">= 12"]}

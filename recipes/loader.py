@@ -1,0 +1,145 @@
+"""Reading a recipe: YAML or a Python value, overrides, validation; every error has its place."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..errors import RecipeError
+from .messages import to_error
+from .overrides import apply_options, apply_overrides
+from .schema import Recipe
+from .shipped import resolve
+from .tree import Location, Tree, dotted, read
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A valid recipe and where its parts stood.
+
+    Attributes:
+        recipe: the validated values.
+        text: YAML that gives this recipe again: the file's own text, or, where options or the
+            environment changed something, the resolved recipe under a comment that says what.
+        file: where it was read from, None for a Python value.
+    """
+
+    recipe: Recipe
+    text: str
+    file: Path | None
+    _tree: Tree = field(repr=False, compare=False)
+
+    def error(self, location: Location, message: str, hint: str | None = None) -> RecipeError:
+        """Return an error at the key `location`, such as `("stages", 0, "vidit_q", "keep", 1)`."""
+        place = self._tree.place(location)
+        return place.error(f"{dotted(location)}: {message}" if location else message, hint)
+
+
+def load_recipe(
+    source: str | Path | Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    model: str | None = None,
+    output: str | Path | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+) -> LoadedRecipe:
+    """Read, override and validate a recipe.
+
+    Args:
+        source: a file, the bare name of a shipped recipe, or the recipe as a mapping.
+        overrides: `key.path=value` texts, as of `--set`; later ones win.
+        model: replaces the model's id.
+        output: replaces `export.path`.
+        seed: replaces `seed`.
+        device: replaces `device`.
+
+    Raises:
+        RecipeError: with file, line, column and dotted key of what is wrong.
+    """
+    if isinstance(source, Mapping):
+        file, text = None, None
+        tree = Tree(json.loads(json.dumps(source, default=str)))
+    else:
+        file = resolve(str(source))
+        text = _read_text(file)
+        tree = read(text, str(file))
+    from_environment = sorted(dotted(location) for location in tree.expanded)
+    apply_overrides(tree, overrides)
+    apply_options(tree, model=model, output=output, seed=seed, device=device)
+    recipe = _find_beside(_validate(tree), file)
+
+    options = {"--model": model, "--output": output, "--seed": seed, "--device": device}
+    changes = [f"--set {item}" for item in overrides]
+    changes += [f"{name} {value}" for name, value in options.items() if value is not None]
+    changes += [f"environment: {name}" for name in from_environment]
+    if text is None or changes:
+        text = _resolved_text(recipe, file, changes)
+    return LoadedRecipe(recipe, text, file, tree)
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = file.read_bytes()[: error.start].count(b"\n") + 1
+        raise RecipeError("not UTF-8 text", file=file, line=line, column=1, hint="save it as UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"cannot be read: {error.strerror}", file=file) from None
+
+
+def _validate(tree: Tree) -> Recipe:
+    """Validate strictly, without silent conversions; text from the environment may be a number."""
+    try:
+        return _parse(tree.value)
+    except ValidationError as error:
+        first = error
+    retyped = {tuple(row["loc"])[: len(at)] for row in first.errors() for at in tree.expanded}
+    for location in [location for location in tree.expanded if location in retyped]:
+        _replace(tree.value, location, tree.expanded[location])
+    try:
+        return _parse(tree.value)
+    except ValidationError as error:
+        raise to_error(error, tree) from None
+
+
+def _find_beside(recipe: Recipe, file: Path | None) -> Recipe:
+    """Let calibration data that is not in the current directory be found beside the recipe."""
+    moved = {}
+    for name in ("prompts", "embeddings"):
+        path: Path | None = getattr(recipe.calibration, name)
+        if file is not None and path is not None and not path.exists() and (file.parent / path).is_file():
+            moved[name] = file.parent / path
+    if not moved:
+        return recipe
+    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=moved)})
+
+
+def _parse(value: Any) -> Recipe:
+    # Strict on JSON: a list may be a tuple, text may be a path, but true is no 1 and "3" is no 3.
+    return Recipe.model_validate_json(json.dumps(value, default=str), strict=True)
+
+
+def _replace(value: Any, location: Location, new: Any) -> None:
+    for part in location[:-1]:
+        value = value[part]
+    value[location[-1]] = new
+
+
+def _resolved_text(recipe: Recipe, file: Path | None, changes: Sequence[str]) -> str:
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    stream = io.StringIO()
+    yaml.dump(recipe.model_dump(mode="json"), stream)
+    lines = [f"# Resolved from {file.name if file else 'a Python value'}."]
+    lines += [f"#   {change}".replace("\n", " ") for change in changes]
+    return "\n".join(lines) + "\n" + stream.getvalue()

@@ -1,0 +1,182 @@
+"""pydantic's findings as sentences with a place: what is wrong, where, what to write instead."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from ..errors import RecipeError
+from .schema import Recipe, Stage, settings_class
+from .suggest import suggestion
+from .tree import Location, Tree, dotted
+
+_KINDS: Mapping[str, str] = MappingProxyType(
+    {
+        "int": "a whole number",
+        "float": "a number",
+        "string": "text",
+        "bool": "true or false",
+        "tuple": "a list",
+        "list": "a list",
+        "dict": "a mapping",
+        "model": "a mapping",
+        "model_attributes": "a mapping",
+        "path": "a path",
+    }
+)
+_BOUNDS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "greater_than_equal": ("at least", "ge"),
+        "greater_than": ("more than", "gt"),
+        "less_than_equal": ("at most", "le"),
+        "less_than": ("less than", "lt"),
+    }
+)
+_NO_PUSH = "publishing to a hub arrives in a later release; copy the folder that `export.path` names"
+_RESERVED: Mapping[Location, str] = MappingProxyType({("export", "push"): _NO_PUSH})
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: its location in the recipe, a sentence, what to do."""
+
+    location: Location
+    message: str
+    hint: str | None
+    at_key: bool
+
+
+def to_error(error: ValidationError, tree: Tree) -> RecipeError:
+    """Return all findings as one error: the first one with its place and hint, the others as lines."""
+    findings = _findings(error, tree.value)
+    placed = [(tree.place(item.location, of_key=item.at_key), item) for item in findings]
+    placed.sort(key=lambda pair: (pair[0].line or 0, pair[0].column or 0))
+    lines = []
+    for place, item in placed[1:]:
+        hint = f" ({item.hint})" if item.hint else ""
+        lines.append(f"\n{place}{': ' if str(place) else ''}{_sentence(item)}{hint}")
+    place, first = placed[0]
+    return place.error(_sentence(first) + "".join(lines), first.hint)
+
+
+def _sentence(item: Finding) -> str:
+    return f"{dotted(item.location)}: {item.message}" if item.location else item.message
+
+
+def _findings(error: ValidationError, value: Any) -> list[Finding]:
+    groups: dict[Location, list[dict[str, Any]]] = {}
+    for row in error.errors(include_url=False, include_input=True):
+        item = dict(row)
+        location = _existing(item["loc"], value)
+        if item["type"] == "missing":
+            location = item["loc"]
+        groups.setdefault(location, []).append(item)
+    found = []
+    for location, rows in groups.items():
+        below = any(other[: len(location)] == location and other != location for other in groups)
+        if below and all(row["type"] == "too_short" for row in rows):
+            continue  # pydantic counts only the valid entries: the entries' own findings say it
+        found.append(_explain(location, rows, value))
+    return found
+
+
+def _existing(location: Location, value: Any) -> Location:
+    """Cut the parts of a location that name no key: pydantic's labels of a union's members."""
+    for depth, part in enumerate(location):
+        inside = isinstance(value, dict) and part in value
+        listed = isinstance(value, list) and isinstance(part, int) and part < len(value)
+        if not inside and not listed:
+            return location[:depth]
+        value = value[part]
+    return location
+
+
+def _at(value: Any, location: Location) -> Any:
+    for part in location:
+        value = value[part]
+    return value
+
+
+def _explain(location: Location, rows: Sequence[dict[str, Any]], value: Any) -> Finding:
+    first = rows[0]
+    kind, context = first["type"], first.get("ctx", {})
+    if kind == "recipe":
+        return Finding(location, context["message"], context.get("hint"), at_key=True)
+    if kind == "value_error":
+        return Finding(location, str(context["error"]), None, at_key=False)
+    if kind == "extra_forbidden":
+        if location in _RESERVED:
+            return Finding(location, "not a key of this release", _RESERVED[location], at_key=True)
+        hint = suggestion(str(location[-1]), allowed_keys(location[:-1]))
+        return Finding(location, f"unknown key {location[-1]!r}", hint, at_key=True)
+    if kind == "missing":
+        return Finding(location, "this key is required", _missing_hint(location), at_key=True)
+    shown = _shown(_at(value, location))
+    wanted = [_wanted(row) for row in rows]
+    hint = "remove the key to keep its default" if shown == "null" else None
+    if len(wanted) == 1 and wanted[0].startswith("one of"):
+        return Finding(location, f"{shown} is not {wanted[0]}", hint, at_key=False)
+    return Finding(location, f"{shown} is not {' or '.join(wanted)}", hint, at_key=False)
+
+
+def _missing_hint(location: Location) -> str:
+    examples = {
+        ("model",): "model: builtin:dit",
+        ("export",): "export: {path: out/result}",
+        ("stages",): "stages: [{rtn: {}}]",
+        ("export", "path"): "path: out/result",
+    }
+    return f"add `{examples.get(location, f'{location[-1]}: ...')}`"
+
+
+def _wanted(row: Mapping[str, Any]) -> str:
+    """Say what would have been right."""
+    kind, context = row["type"], row.get("ctx", {})
+    if kind == "literal_error":
+        expected = context["expected"].replace(" or ", ", ")
+        return f"one of {expected}" if "," in expected else expected
+    if kind in _BOUNDS:
+        words, key = _BOUNDS[kind]
+        return f"{words} {context[key]}"
+    special: Mapping[str, Callable[[], str]] = {
+        "string_pattern_mismatch": lambda: "auto, cpu, cuda or cuda:N",
+        "string_too_short": lambda: "text with at least one character",
+        "too_short": lambda: f"a list of at least {context['min_length']} entries",
+        "too_long": lambda: f"a list of at most {context['max_length']} entries",
+        "finite_number": lambda: "a finite number",
+    }
+    if kind in special:
+        return special[kind]()
+    noun = _KINDS.get(kind.rsplit("_", 1)[0])
+    return noun if noun else row["msg"].removeprefix("Input should be ")
+
+
+def _shown(value: Any) -> str:
+    """Write a value as in a recipe, shortened."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def allowed_keys(location: Location) -> list[str]:
+    """Return the keys that may stand in the mapping at `location`."""
+    if len(location) == 3 and location[0] == "stages":
+        settings = settings_class(str(location[2]))
+        return list(settings.model_fields) if settings else []
+    model: Any = Recipe
+    for part in location:
+        if not (isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:
+            return []
+        model = _model_in(model.model_fields[str(part)].annotation)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _model_in(annotation: Any) -> Any:
+    """Return the model of `Model` or `Model | None`."""
+    if get_origin(annotation) in (Union, UnionType):
+        return next((item for item in get_args(annotation) if item is not type(None)), None)
+    return None if annotation is Stage else annotation

@@ -1,0 +1,104 @@
+"""`--set key.path=value` and its short forms, applied to a recipe before it is validated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .tree import Location, Place, Tree, dotted, parse_scalar
+
+_STEP = re.compile(r"\.?([A-Za-z_][A-Za-z0-9_-]*)|\.([0-9]+)|\[([0-9]+)\]")
+
+
+def apply_overrides(tree: Tree, overrides: Sequence[str]) -> None:
+    """Apply `key.path=value` texts in order.
+
+    Raises:
+        RecipeError: with the option as its place.
+    """
+    for text in overrides:
+        place = Place(f"--set {text}")
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise place.error("an override needs a value", "write --set key.path=value")
+        location = tuple(_steps(key.strip(), place))
+        _assign(tree, location, parse_scalar(value.strip()), place)
+
+
+def apply_options(
+    tree: Tree, *, model: str | None, output: str | Path | None, seed: int | None, device: str | None
+) -> None:
+    """Apply `--model`, `--output`, `--seed` and `--device`.
+
+    Another model keeps the recipe's dtype; revision and subfolder belonged to the old one.
+    """
+    if model is not None:
+        place = Place(f"--model {model}")
+        old = tree.value.get("model")
+        if isinstance(old, dict):
+            for key in ("revision", "subfolder"):
+                old.pop(key, None)
+            _assign(tree, ("model", "id"), model, place)
+        else:
+            _assign(tree, ("model",), model, place)
+    if output is not None:
+        _assign(tree, ("export", "path"), str(output), Place(f"--output {output}"))
+    if seed is not None:
+        _assign(tree, ("seed",), seed, Place(f"--seed {seed}"))
+    if device is not None:
+        _assign(tree, ("device",), device, Place(f"--device {device}"))
+
+
+def _steps(key: str, place: Place) -> Iterator[str | int]:
+    position = 0
+    while position < len(key):
+        found = _STEP.match(key, position)
+        if found is None or (position == 0 and key[0] == "."):
+            raise place.error(f"{key!r} is not a path of keys", "write it as stages.0.vidit_q.weight_bits")
+        yield found[1] if found[1] is not None else int(found[2] or found[3])
+        position = found.end()
+    if not key:
+        raise place.error("the key before = is missing", "write --set key.path=value")
+
+
+def _assign(tree: Tree, location: Location, value: Any, place: Place) -> None:
+    """Put `value` at `location`; mappings that are absent, or empty in the file, come into being."""
+    node: Any = tree.value
+    for depth, step in enumerate(location):
+        _check_step(node, location[:depth], step, place)
+        if depth == len(location) - 1:
+            break
+        child = node[step] if isinstance(node, list) else node.get(step)
+        if child is None:
+            child = {}
+        elif isinstance(child, str) and location[:1] == ("model",) and depth == 0:
+            child = {"id": child}  # the string form of a model, about to get a second key
+        node[step] = child
+        node = child
+    _forget(tree, location)
+    node[location[-1]] = value
+    tree.values[location] = tree.keys[location] = place
+
+
+def _check_step(node: Any, above: Location, step: str | int, place: Place) -> None:
+    name = dotted(above) or "the recipe"
+    if isinstance(node, list):
+        if not isinstance(step, int):
+            raise place.error(f"{name} is a list: {step!r} is not a position in it", f"write {name}[0]")
+        if step >= len(node):
+            raise place.error(
+                f"there is no {name}[{step}]: the list has length {len(node)}", "positions count from 0"
+            )
+    elif not isinstance(node, dict):
+        raise place.error(f"{name} is {node!r}, so it has no key {step!r} to set")
+    elif isinstance(step, int):
+        raise place.error(f"{name} is a mapping: [{step}] is not a key of it")
+
+
+def _forget(tree: Tree, location: Location) -> None:
+    """Drop the places of what is being replaced."""
+    for table in (tree.values, tree.keys, tree.expanded):
+        for known in [known for known in table if known[: len(location)] == location]:
+            del table[known]

@@ -1,0 +1,312 @@
+"""The recipe as pydantic models: what may stand in it, with defaults; importable without torch.
+
+Reading a file, with places in every error, is `loader.load_recipe`. `model_dump(mode="json")` gives
+the recipe's own form back: a stage is a one-key mapping, a gate is its text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
+
+from .gates import METRICS, NEEDS, Gate
+from .stages import PHASES, STAGES, StageSettings
+from .suggest import suggestion
+
+ENTRY_POINTS = "compress.compressors"
+_SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def refuse(location: tuple[str | int, ...], message: str, hint: str | None = None) -> NoReturn:
+    """Raise a validation error at `location` below the value that is being validated."""
+    kind = PydanticCustomError("recipe", "{message}", {"message": message, "hint": hint})
+    raise ValidationError.from_exception_data(
+        "Recipe", [InitErrorDetails(type=kind, loc=location, input=None)]
+    )
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _bytes(value: Any) -> Any:
+    """Read `5GB`, `512MiB` or `5e9` as a number of bytes."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", value)
+    if found is None or found[2].lower() not in _SIZES:
+        raise ValueError(
+            f"{value!r} is not a size; write bytes, or a number with KB, MB, GB, KiB, MiB or GiB"
+        )
+    return int(float(found[1]) * _SIZES[found[2].lower()])
+
+
+class ModelRef(_Settings):
+    """The checkpoint to compress. A plain string is short for `{id: ...}`."""
+
+    id: str = Field(
+        min_length=1, description="A Hub id, a folder, or `builtin:NAME` for a model that is shipped."
+    )
+    revision: str | None = Field(
+        None, description="Branch, tag or commit of a Hub id; null: its default branch."
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None, description="Floating-point type to open the weights in; null: as they are stored."
+    )
+    subfolder: str | None = Field(
+        None, description="Folder of the component inside a pipeline; null: found by its kind."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"id": value} if isinstance(value, str) else value
+
+
+class CalibrationSettings(_Settings):
+    """What the methods may look at: sampling trajectories of the original model."""
+
+    samples: int = Field(32, ge=1, description="Samples whose trajectories are recorded.")
+    steps: int = Field(20, ge=1, le=1000, description="Sampling steps of each of them.")
+    guidance_scale: float = Field(
+        4.0, ge=0.0, description="Classifier-free guidance; above 1 both branches are recorded."
+    )
+    batch_size: int = Field(8, ge=1, description="Samples that are computed together.")
+    scheduler: Literal["ddim", "dpm++"] | None = Field(
+        None, description="Sampler of the trajectories; null: the checkpoint's own."
+    )
+    classes: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, description="Class labels to sample, for class-conditional models; null: all of them in turn."
+    )
+    prompts: Path | None = Field(
+        None,
+        description="Text file with one prompt per line, for text-conditional models; looked up in the current "
+        "directory, then beside the recipe.",
+    )
+    embeddings: Path | None = Field(
+        None, description="safetensors file with prompt embeddings, instead of prompts and text encoders."
+    )
+
+    @model_validator(mode="after")
+    def _one_condition(self) -> CalibrationSettings:
+        given = [name for name in ("classes", "prompts", "embeddings") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other; keep one of them")
+        return self
+
+
+class FidelitySettings(_Settings):
+    """Closeness to the original under equal seeds."""
+
+    samples: int = Field(16, ge=1, description="Samples that both models draw from equal noise.")
+    steps: int = Field(20, ge=1, le=1000, description="Sampling steps.")
+    guidance_scale: float = Field(4.0, ge=0.0, description="Classifier-free guidance.")
+    batch_size: int = Field(16, ge=1, description="Samples that are computed together.")
+
+
+class QualitySettings(_Settings):
+    """Quality of the samples by themselves; for models with a shipped scorer."""
+
+    samples: int = Field(500, ge=2, description="Samples that are scored.")
+    steps: int = Field(20, ge=1, le=1000, description="Sampling steps.")
+    guidance_scale: float = Field(2.0, ge=0.0, description="Classifier-free guidance.")
+    batch_size: int = Field(100, ge=1, description="Samples that are computed together.")
+
+
+class EvaluateSettings(_Settings):
+    """What is measured before the result is written."""
+
+    fidelity: FidelitySettings | None = Field(
+        default_factory=FidelitySettings, description="Closeness to the original; null: not measured."
+    )
+    quality: QualitySettings | None = Field(
+        None, description="Class agreement and Frechet distance; null: not measured."
+    )
+    layers: bool = Field(True, description="Measure the error of every compressed layer for the report.")
+
+
+class ExportSettings(_Settings):
+    """Where the result goes, and in which form."""
+
+    path: Path = Field(description="Output folder; it is whole or absent.")
+    format: Literal["compress", "torchao", "sdnq", "dequantized"] = Field(
+        "compress",
+        description="compress: weights in their real bits; torchao, sdnq: load with stock diffusers and that "
+        "library; dequantized: plain bfloat16.",
+    )
+    max_shard_size: Annotated[
+        int,
+        BeforeValidator(_bytes),
+        Field(ge=1_000_000),
+        WithJsonSchema(
+            {"anyOf": [{"type": "number", "minimum": 1_000_000}, {"type": "string", "examples": ["5GB"]}]}
+        ),
+    ] = Field(5_000_000_000, description="Largest weight file, in bytes or as `5GB`.")
+    overwrite: bool = Field(False, description="Replace an output folder that compress wrote before.")
+
+
+def settings_class(method: str) -> type[StageSettings] | None:
+    """Return the settings model of a method, or None where no such method is known.
+
+    A method of another package is an entry point of the group `compress.compressors`; its settings
+    model is the attribute `settings` of what the entry point names.
+    """
+    if method in STAGES:
+        return STAGES[method]
+    for entry in metadata.entry_points(group=ENTRY_POINTS, name=method):
+        found = getattr(entry.load(), "settings", None)
+        if isinstance(found, type) and issubclass(found, StageSettings):
+            return found
+    return None
+
+
+def method_names() -> list[str]:
+    """Return the names of all methods, those of other packages last."""
+    return [
+        *STAGES,
+        *sorted({entry.name for entry in metadata.entry_points(group=ENTRY_POINTS)} - set(STAGES)),
+    ]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: a method and its settings. In a recipe: the one-key mapping `method: settings`."""
+
+    method: str
+    settings: StageSettings
+
+    @classmethod
+    def _validate(cls, value: Any) -> Stage:
+        if isinstance(value, Stage):
+            return value
+        if not isinstance(value, Mapping) or len(value) != 1:
+            found = f"{len(value)} keys" if isinstance(value, Mapping) else json.dumps(value)
+            refuse((), f"a stage is a mapping with one key, its method; found {found}", "write `- rtn: {}`")
+        method, settings = next(iter(value.items()))
+        model = settings_class(method)
+        if model is None:
+            refuse((method,), f"unknown method {method!r}", suggestion(method, method_names()))
+        # One field named after the method, so that errors below carry its name in their location.
+        wrapper = create_model("StageMapping", **{method: (model, ...)})  # type: ignore[call-overload]
+        text = json.dumps({method: {} if settings is None else settings})
+        return cls(method, getattr(wrapper.model_validate_json(text, strict=True), method))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the recipe's form."""
+        return {self.method: self.settings.model_dump(mode="json")}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return core_schema.no_info_plain_validator_function(
+            cls._validate, serialization=core_schema.plain_serializer_function_ser_schema(cls.to_json)
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        choices = {}
+        for method, model in STAGES.items():
+            described = model.model_json_schema()
+            choices[method] = {**described, "type": ["object", "null"]}
+        return {
+            "type": "object",
+            "description": "One stage: a method and its settings.",
+            "properties": choices,
+            "additionalProperties": False,
+            "minProperties": 1,
+            "maxProperties": 1,
+        }
+
+
+_GATE_PROPERTIES = {
+    name: {"description": text, **Gate.__get_pydantic_json_schema__(None, None)}  # type: ignore[arg-type]
+    for name, text in METRICS.items()
+}
+
+
+class Recipe(_Settings):
+    """A run: the model, what to calibrate on, the stages, what the result must satisfy, where it goes."""
+
+    model: Annotated[
+        ModelRef,
+        WithJsonSchema({"anyOf": [{"type": "string"}, ModelRef.model_json_schema()]}),
+    ] = Field(description="The checkpoint to compress: a Hub id, a folder, `builtin:dit`, or a mapping.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Of everything random in the run.")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
+        description="auto: a GPU where there is one; cpu, cuda, cuda:N.",
+    )
+    calibration: CalibrationSettings = Field(
+        default_factory=CalibrationSettings, description="What the methods may look at."
+    )
+    stages: tuple[Stage, ...] = Field(
+        min_length=1, description="The methods, in the order prune, recover, quantize, plan."
+    )
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="What is measured.")
+    require: Annotated[
+        dict[str, Gate],
+        WithJsonSchema({"type": "object", "properties": _GATE_PROPERTIES, "additionalProperties": False}),
+    ] = Field(default_factory=dict, description="Metric -> comparison that the result must satisfy.")
+    export: ExportSettings = Field(description="Where the result goes, and in which form.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        self._check_order()
+        self._check_gates()
+        return self
+
+    def _check_order(self) -> None:
+        latest = 0
+        for index, stage in enumerate(self.stages):
+            rank = PHASES.index(stage.settings.phase)
+            if rank < latest:
+                before = self.stages[index - 1].method
+                refuse(
+                    ("stages", index, stage.method),
+                    f"a {PHASES[rank]} stage cannot follow a {PHASES[latest]} stage ({before})",
+                    f"order the stages as {' -> '.join(PHASES)}: move {stage.method} up",
+                )
+            latest = rank
+
+    def _check_gates(self) -> None:
+        for name in self.require:
+            if name not in METRICS:
+                refuse(("require", name), f"unknown metric {name!r}", suggestion(name, METRICS))
+            needed = NEEDS.get(name)
+            if needed and getattr(self.evaluate, needed) is None:
+                refuse(
+                    ("require", name),
+                    f"{name} is not measured, because evaluate.{needed} is off",
+                    f"add `{needed}: {{}}` to evaluate, or remove the gate",
+                )
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a recipe, as editors and `compress schema` use it."""
+    schema = Recipe.model_json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "compress recipe",
+        **{key: value for key, value in schema.items() if key != "title"},
+    }
