@@ -1,0 +1,92 @@
+"""Files of a Hub repository: configs first, weights only when they are needed. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import HubError, SourceError
+
+# `*` also matches slashes on the Hub, so the folders are named one by one.
+_CONFIG_PATTERNS = (
+    "config.json", "model_index.json", "transformer/config.json", "transformer/*.safetensors.index.json",
+    "scheduler/scheduler_config.json", "*.safetensors.index.json",
+)  # fmt: skip
+_OTHER_VARIANTS = ("*.fp16.*", "*.bf16.*", "*.non_ema.*", "*.fp16-*", "*.bf16-*")
+
+
+def fetch_configs(repo_id: str, revision: str | None, subfolder: str | None) -> tuple[Path, str]:
+    """Fetch the configs of a repository.
+
+    Returns:
+        The local snapshot folder and the commit it is of.
+
+    Raises:
+        HubError: the repository is missing, private or gated, or the network is down.
+    """
+    patterns = [*_CONFIG_PATTERNS]
+    if subfolder:
+        patterns += [f"{subfolder}/config.json", f"{subfolder}/*.safetensors.index.json"]
+    folder = fetch(repo_id, revision, patterns)
+    return folder, folder.name
+
+
+def fetch_weights(repo_id: str, revision: str, subfolder: str) -> None:
+    """Fetch the safetensors of one component of a repository into the same snapshot.
+
+    Raises:
+        SourceError: the repository holds no safetensors there.
+        HubError: as `fetch_configs`.
+    """
+    prefix = "" if subfolder in ("", ".") else f"{subfolder}/"
+    patterns = [f"{prefix}diffusion_pytorch_model*.safetensors", f"{prefix}model*.safetensors"]
+    folder = fetch(repo_id, revision, patterns, ignore=_OTHER_VARIANTS)
+    if not any((folder / prefix).glob("*.safetensors")):
+        raise SourceError(
+            f"{repo_id}: no safetensors weights in {prefix or 'the repository'} (pickles are never opened)",
+            hint="ask for a revision that has them, such as refs/pr/1, or convert them where you trust them",
+        )
+
+
+def fetch(repo_id: str, revision: str | None, patterns: Sequence[str], ignore: Sequence[str] = ()) -> Path:
+    """Fetch what matches `patterns` and return the local snapshot folder.
+
+    Raises:
+        HubError: with what to do about it.
+    """
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = repo_id if revision is None else f"{repo_id}@{revision}"
+    try:
+        path = snapshot_download(
+            repo_id, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(ignore) or None
+        )
+    except (GatedRepoError, RepositoryNotFoundError) as error:
+        raise HubError(
+            f"{where}: not found on the Hub, or not open to you: {_first_line(error)}",
+            hint="check the name; for a private or gated model set HF_TOKEN, or accept its terms on its page",
+        ) from None
+    except RevisionNotFoundError:
+        raise HubError(f"{where}: no such revision", hint="check model.revision") from None
+    except HFValidationError as error:
+        raise HubError(f"{where}: not a Hub id: {_first_line(error)}") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise HubError(
+            f"{where}: cannot be fetched and is not in the local cache: {_first_line(error)}",
+            hint="check the network, HF_HUB_OFFLINE and HF_TOKEN, or use a folder or builtin:dit",
+        ) from None
+    return Path(path)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

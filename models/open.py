@@ -1,0 +1,221 @@
+"""From a checkpoint to what the house works on: `ModelSpec` (shapes) and `OpenModel` (weights)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SourceError, UsageError
+from ..progress import Progress, step
+from .base import Family, ModelSpec, OpenModel, Source, TensorSpec
+from .checkpoint import Checkpoint, locate, read_json
+from .headers import TensorHeader, by_file
+from .registry import family_for
+from .scan import CHUNK_BYTES, count_not_finite, read_exactly, refuse_not_finite
+from .shapes import PERSISTENT_BUFFERS, expected_shapes
+
+if TYPE_CHECKING:
+    from ..recipes.schema import ModelRef
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "U8": torch.uint8,
+    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
+_WORKING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DEFAULT_DTYPE = torch.bfloat16  # of a model known by its config alone: what checkpoints mostly are
+
+
+def read_spec(ref: ModelRef) -> ModelSpec:
+    """Read configs and safetensors headers; no tensor data, and from the Hub no weights at all.
+
+    Where there are no weights the shapes follow from the config, in `ref.dtype` or bfloat16.
+
+    Raises:
+        SourceError: missing, damaged, unsafe, or of a kind that is not supported.
+        HubError: the Hub or the network refused.
+    """
+    return _spec(locate(ref, weights=False), ref)
+
+
+def open_model(
+    ref: ModelRef, *, device: str = "cpu", progress: Progress, checkpoint: Checkpoint | None = None
+) -> OpenModel:
+    """Read a checkpoint into its stock module, in evaluation mode and without gradients.
+
+    Every weight file is read once, front to back: its bytes are hashed, tested for NaN and Inf and
+    placed in memory of their own (aligned, not mapped). Copies that the family shares by
+    construction are compared; where they differ they count as tensors of their own.
+
+    Args:
+        ref: the recipe's `model`.
+        device: torch device of the module.
+        progress: gets one step, in bytes.
+        checkpoint: what `locate(ref)` or `preflight(ref)` returned, where that has been done.
+
+    Raises:
+        SourceError: naming the file or tensor that is missing, damaged or not finite.
+        HubError: the Hub or the network refused.
+        UsageError: there is no such device.
+    """
+    target = _device(device)
+    checkpoint = checkpoint or locate(ref)
+    spec = _spec(checkpoint, ref)
+    module = _empty_module(spec)
+    hashes: dict[str, str] = {}
+    with step(progress, f"reading {ref.id}", checkpoint.bytes):
+        for path, group in by_file(dict(checkpoint.headers)):
+            hashes[path.name] = _read_file(path, group, module, spec.dtype, progress)
+    shared = _equal_copies(module, spec, progress)
+    module = module.to(target).eval().requires_grad_(False)
+    source = Source(checkpoint.id, checkpoint.folder, checkpoint.revision, hashes)
+    spec = spec.evolve(source=source, shared=shared, parameters=_count(spec.tensors, shared, spec.config))
+    return OpenModel(
+        module=module, family=spec.family, config=dict(spec.config), source=source, spec=spec,
+        scheduler=_scheduler(checkpoint.scheduler),
+    )  # fmt: skip
+
+
+def _spec(checkpoint: Checkpoint, ref: ModelRef) -> ModelSpec:
+    family = family_for(checkpoint.class_name)
+    dtype = getattr(torch, ref.dtype) if ref.dtype else _stored_dtype(checkpoint)
+    shapes = expected_shapes(checkpoint.class_name, checkpoint.config)
+    tensors = {name: TensorSpec(shape, dtype) for name, shape in shapes.items()}
+    shared = _copies(family, checkpoint.config)
+    return ModelSpec(
+        family=family,
+        config=checkpoint.config,
+        source=Source(checkpoint.id, checkpoint.folder, checkpoint.revision),
+        dtype=dtype,
+        tensors=tensors,
+        shared=shared,
+        parameters=_count(tensors, shared, checkpoint.config),
+        parameters_stored=_count(tensors, {}, checkpoint.config),
+    )
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Return the floating type that holds most of the weights; the others are converted to it."""
+    counts: Counter[str] = Counter()
+    for name, header in checkpoint.headers.items():
+        dtype = TORCH_DTYPES.get(header.dtype)
+        if dtype is None or not dtype.is_floating_point:
+            raise SourceError(
+                f"{header.file}: tensor {name!r} is stored as {header.dtype}, not as a floating-point number",
+                hint="start from the checkpoint before it was quantized",
+            )
+        counts[header.dtype] += prod(header.shape)
+    if not counts:
+        return _DEFAULT_DTYPE
+    dtype = TORCH_DTYPES[counts.most_common(1)[0][0]]
+    return dtype if dtype in _WORKING_DTYPES else torch.float32 if dtype == torch.float64 else _DEFAULT_DTYPE
+
+
+def _copies(family: Family, config: Mapping[str, Any]) -> dict[str, str]:
+    return {copy: group[0] for group in family.replicas(config) for copy in group[1:]}
+
+
+def _count(tensors: Mapping[str, TensorSpec], shared: Mapping[str, str], config: Mapping[str, Any]) -> int:
+    """Count parameters; fixed buffers that are stored all the same are none."""
+    skipped = PERSISTENT_BUFFERS.get(config["_class_name"], frozenset())
+    return sum(
+        prod(spec.shape) for name, spec in tensors.items() if name not in shared and name not in skipped
+    )
+
+
+def _empty_module(spec: ModelSpec) -> nn.Module:
+    """Build the module with parameters on the meta device and real, computed buffers."""
+    from accelerate import init_empty_weights
+
+    # The stock constructors draw a few tensors from the global generator: leave no trace in it.
+    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+        return spec.family.build(spec.config)
+
+
+def _read_file(
+    path: Path,
+    group: list[tuple[str, TensorHeader]],
+    module: nn.Module,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> str:
+    """Read one file into the module and return its SHA-256."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as handle:
+        digest.update(handle.read(min(header.start for _, header in group)))
+        for name, header in group:
+            tensor = torch.empty(header.shape, dtype=TORCH_DTYPES[header.dtype])
+            refuse_not_finite(name, header, _read_tensor(handle, header, tensor, digest))
+            _place(module, name, tensor.to(dtype))
+            progress.advance(header.bytes, name)
+    return digest.hexdigest()
+
+
+def _read_tensor(handle: Any, header: TensorHeader, tensor: Tensor, digest: Any) -> int:
+    """Fill `tensor`, feed the digest, and return how many elements are not finite."""
+    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    count = 0
+    for start in range(0, len(view), CHUNK_BYTES):
+        part = view[start : start + CHUNK_BYTES]
+        read_exactly(handle, part, header.file)
+        digest.update(part)
+        count += count_not_finite(part, header.dtype)
+    return count
+
+
+def _place(module: nn.Module, name: str, tensor: Tensor) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor.to(owner._buffers[leaf].dtype)  # type: ignore[union-attr]
+    else:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _equal_copies(module: nn.Module, spec: ModelSpec, progress: Progress) -> dict[str, str]:
+    """Return those of `spec.shared` whose content really is equal."""
+    equal = {
+        copy: first
+        for copy, first in spec.shared.items()
+        if torch.equal(module.get_parameter(copy), module.get_parameter(first))
+    }
+    different = [name for name in spec.shared if name not in equal]
+    if different:
+        progress.warn(
+            f"{len(different)} tensors differ from the copies they usually are ({different[0]}, ...): "
+            "each is stored and counted by itself"
+        )
+    return equal
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(
+            "cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu")
+        )
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"device {name!r}: {reason}", hint="use cpu, or a device that torch sees") from None
+    return device
+
+
+def _scheduler(path: Path | None) -> Any | None:
+    """Build the scheduler that a checkpoint came with."""
+    if path is None:
+        return None
+    import diffusers
+
+    config = read_json(path)
+    name = config.get("_class_name")
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise SourceError(f"{path}: {name!r} is not a scheduler of diffusers")
+    return kind.from_config(config)

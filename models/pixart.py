@@ -1,0 +1,130 @@
+"""PixArt (arXiv 2310.00426, 2403.04692): text-conditional, `PixArtTransformer2DModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from .base import FoldGroup
+from .shapes import TIMESTEP_CHANNELS, uses_additional_conditions
+from .transformer import (
+    DiffusionTransformer,
+    RoleRule,
+    feed_forward_macs,
+    fold_into_rows,
+    image_tokens,
+    mlp_macs,
+    patch_macs,
+    product_macs,
+    random_integers,
+    random_normal,
+    reference_of,
+    stock_arguments,
+    unpatch_macs,
+    width_of,
+)
+
+CAPTION_TOKENS = 120
+
+
+class PixArtFamily(DiffusionTransformer):
+    """Adapter. The reference input is one latent image and a caption of 120 tokens."""
+
+    name = "pixart"
+    class_names = ("PixArtTransformer2DModel",)
+    attention_names = ("attn1", "attn2")
+    before_blocks = ("adaln_single", "caption_projection")
+    roles: ClassVar[tuple[RoleRule, ...]] = (
+        (r"emb\.timestep_embedder\.linear_1", "embedder"),
+        (r"emb\.timestep_embedder\.linear_2", "embedder"),
+        (r"emb\.resolution_embedder\.linear_1", "embedder"),
+        (r"emb\.resolution_embedder\.linear_2", "embedder"),
+        (r"emb\.aspect_ratio_embedder\.linear_1", "embedder"),
+        (r"emb\.aspect_ratio_embedder\.linear_2", "embedder"),
+        (r"adaln_single\.linear", "adaln"),
+        (r"caption_projection\.linear_1", "embedder"),
+        (r"caption_projection\.linear_2", "embedder"),
+        (r"attn1\.to_q", "attention.q"),
+        (r"attn1\.to_k", "attention.k"),
+        (r"attn1\.to_v", "attention.v"),
+        (r"attn1\.to_out\.0", "attention.out"),
+        (r"attn2\.to_q", "cross.q"),
+        (r"attn2\.to_k", "cross.k"),
+        (r"attn2\.to_v", "cross.v"),
+        (r"attn2\.to_out\.0", "cross.out"),
+        (r"ff\.net\.0\.proj", "ff.in"),
+        (r"ff\.net\.2", "ff.out"),
+        (r"proj_out", "head"),
+    )
+
+    def build(self, config: Mapping[str, Any]) -> nn.Module:
+        """Build the stock module."""
+        from diffusers import PixArtTransformer2DModel
+
+        return PixArtTransformer2DModel(**stock_arguments(config))
+
+    def folds(self, module: nn.Module) -> list[FoldGroup]:
+        """Fold into V only.
+
+        A block modulates by its own scale_shift_table plus one projection that all blocks share, so a
+        factor of one block cannot be absorbed by either of them.
+        """
+        return [fold_into_rows([f"{name}.to_out.0"], [f"{name}.to_v"]) for name, _ in self.attentions(module)]
+
+    def example_inputs(self, module: nn.Module, batch: int, generator: torch.Generator) -> dict[str, Any]:
+        """Random latents [batch, C, H, W], caption states [batch, 120, channels], timesteps [batch]."""
+        config, like = module.config, reference_of(module)
+        side = config.sample_size
+        channels = config.caption_channels or config.cross_attention_dim or width_of(config)
+        inputs: dict[str, Any] = {
+            "hidden_states": random_normal((batch, config.in_channels, side, side), like, generator),
+            "encoder_hidden_states": random_normal((batch, CAPTION_TOKENS, channels), like, generator),
+            "encoder_attention_mask": torch.ones(batch, CAPTION_TOKENS, dtype=like.dtype, device=like.device),
+            "timestep": random_integers(1000, batch, like, generator),
+        }
+        if uses_additional_conditions(config):
+            inputs["added_cond_kwargs"] = size_conditions(side * 8, batch, like)
+        return inputs
+
+    def macs(self, config: Mapping[str, Any], *, attention_products: bool = True) -> int:
+        """Count one forward, caption projection and size embedders included."""
+        width, tokens = width_of(config), image_tokens(config)
+        block = 4 * tokens * width * width
+        block += feed_forward_macs(tokens, width, gated=config["activation_fn"] == "geglu")
+        if attention_products:
+            block += product_macs(tokens, tokens, width)
+        if config["cross_attention_dim"] is not None:
+            source = int(config["cross_attention_dim"])
+            block += 2 * tokens * width * width + 2 * CAPTION_TOKENS * source * width
+            if attention_products:
+                block += product_macs(tokens, CAPTION_TOKENS, width)
+        total = patch_macs(config) + int(config["num_layers"]) * block + unpatch_macs(config)
+        total += mlp_macs(TIMESTEP_CHANNELS, width) + 6 * width * width
+        if uses_additional_conditions(config):
+            total += 3 * mlp_macs(TIMESTEP_CHANNELS, width // 3)  # height, width and aspect ratio
+        if config["caption_channels"] is not None:
+            total += CAPTION_TOKENS * mlp_macs(int(config["caption_channels"]), width)
+        return total
+
+    def default_keep(self) -> tuple[str, ...]:
+        """Embedders, caption projection and head."""
+        return ("adaln_single.emb.*", "caption_projection.*", "proj_out")
+
+
+def size_conditions(pixels: int, batch: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return PixArt-alpha's conditions for square images.
+
+    Args:
+        pixels: side of the image.
+        batch: images.
+        like: gives dtype and device.
+
+    Returns:
+        resolution [batch, 2] and aspect_ratio [batch, 1].
+    """
+    resolution = torch.full((batch, 2), float(pixels), dtype=like.dtype, device=like.device)
+    aspect_ratio = torch.ones(batch, 1, dtype=like.dtype, device=like.device)
+    return {"resolution": resolution, "aspect_ratio": aspect_ratio}
