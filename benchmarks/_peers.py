@@ -1,0 +1,102 @@
+"""Other libraries' quantization of the same module, each optional: a missing one is told, not hidden.
+
+Every function changes and returns the module that it is given; what it cannot do it raises.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from _common import say, version
+from torch import Tensor, nn
+
+Forward = Callable[[nn.Module], object]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another library's way to quantize.
+
+    Attributes:
+        label: row of the table.
+        library: its distribution name.
+        quantize: called with (module, forward); forward(module) runs it once, for static scales.
+        compiles_itself: whether it calls torch.compile on its own.
+    """
+
+    label: str
+    library: str
+    quantize: Callable[[nn.Module, Forward], nn.Module]
+    compiles_itself: bool = False
+
+
+def _torchao_w8a8(module: nn.Module, forward: Forward) -> nn.Module:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(module, Int8DynamicActivationInt8WeightConfig(), filter_fn=_is_linear)
+    return module
+
+
+def _is_linear(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _quanto(weights: str, activations: str | None) -> Callable[[nn.Module, Forward], nn.Module]:
+    def quantize(module: nn.Module, forward: Forward) -> nn.Module:
+        from optimum import quanto
+
+        kinds: dict[str, Any] = {"weights": getattr(quanto, weights)}
+        if activations:
+            kinds["activations"] = getattr(quanto, activations)
+        names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+        quanto.quantize(module, include=names, **kinds)
+        if activations:
+            with quanto.Calibration(streamline=False):
+                forward(module)
+        quanto.freeze(module)
+        return module
+
+    return quantize
+
+
+def _sdnq(weights_dtype: str) -> Callable[[nn.Module, Forward], nn.Module]:
+    def quantize(module: nn.Module, forward: Forward) -> nn.Module:
+        from sdnq import sdnq_post_load_quant
+
+        dtype = next(module.parameters()).dtype
+        result = sdnq_post_load_quant(
+            module, weights_dtype=weights_dtype, use_quantized_matmul=True, torch_dtype=dtype, group_size=-1
+        )
+        if not isinstance(result, nn.Module):
+            raise TypeError(f"sdnq returned {type(result).__name__}")
+        return result
+
+    return quantize
+
+
+PEERS = (
+    Peer("torchao W8A8", "torchao", _torchao_w8a8),
+    Peer("quanto W8 weight-only", "optimum-quanto", _quanto("qint8", None)),
+    Peer("quanto W8A8 static", "optimum-quanto", _quanto("qint8", "qint8")),
+    Peer("sdnq int8 W8A8", "sdnq", _sdnq("int8"), compiles_itself=True),
+    Peer("sdnq int4 W4A8", "sdnq", _sdnq("int4"), compiles_itself=True),
+)
+
+
+def prepare(peer: Peer, module: nn.Module, forward: Callable[[nn.Module], Tensor]) -> nn.Module | None:
+    """Return a quantized copy of `module`; None, with a line that says why, where that is not possible."""
+    if version(peer.library) == "not installed":
+        say(f"{peer.label}: {peer.library} is not installed (make bench-peers)")
+        return None
+    try:
+        with torch.no_grad():
+            result = peer.quantize(copy.deepcopy(module), forward).eval()
+            forward(result)
+    except Exception as error:  # noqa: BLE001 - whatever a peer raises, the others are still measured
+        say(f"{peer.label}: failed: {type(error).__name__}: {str(error).splitlines()[0][:160]}")
+        return None
+    return result
