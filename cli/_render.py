@@ -1,0 +1,124 @@
+"""Documents to tables: what people see of a report, a plan or any other result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ._tables import Section, Table
+from ._units import amount, duration, plain, size
+
+Document = Mapping[str, Any]
+
+_SIZES = (
+    ("parameters", "parameters", amount),
+    ("macs", "multiply-accumulates", amount),
+    ("bytes", "bytes", size),
+    ("bits_per_weight", "bits per weight", plain),
+    ("kv_bytes_per_token", "KV bytes per token", size),
+)
+
+
+def before_after(first: Document, last: Document) -> Table:
+    """Compare two sizes, row by row."""
+    rows = []
+    for key, label, write in _SIZES:
+        if key not in first or key not in last:
+            continue
+        share = f"{last[key] / first[key]:.3f} x" if first[key] else "-"
+        rows.append([label, write(first[key]), write(last[key]), share])
+    return Table("before and after", ["", "before", "after", "ratio"], rows)
+
+
+def gates(rows: Sequence[Document]) -> list[Section]:
+    """Show what was required and what was measured."""
+    if not rows:
+        return []
+    body = [
+        [row["metric"], row["expected"], plain(row["measured"]), "passed" if row["passed"] else "FAILED"]
+        for row in rows
+    ]
+    return [Table("required", ["metric", "required", "measured", ""], body)]
+
+
+def metrics(values: Document) -> list[Section]:
+    """Show measured metrics."""
+    if not values:
+        return []
+    return [Table("measured", ["metric", "value"], [[name, plain(value)] for name, value in values.items()])]
+
+
+def report(document: Document) -> list[Section]:
+    """Show a run's report."""
+    sections: list[Section] = []
+    stages = document["stages"]
+    if stages:
+        rows = [
+            [
+                stage["method"],
+                "reused" if stage["resumed"] else duration(stage["seconds"]),
+                size(stage["peak_rss_bytes"]),
+                size(stage["after"]["bytes"]),
+            ]
+            for stage in stages
+        ]
+        sections.append(Table("stages", ["stage", "time", "peak memory", "bytes after"], rows))
+        sections.append(before_after(stages[0]["before"], stages[-1]["after"]))
+    sections += metrics(document["evaluation"].get("metrics", {}))
+    sections += gates(document["gates"])
+    export = document["export"]
+    seen = "reopened in a fresh process: equal outputs" if export["verified"] else "NOT verified"
+    sections.append(f"{export['path']}  ({export['format']}, {size(export['bytes'])}; {seen})")
+    return sections
+
+
+def plan(document: Document) -> list[Section]:
+    """Show a plan."""
+    sections: list[Section] = []
+    stages = document["stages"]
+    rows = [
+        [
+            stage["method"],
+            size(stage["before"]["bytes"]),
+            size(stage["after"]["bytes"]),
+            plain(stage["after"]["bits_per_weight"]),
+            size(stage["peak_memory_bytes"]),
+        ]
+        for stage in stages
+    ]
+    if stages:
+        columns = ["stage", "bytes before", "bytes after", "bits per weight", "peak memory"]
+        sections.append(Table("planned stages", columns, rows))
+        sections.append(before_after(stages[0]["before"], stages[-1]["after"]))
+    notes = [f"{stage['method']}: {note}" for stage in stages for note in stage["notes"]]
+    sections += [f"note: {note}" for note in notes]
+    sections.append(f"predicted size of the exported weights: {size(document['export']['bytes'])}")
+    return sections
+
+
+def anything(document: Document, title: str = "") -> list[Section]:
+    """Show a JSON document whose shape is its writer's: values, then lists of mappings as tables."""
+    flat: list[list[str]] = []
+    nested: list[Section] = []
+    for key, value in document.items():
+        name = f"{title}.{key}" if title else str(key)
+        if isinstance(value, Mapping) and value:
+            nested += anything(value, name)
+        elif isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
+            nested.append(_rows(name, value))
+        else:
+            flat.append([str(key), _cell(str(key), value)])
+    head: list[Section] = [Table(title, ["", "value"], flat)] if flat else []
+    return head + nested
+
+
+def _rows(title: str, items: Sequence[Document]) -> Table:
+    columns = list(dict.fromkeys(key for item in items for key in item))
+    return Table(title, columns, [[_cell(key, item.get(key)) for key in columns] for item in items])
+
+
+def _cell(key: str, value: Any) -> str:
+    is_count = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_count and (key == "bytes" or key.endswith("_bytes")):
+        return size(value)
+    return plain(value)

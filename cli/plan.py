@@ -1,0 +1,38 @@
+"""`compress plan`: predict a run from configs alone."""
+
+from __future__ import annotations
+
+import typer
+
+from . import _options, _render
+
+
+def plan(
+    context: typer.Context,
+    recipe: _options.RecipeArgument,
+    overrides: _options.Set = None,
+    model: _options.Model = None,
+    output: _options.OutputPath = None,
+    seed: _options.Seed = None,
+    device: _options.Device = None,
+    as_json: _options.AsJson = False,
+    quiet: _options.Quiet = False,
+    debug: _options.Debug = False,
+) -> None:
+    r"""Predict sizes, operations and memory; write nothing.
+
+    No weights are read: the model may be a folder that holds only configs.
+
+    \b
+    Examples:
+      compress plan dit_w4a8
+      compress plan dit_xl_w4a8 --model path/to/configs --json
+    """
+    sink = _options.sink(context, as_json, quiet, debug)
+    loaded = _options.load(recipe, overrides, model, output, seed, device)
+    from .. import pipeline
+
+    with sink.progress() as progress:
+        document = pipeline.plan(loaded, progress=progress)
+    sink.result(document, _render.plan(document))
+    sink.hint(f"compress run {recipe}")
