@@ -1,0 +1,83 @@
+"""What a quantization stage tells about its result: rows per layer, and averages that keep labels honest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ...recipes.stages import GridSettings
+from ...runtime.linear import tensor_shapes
+from ...runtime.manifest import QuantizedModule
+from .scheme import Choice
+
+
+def scheme_bytes(scheme: QuantizedModule, dtype: torch.dtype) -> int:
+    """Return the bytes that a layer of this scheme stores."""
+    total = 0
+    for shape, kind in tensor_shapes(scheme, dtype).values():
+        count = 1
+        for length in shape:
+            count *= length
+        total += count * kind.itemsize
+    return total
+
+
+def float_bytes(choice: Choice, dtype: torch.dtype) -> int:
+    """Return the bytes of a layer's weight in floating point."""
+    return choice.site.shape[0] * choice.site.shape[1] * dtype.itemsize
+
+
+def layer_row(choice: Choice, scheme: QuantizedModule | None, dtype: torch.dtype) -> dict[str, Any]:
+    """Return one row of the report: name, role, bits, bytes, and the rule that decided.
+
+    Args:
+        choice: what was decided.
+        scheme: as it came out, None for floating point.
+        dtype: of the model.
+    """
+    row: dict[str, Any] = {
+        "name": choice.site.name,
+        "role": choice.site.role,
+        "parameters": choice.site.shape[0] * choice.site.shape[1],
+        "bits": scheme.bits if scheme else 8 * dtype.itemsize,
+        "bytes": scheme_bytes(scheme, dtype) if scheme else float_bytes(choice, dtype),
+        "quantized": scheme is not None,
+        "decided_by": choice.decided_by,
+    }
+    if scheme is not None:
+        row["activation_bits"] = scheme.activation.bits if scheme.activation else 16
+        row["rotation"] = scheme.rotation.block if scheme.rotation else None
+        row["input_scale"] = scheme.input_scale
+    return row
+
+
+def label(settings: GridSettings) -> str:
+    """Return the stage's label such as W4A8; print it only beside the averages."""
+    return f"W{settings.weight_bits}A{settings.activation_bits}"
+
+
+def _mean_bits(rows: Sequence[Mapping[str, Any]]) -> float:
+    count = sum(row["parameters"] for row in rows)
+    return round(sum(row["parameters"] * row["bits"] for row in rows) / count, 4)
+
+
+def averages(rows: Sequence[Mapping[str, Any]], settings: GridSettings) -> dict[str, Any]:
+    """Return the label with what it hides: mean bits, and the layers above the labelled bits.
+
+    Args:
+        rows: of `layer_row`.
+        settings: of the stage.
+
+    Returns:
+        label, average_bits {quantized, all_linears} weighted by parameters, and the names of the
+        eight_bit_layers and float_layers.
+    """
+    quantized = [row for row in rows if row["quantized"]]
+    return {
+        "label": label(settings),
+        "average_bits": {"quantized": _mean_bits(quantized), "all_linears": _mean_bits(rows)},
+        "eight_bit_layers": [row["name"] for row in quantized if row["bits"] == 8],
+        "float_layers": [row["name"] for row in rows if not row["quantized"]],
+    }

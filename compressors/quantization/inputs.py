@@ -1,0 +1,122 @@
+"""What a stage keeps of the calibration inputs: vectors, a few rows, and Gram matrices in portions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...calibration.base import Calibration
+from ...calibration.seeds import generator_for
+from ...calibration.statistics import ChannelAbsMax, Gram, RowSample
+from ...errors import StageError
+from ...models.base import OpenModel
+from ...progress import Progress, step
+from .scheme import Group
+
+ROW_BUDGET_BYTES = 192 * 2**20
+GRAM_BUDGET_BYTES = 512 * 2**20
+_MOST_ROWS, _LEAST_ROWS = 512, 32
+_SHARED_INPUT = (".q", ".k", ".v")
+
+
+def sources_of(groups: Sequence[Group], roles: dict[str, str]) -> dict[str, str]:
+    """Return layer -> the layer whose recorded input stands for its own.
+
+    Query, key and value projections of one group read the same tensor; it is kept once. Other members
+    of a group (the two output projections of a joint attention) share a scale, not an input.
+    """
+    sources: dict[str, str] = {}
+    for group in groups:
+        first: str | None = None
+        for name in group.targets:
+            if roles[name].endswith(_SHARED_INPUT):
+                first = first or name
+                sources[name] = first
+            else:
+                sources[name] = name
+    return sources
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was kept, by source layer.
+
+    Attributes:
+        maximum: [in] float32, the statistic of the channel scale.
+        rows: [samples, in] float32.
+    """
+
+    maximum: dict[str, Tensor]
+    rows: dict[str, Tensor]
+
+
+def gather(
+    model: OpenModel,
+    widths: dict[str, int],
+    ranges: Sequence[tuple[int, int]],
+    calibration: Calibration,
+    progress: Progress,
+) -> Inputs:
+    """Replay the calibration once and keep vectors and a few rows per source layer.
+
+    Args:
+        model: as it came in.
+        widths: source layer -> input channels.
+        ranges: inclusive timestep ranges of v1's statistic; empty: maximum over all calls.
+        calibration: to replay.
+        progress: to report to.
+    """
+    count = ROW_BUDGET_BYTES // (4 * sum(widths.values()))
+    count = max(_LEAST_ROWS, min(_MOST_ROWS, count))
+    rows = {name: RowSample(count, generator_for(calibration.seed, "rows", name)) for name in widths}
+    maximum = {name: ChannelAbsMax(ranges) for name in widths}
+
+    def observe(name: str, x: Tensor, timesteps: Tensor) -> None:
+        rows[name].update(x, timesteps)
+        maximum[name].update(x, timesteps)
+
+    with step(progress, "input statistics"):
+        calibration.observe(model, list(widths), observe, progress)
+    kept = {name: sink.rows.float() for name, sink in rows.items()}
+    return Inputs({name: _statistic(sink) for name, sink in maximum.items()}, kept)
+
+
+def _statistic(sink: ChannelAbsMax) -> Tensor:
+    """Return v2's maximum, or v1's averages joined: one weight is stored, so by their maximum."""
+    if not sink.ranges:
+        return sink.floored()
+    try:
+        return sink.range_averages().amax(dim=0)
+    except ValueError as error:
+        raise StageError(
+            f"timestep_ranges: {error}", hint="calibrate with more steps or widen the range"
+        ) from None
+
+
+def gather_grams(
+    model: OpenModel, widths: dict[str, int], calibration: Calibration, progress: Progress
+) -> dict[str, Tensor]:
+    """Replay the calibration once and return X^T X / rows, float32 [in, in], per source layer."""
+    grams = {name: Gram() for name in widths}
+
+    def observe(name: str, x: Tensor, timesteps: Tensor) -> None:
+        grams[name].update(x, timesteps)
+
+    with step(progress, "input correlations"):
+        calibration.observe(model, list(widths), observe, progress)
+    return {name: gram.mean() for name, gram in grams.items()}
+
+
+def portions(blocks: Sequence[dict[str, int]]) -> Iterable[range]:
+    """Split blocks (source layer -> width) into runs whose Gram matrices fit the budget together."""
+    start, used = 0, 0
+    for index, widths in enumerate(blocks):
+        need = sum(4 * width * width for width in widths.values())
+        if index > start and used + need > GRAM_BUDGET_BYTES:
+            yield range(start, index)
+            start, used = index, 0
+        used += need
+    if start < len(blocks):
+        yield range(start, len(blocks))

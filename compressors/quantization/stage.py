@@ -1,0 +1,243 @@
+"""The one pass that all quantization methods share: statistics, then block by block.
+
+Per block: scales and rotations are chosen and absorbed where a producer can, then every layer is
+transformed in float32, rounded once, and its original weight is dropped. The modulation layers that
+absorb scales are rounded after that.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...calibration.base import Calibration
+from ...calibration.seeds import generator_for
+from ...errors import StageError
+from ...models.base import OpenModel
+from ...progress import Progress, step
+from ...recipes.stages import GridSettings
+from ...runtime import packing
+from ...runtime.linear import QuantizedLinear
+from ...runtime.manifest import QuantizedModule, RotationScheme
+from ...runtime.rotation import random_signs
+from . import balance, low_rank
+from .details import averages, layer_row
+from .grid import Grid, find_steps, round_to_nearest
+from .inputs import Inputs, gather, gather_grams, portions, sources_of
+from .rounding import round_with_compensation
+from .scheme import Choice, Group, Options, choose, grid_of, options_of, rotation_block
+
+_LEAST_AUTO_BLOCK = 16
+_PLAIN = balance.Transform()
+
+
+def apply_stage(
+    model: OpenModel, settings: GridSettings, calibration: Calibration, progress: Progress
+) -> dict[str, Any]:
+    """Quantize a model in place; the settings' method decides how.
+
+    Returns:
+        layers (one row per linear), label, average bits, and the layers above the labelled bits.
+
+    Raises:
+        PlanError: see `scheme.choose`.
+        StageError: the calibration never reached a layer, or its inputs are not finite.
+    """
+    with torch.no_grad():
+        return _Stage(model, settings, calibration, progress).run()
+
+
+class _Stage:
+    """State of one run of the pass."""
+
+    def __init__(
+        self, model: OpenModel, settings: GridSettings, calibration: Calibration, progress: Progress
+    ) -> None:
+        self.model, self.settings = model, settings
+        self.calibration, self.progress = calibration, progress
+        self.options: Options = options_of(settings)
+        self.choices, self.groups = choose(model.family, model.module, settings, model.quantization)
+        roles = {choice.site.name: str(choice.site.role) for choice in self.choices}
+        self.sources = sources_of(self.groups, roles)
+        self.schemes = {c.site.name: c.scheme for c in self.choices if c.scheme is not None}
+        self.sources |= {name: name for name in self.schemes if name not in self.sources}
+        self.folded = {name for group in self.groups if group.fold for name in group.targets}
+        self.transforms: dict[str, balance.Transform] = {}
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.inputs = Inputs({}, {})
+
+    def run(self) -> dict[str, Any]:
+        """Do all of it."""
+        sources = {self.sources[name]: scheme.shape[1] for name, scheme in self.schemes.items()}
+        ranges = self.options.timestep_ranges
+        self.inputs = gather(self.model, sources, ranges, self.calibration, self.progress)
+        self._check_finite()
+        blocks = self._blocks()
+        widths = [self._gram_widths(block) for block in blocks]
+        with step(self.progress, "quantize layers", len(self.schemes)):
+            for portion in portions(widths) if self.options.compensate else [range(len(blocks))]:
+                grams = self._grams({n: w for index in portion for n, w in widths[index].items()})
+                for index in portion:
+                    self._quantize_block(blocks[index], grams)
+        rows = [self.rows[choice.site.name] for choice in self.choices]
+        return {**averages(rows, self.settings), "layers": rows}
+
+    def _check_finite(self) -> None:
+        for name, maximum in self.inputs.maximum.items():
+            if not torch.isfinite(maximum).all():
+                raise StageError(
+                    f"{name}: its calibration inputs are not finite", hint="check the calibration"
+                )
+
+    def _blocks(self) -> list[list[Choice]]:
+        """Group the choices by block, what lies outside the blocks last."""
+        by_block: dict[int | None, list[Choice]] = defaultdict(list)
+        for choice in self.choices:
+            by_block[choice.site.block].append(choice)
+        outside = by_block.pop(None, [])
+        return [by_block[index] for index in sorted(by_block, key=lambda key: key or 0)] + [outside]
+
+    def _gram_widths(self, block: list[Choice]) -> dict[str, int]:
+        return {
+            self.sources[choice.site.name]: choice.site.shape[1]
+            for choice in block
+            if choice.scheme is not None and choice.site.role != "adaln"
+        }
+
+    def _grams(self, widths: dict[str, int]) -> dict[str, Tensor]:
+        if not self.options.compensate or not widths:
+            return {}
+        return gather_grams(self.model, widths, self.calibration, self.progress)
+
+    def _quantize_block(self, block: list[Choice], grams: dict[str, Tensor]) -> None:
+        names = {choice.site.name for choice in block}
+        for group in self.groups:
+            if group.targets[0] in names:
+                self._balance(group)
+        # Modulations and values absorb scales above; from here on no weight changes but by rounding.
+        for choice in block:
+            if choice.scheme is None:
+                self.rows[choice.site.name] = layer_row(choice, None, self.model.spec.dtype)
+                continue
+            self._replace(choice, choice.scheme, grams.get(self.sources[choice.site.name]))
+            self.progress.advance(1, choice.site.name)
+
+    def _linear(self, name: str) -> nn.Linear:
+        linear = self.model.module.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        return linear
+
+    def _question(self, group: Group, columns: int, device: torch.device) -> balance.Question:
+        asked, kind = self.options.act_exponent, self.options.rotation
+        exponents: tuple[float | None, ...] = (None,)
+        if asked == "sweep":
+            exponents = (*((None,) if group.fold else ()), *balance.SWEEP)
+        elif asked is not None:
+            exponents = (float(asked),)
+        blocks: tuple[int | None, ...] = (rotation_block("block" if kind == "auto" else kind, columns),)
+        if kind == "auto":
+            wide = (blocks[0] or 0) >= _LEAST_AUTO_BLOCK
+            blocks = (None, *blocks) if wide else (None,)
+        sign = random_signs(columns, generator_for(self.calibration.seed, "rotation", group.targets[0]))
+        return balance.Question(exponents, blocks, sign.to(device))
+
+    def _balance(self, group: Group) -> None:
+        """Choose a group's transform and let the producer absorb its scale where one can."""
+        weights = [self._linear(name).weight for name in group.targets]
+        scheme = self.schemes[group.targets[0]]
+        sources = list(dict.fromkeys(self.sources[name] for name in group.targets))
+        weight_max = torch.stack([weight.abs().amax(dim=0).float() for weight in weights]).amax(dim=0)
+        transform = balance.choose_transform(
+            self._question(group, weights[0].shape[1], weights[0].device),
+            torch.stack([self.inputs.maximum[name] for name in sources]).amax(dim=0),
+            weight_max,
+            [
+                balance.sampled(weight, self.inputs.rows[self.sources[name]])
+                for name, weight in zip(group.targets, weights, strict=True)
+            ],
+            grid_of(self.settings, scheme),
+            scheme.activation,
+        )
+        if group.fold is not None and transform.scale is not None:
+            group.fold.absorb(self.model.module, transform.scale)
+        self.transforms.update(dict.fromkeys(group.targets, transform))
+
+    def _replace(self, choice: Choice, planned: QuantizedModule, gram: Tensor | None) -> None:
+        """Quantize one layer, put it in the place of the original, and describe it."""
+        name = choice.site.name
+        linear = self._linear(name)
+        transform = self.transforms.get(name, _PLAIN)
+        online = transform.scale is not None and name not in self.folded
+        rotation = RotationScheme(block=transform.block) if transform.block else None
+        scheme = planned.model_copy(update={"input_scale": online, "rotation": rotation})
+        weight = linear.weight.detach().float()
+        tensors = self._tensors(scheme, weight, transform, online, gram)
+        if linear.bias is not None:
+            tensors["bias"] = linear.bias.detach()
+        layer = QuantizedLinear.from_tensors(scheme, linear.weight.dtype, tensors)
+        row = layer_row(choice, scheme, linear.weight.dtype)
+        row["act_exponent"] = transform.exponent
+        rows = self.inputs.rows[self.sources[name]]
+        seen = rows if online or transform.scale is None else rows * transform.scale
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        row["sqnr_db"] = _sqnr_db(nn.functional.linear(rows, weight, bias), layer.reference_forward(seen))
+        parent, _, attribute = name.rpartition(".")
+        setattr(self.model.module.get_submodule(parent), attribute, layer)
+        self.model.quantization[name] = scheme
+        self.rows[name] = row
+
+    def _tensors(
+        self,
+        scheme: QuantizedModule,
+        weight: Tensor,
+        transform: balance.Transform,
+        online: bool,
+        gram: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Transform and round float32 weight [out, in] once; return the layer's tensors, bias aside."""
+        tensors: dict[str, Tensor] = {}
+        if transform.scale is not None:
+            weight = weight / transform.scale
+        if scheme.low_rank:
+            down, up = low_rank.split(weight, scheme.low_rank, self.model.spec.dtype)
+            if online and transform.scale is not None:
+                # The branch sees the raw input, so its first half carries the scale.
+                down = (down.float() * transform.scale).to(down.dtype)
+                weight = weight - up.float() @ (down.float() / transform.scale)
+            else:
+                weight = weight - up.float() @ down.float()
+            tensors["low_rank_down"], tensors["low_rank_up"] = down, up
+        if transform.rotation is not None and transform.sign is not None:
+            weight = transform.rotation(weight)
+            tensors["rotation_sign"] = transform.sign
+        if online and transform.scale is not None:
+            tensors["input_scale"] = transform.scale
+        kind = grid_of(self.settings, scheme)
+        gram = None if gram is None else transform.on_gram(gram)
+        q, steps = _round(weight, kind, gram)
+        tensors["qweight"] = q if scheme.bits == 8 else packing.pack(q, scheme.bits)
+        tensors["scale"] = steps.scale
+        if steps.zero is not None:
+            tensors["zero_point"] = steps.zero
+        return tensors
+
+
+def _round(weight: Tensor, kind: Grid, gram: Tensor | None) -> Any:
+    """Find the grid and round: to nearest, or with compensation where there is a Gram matrix."""
+    if gram is None:
+        steps = find_steps(weight, kind)
+        return round_to_nearest(weight, steps, kind), steps
+    steps = find_steps(weight, kind, gram.diagonal())
+    return round_with_compensation(weight, gram, steps, kind), steps
+
+
+def _sqnr_db(exact: Tensor, rounded: Tensor) -> float:
+    """Return 10 log10 of signal over error power, at most 200."""
+    signal = float(exact.double().square().sum())
+    error = float((exact - rounded).double().square().sum())
+    if error <= signal * 1e-20:
+        return 200.0
+    return round(10.0 * float(torch.log10(torch.tensor(signal / error, dtype=torch.float64))), 3)

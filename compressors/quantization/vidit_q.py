@@ -1,0 +1,42 @@
+"""ViDiT-Q (arXiv 2406.02540): static-dynamic channel balance and dynamic per-token activations.
+
+The order of the public v2 code, which is the published paper: channel scale, then randomised Hadamard
+rotation, then quantization. Where that code rounds twice (it quantizes the scaled weight, rotates the
+result and quantizes again, which costs 10 dB at W4A8) we round once; where it redraws the rotation at
+load we store its signs; clamping is to the integer range. `timestep_ranges` is v1: its statistic per
+range is kept, but one weight is stored, so the ranges are joined by their maximum.
+
+The faithful mode is `clip: minmax, rounding: nearest, rotation: hadamard, act_exponent: <number>,
+weight_symmetric: false, low_rank: 0`; `mse`, `gptq`, `low_rank`, `group_size` and the sweep per layer
+group go beyond the paper.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from ...calibration.base import Calibration
+from ...models.base import ModelSpec, OpenModel
+from ...progress import Progress
+from ...recipes.stages import ViditQSettings
+from ..base import StagePlan
+from .planning import plan_stage
+from .stage import apply_stage
+
+
+class ViditQ:
+    """Balances, rotates and rounds each layer group as its calibration inputs ask for."""
+
+    method: ClassVar[str] = ViditQSettings.method
+    families: ClassVar[frozenset[str]] = ViditQSettings.families
+    version: ClassVar[int] = 1
+
+    def plan(self, spec: ModelSpec, settings: ViditQSettings) -> StagePlan:
+        """Predict tensors, bytes and memory; see `planning.plan_stage`."""
+        return plan_stage(spec, settings)
+
+    def apply(
+        self, model: OpenModel, settings: ViditQSettings, calibration: Calibration, progress: Progress
+    ) -> dict[str, Any]:
+        """Quantize in place; see `stage.apply_stage`."""
+        return apply_stage(model, settings, calibration, progress)
