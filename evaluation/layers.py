@@ -1,0 +1,189 @@
+"""Where the error is made: every block is fed the original's own input, so errors do not pile up.
+
+A block's figure is about what it *adds* to the residual stream; the stream itself would hide it.
+A linear's figure is the error of its output inside its block (so that of `attention.out` contains
+the errors of q, k and v). The value projection is left out: a channel scale may be folded into
+it, which changes its output but not the attention's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..models.base import OpenModel
+from .metrics import decibels, powers
+
+STREAMS = ("hidden_states", "encoder_hidden_states")
+ROLES = frozenset(
+    {"attention.q", "attention.k", "attention.out", "cross.q", "cross.k", "cross.out", "ff.in", "ff.out"}
+)
+_MAX_TOKENS = 64  # rows kept of a linear's output, per item
+
+
+@dataclass
+class Powers:
+    """Running sums of signal and noise."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def add(self, signal: float, noise: float) -> None:
+        """Add the powers of one more tensor."""
+        self.signal += signal
+        self.noise += noise
+
+    @property
+    def sqnr_db(self) -> float:
+        """The ratio in dB."""
+        return decibels(self.signal, self.noise)
+
+
+def _image_stream(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Return a block's image tokens: its output, or the last of (text, image)."""
+    return output if isinstance(output, Tensor) else output[-1]
+
+
+def _rows(output: Tensor) -> Tensor:
+    """Return at most `_MAX_TOKENS` evenly spaced token rows of a linear's output."""
+    if output.ndim < 3:
+        return output
+    return output[:, :: -(-output.shape[1] // _MAX_TOKENS)]
+
+
+class _Tap(Protocol):
+    """What is done at each watched module."""
+
+    def block_input(self, name: str, arguments: dict[str, Any]) -> None:
+        """See, and perhaps replace, the arguments of a block by name."""
+
+    def block_output(self, name: str, output: Tensor | tuple[Tensor, ...]) -> None:
+        """See what a block returned."""
+
+    def linear_output(self, name: str, output: Tensor) -> None:
+        """See what a linear returned."""
+
+
+@contextmanager
+def _watched(model: OpenModel, tap: _Tap) -> Iterator[None]:
+    """Call `tap` at every block and watched linear; all hooks are gone afterwards."""
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+    try:
+        for name, block in model.family.blocks(model.module):
+            handles.append(
+                block.register_forward_pre_hook(_block_pre_hook(name, block, tap), with_kwargs=True)
+            )
+            handles.append(block.register_forward_hook(_output_hook(name, tap.block_output)))
+        for site in model.linears():
+            if site.block is not None and site.role in ROLES:
+                hook = _output_hook(site.name, tap.linear_output)
+                handles.append(model.module.get_submodule(site.name).register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _block_pre_hook(name: str, block: nn.Module, tap: _Tap) -> Callable[..., tuple[Any, Any]]:
+    signature = inspect.signature(block.forward)
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        bound = signature.bind(*args, **kwargs)
+        tap.block_input(name, bound.arguments)
+        return bound.args, bound.kwargs
+
+    return hook
+
+
+def _output_hook(name: str, see: Callable[[str, Any], None]) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        see(name, output)
+
+    return hook
+
+
+class _Recorder:
+    """Keeps on the CPU what `_Comparer` needs."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor] = {}
+
+    def _keep(self, name: str, tensor: Tensor) -> None:
+        self.found[name] = tensor.detach().to("cpu", copy=True).contiguous()
+
+    def block_input(self, name: str, arguments: dict[str, Any]) -> None:
+        for stream in STREAMS:
+            if isinstance(arguments.get(stream), Tensor):
+                self._keep(f"{name}|in|{stream}", arguments[stream])
+
+    def block_output(self, name: str, output: Tensor | tuple[Tensor, ...]) -> None:
+        self._keep(f"{name}|out", _image_stream(output))
+        if isinstance(output, Tensor):  # the text is a condition here, no stream of its own
+            self.found.pop(f"{name}|in|{STREAMS[1]}", None)
+
+    def linear_output(self, name: str, output: Tensor) -> None:
+        self._keep(f"{name}|rows", _rows(output))
+
+
+class _Comparer:
+    """Replaces block inputs by the original's and adds up signal and noise."""
+
+    def __init__(self, recorded: Mapping[str, Tensor], sums: dict[str, Powers]) -> None:
+        self._recorded = recorded
+        self._sums = sums
+
+    def block_input(self, name: str, arguments: dict[str, Any]) -> None:
+        for stream in STREAMS:
+            original = self._recorded.get(f"{name}|in|{stream}")
+            if original is not None:
+                arguments[stream] = original.to(arguments[stream])
+
+    def block_output(self, name: str, output: Tensor | tuple[Tensor, ...]) -> None:
+        wanted = self._recorded[f"{name}|out"]
+        update = wanted.double() - self._recorded[f"{name}|in|{STREAMS[0]}"].double()
+        noise = powers(wanted, _image_stream(output).cpu())[1]
+        self._sums.setdefault(name, Powers()).add(float(update.square().sum()), noise)
+
+    def linear_output(self, name: str, output: Tensor) -> None:
+        pair = powers(self._recorded[f"{name}|rows"], _rows(output).cpu())
+        self._sums.setdefault(name, Powers()).add(*pair)
+
+
+@torch.no_grad()
+def record_layers(model: OpenModel, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Run the original once and return what `compare_layers` needs.
+
+    Args:
+        model: before any stage.
+        kwargs: keyword arguments of one denoiser call, on the model's device.
+
+    Returns:
+        ``BLOCK|in|STREAM`` and ``BLOCK|out`` [batch, tokens, channels] of every block, and
+        ``LINEAR|rows`` [batch, <= 64, out_features] of the watched linears; on the CPU.
+    """
+    recorder = _Recorder()
+    with _watched(model, recorder):
+        model.module(**kwargs)
+    return recorder.found
+
+
+@torch.no_grad()
+def compare_layers(
+    model: OpenModel, kwargs: Mapping[str, Any], recorded: Mapping[str, Tensor], sums: dict[str, Powers]
+) -> None:
+    """Run the compressed model on the original's block inputs and add up signal and noise.
+
+    Args:
+        model: after the stages; its blocks are those of the original.
+        kwargs: those that `record_layers` had.
+        recorded: what it returned.
+        sums: module name -> powers; added to, in the order of execution.
+    """
+    with _watched(model, _Comparer(recorded, sums)):
+        model.module(**kwargs)

@@ -1,0 +1,103 @@
+"""How much smaller a model became; bytes as stored, shared copies once, scales counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..models.base import OpenModel
+
+_BFLOAT16_BYTES = 2
+
+
+def linear_bytes(model: OpenModel) -> tuple[int, int]:
+    """Return (bytes, bytes in bfloat16) of the quantized linears inside the blocks.
+
+    The first counts every tensor of such a layer: packed weights, scales, zero points, signs, low-rank
+    branches and the bias. The second counts the weight and the bias that the layer had.
+    """
+    stored = dense = 0
+    for site in model.linears():
+        scheme = model.quantization.get(site.name)
+        if scheme is None or site.block is None:
+            continue
+        tensors = model.module.get_submodule(site.name).state_dict().values()
+        stored += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        rows, columns = scheme.shape
+        dense += _BFLOAT16_BYTES * (rows * columns + (rows if scheme.bias else 0))
+    return stored, dense
+
+
+def linear_inventory(model: OpenModel) -> list[dict[str, Any]]:
+    """Return one row per linear, in forward order: what it is stored in and who decided so.
+
+    ``bytes`` counts every tensor of the layer once: 0 for a copy that is stored under another name.
+    ``weight_bits`` of a layer in floating point are those of its type; ``activation_bits`` likewise
+    where activations are not quantized.
+    """
+    shared = model.spec.shared
+    rows = []
+    for site in model.linears():
+        module = model.module.get_submodule(site.name)
+        scheme = model.quantization.get(site.name)
+        bits = scheme.bits if scheme else _float_bits(module)
+        activation = scheme.activation.bits if scheme and scheme.activation else None
+        stored = sum(
+            tensor.numel() * tensor.element_size()
+            for name, tensor in module.state_dict().items()
+            if f"{site.name}.{name}" not in shared
+        )
+        original = sum(
+            spec.bytes
+            for name in ("weight", "bias")
+            if (spec := model.spec.tensors.get(f"{site.name}.{name}")) and f"{site.name}.{name}" not in shared
+        )
+        rows.append(
+            {
+                "name": site.name,
+                "role": site.role,
+                "block": site.block,
+                "parameters": site.shape[0] * site.shape[1],
+                "weight_bits": bits,
+                "activation_bits": activation,
+                "group_size": scheme.group_size if scheme else None,
+                "low_rank": scheme.low_rank if scheme else 0,
+                "bytes": stored,
+                "bytes_original": original,
+                "method": scheme.method if scheme else None,
+                "decided_by": scheme.decided_by if scheme else "left in floating point",
+            }
+        )
+    return rows
+
+
+def _float_bits(module: nn.Module) -> int:
+    return 8 * next(module.parameters()).element_size()
+
+
+def size_metrics(model: OpenModel, stored_bytes: int | None = None) -> dict[str, float]:
+    """Return the size metrics of a model after its stages.
+
+    Args:
+        model: its `spec` describes the original as it is stored.
+        stored_bytes: tensor bytes of the exported files; None: those of the module as it is now,
+            which formats that unpack or round back to floating point do not keep.
+
+    Returns:
+        ``size_ratio`` (fraction 0-1 of the original's bytes), ``bytes``, ``bits_per_weight``,
+        ``parameters``, ``macs``; and ``linear_bytes_ratio`` where a block's linear is quantized.
+    """
+    size, original = model.size(), model.spec.size()
+    stored_bytes = size.bytes if stored_bytes is None else stored_bytes
+    metrics: dict[str, float] = {
+        "size_ratio": stored_bytes / original.bytes,
+        "bytes": stored_bytes,
+        "bits_per_weight": 8 * stored_bytes / size.parameters,
+        "parameters": size.parameters,
+        "macs": size.macs,
+    }
+    linears, dense = linear_bytes(model)
+    if dense:
+        metrics["linear_bytes_ratio"] = linears / dense
+    return metrics
