@@ -1,0 +1,204 @@
+"""What samples are drawn for: class labels, or embeddings of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import SourceError
+from ..models.base import OpenModel
+from ..models.pixart import size_conditions
+from ..models.shapes import uses_additional_conditions
+from .seeds import generator_for
+
+if TYPE_CHECKING:
+    from ..recipes.schema import CalibrationSettings
+
+_NULL_HINT = "give them, or set guidance_scale to 1"
+
+# Argument of the denoiser -> key in an embeddings file (the negative ones have `negative_` before it).
+EMBEDDING_KEYS: Mapping[str, Mapping[str, str]] = {
+    "pixart": {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"},
+    "sd3": {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"},
+}
+
+
+class Conditions(Protocol):
+    """Conditions of n samples."""
+
+    def __len__(self) -> int:
+        """Return n."""
+
+    def inputs(self, start: int, stop: int, *, guided: bool) -> dict[str, Any]:
+        """Return the denoiser's arguments for samples `start : stop`, on the CPU.
+
+        Guided: twice as many rows, the conditional half first, as the stock DiT pipeline.
+        """
+
+
+@dataclass(frozen=True)
+class ClassConditions:
+    """Class labels.
+
+    Attributes:
+        labels: [n] int64.
+        null: the label that means "no class".
+    """
+
+    labels: Tensor
+    null: int
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.labels)
+
+    def inputs(self, start: int, stop: int, *, guided: bool) -> dict[str, Any]:
+        """Return `class_labels`."""
+        labels = self.labels[start:stop]
+        return {"class_labels": torch.cat([labels, torch.full_like(labels, self.null)]) if guided else labels}
+
+
+@dataclass(frozen=True)
+class PromptConditions:
+    """Prompt embeddings.
+
+    Attributes:
+        positive: argument of the denoiser -> [prompts, ...].
+        negative: the same for the empty prompt, [1 or prompts, ...]; empty where it is not known.
+        index: [n] int64, the prompt of each sample.
+        image_pixels: side of the images, for models that are told (PixArt-alpha); None for others.
+    """
+
+    positive: Mapping[str, Tensor]
+    negative: Mapping[str, Tensor]
+    index: Tensor
+    image_pixels: int | None = None
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.index)
+
+    def inputs(self, start: int, stop: int, *, guided: bool) -> dict[str, Any]:
+        """Return the prompt's arguments.
+
+        Raises:
+            SourceError: guided, and there are no negative embeddings.
+        """
+        rows = self.index[start:stop]
+        inputs: dict[str, Any] = {}
+        for name, values in self.positive.items():
+            inputs[name] = values[rows]
+            if guided:
+                inputs[name] = torch.cat([inputs[name], self._negative(name, rows)])
+        if self.image_pixels is not None:
+            count = len(rows) * (2 if guided else 1)
+            inputs["added_cond_kwargs"] = size_conditions(self.image_pixels, count, torch.empty(0))
+        return inputs
+
+    def _negative(self, name: str, rows: Tensor) -> Tensor:
+        values = self.negative.get(name)
+        if values is None:
+            raise SourceError(
+                f"no negative prompt embeddings for {name}, which guidance needs", hint=_NULL_HINT
+            )
+        return values.expand(len(rows), *values.shape[1:]) if len(values) == 1 else values[rows]
+
+
+def conditions_for(model: OpenModel, settings: CalibrationSettings, samples: int, seed: int) -> Conditions:
+    """Choose the conditions of `samples` samples.
+
+    Classes and prompts that the settings name are taken in turn; without any, all classes of the
+    model are, in an order that `seed` decides.
+
+    Raises:
+        SourceError: a text-conditional model and nothing to condition on, a class that the model does
+            not have, or prompts or embeddings that cannot be read.
+    """
+    if model.family.name == "dit":
+        return _class_conditions(model, settings, samples, seed)
+    return _prompt_conditions(model, settings, samples)
+
+
+def _class_conditions(
+    model: OpenModel, settings: CalibrationSettings, samples: int, seed: int
+) -> ClassConditions:
+    count = int(model.config["num_embeds_ada_norm"])
+    if settings.prompts is not None or settings.embeddings is not None:
+        raise SourceError(
+            f"{model.source.id}: is conditioned on classes, not on prompts", hint="use calibration.classes"
+        )
+    if settings.classes:
+        wrong = [label for label in settings.classes if label >= count]
+        if wrong:
+            raise SourceError(
+                f"calibration.classes: {wrong[0]} is not a class; the model has 0 to {count - 1}"
+            )
+        order = torch.tensor(settings.classes, dtype=torch.int64)
+    else:
+        order = torch.randperm(count, generator=generator_for(seed, "classes"))
+    return ClassConditions(order[torch.arange(samples) % len(order)], null=count)
+
+
+def _prompt_conditions(model: OpenModel, settings: CalibrationSettings, samples: int) -> PromptConditions:
+    if settings.classes is not None:
+        raise SourceError(
+            f"{model.source.id}: is conditioned on prompts, not on classes", hint="use calibration.prompts"
+        )
+    if settings.embeddings is not None:
+        positive, negative = read_embeddings(Path(settings.embeddings), model)
+    elif settings.prompts is not None:
+        from .prompts import encode, read_prompts
+
+        positive, negative = encode(model, read_prompts(Path(settings.prompts)))
+    else:
+        raise SourceError(
+            f"{model.source.id}: needs prompts to sample from",
+            hint="set calibration.prompts (a text file, one prompt per line; the model then needs its "
+            "text encoders beside it) or calibration.embeddings (safetensors with prompt_embeds, ...)",
+        )
+    prompts = len(next(iter(positive.values())))
+    pixels = None
+    if model.family.name == "pixart" and uses_additional_conditions(model.config):
+        pixels = int(model.config["sample_size"]) * 8  # the autoencoder of every PixArt halves three times
+    return PromptConditions(positive, negative, torch.arange(samples) % prompts, pixels)
+
+
+def read_embeddings(path: Path, model: OpenModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Read prompt embeddings and, where the file has them, negative ones.
+
+    Args:
+        path: safetensors file; keys as the stock pipelines' `encode_prompt` names its results.
+        model: decides which keys are needed.
+
+    Returns:
+        (positive, negative): argument of the denoiser -> [prompts, ...].
+
+    Raises:
+        SourceError: not readable, a key is missing, or the numbers of prompts differ.
+    """
+    keys = EMBEDDING_KEYS[model.family.name]
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            missing = [key for key in keys.values() if key not in names]
+            if missing:
+                raise SourceError(
+                    f"{path}: no tensor {missing[0]!r}", hint=f"needed: {', '.join(keys.values())}"
+                )
+            positive = {argument: file.get_tensor(key) for argument, key in keys.items()}
+            negative = {
+                argument: file.get_tensor(f"negative_{key}")
+                for argument, key in keys.items()
+                if f"negative_{key}" in names
+            }
+    except (OSError, SafetensorError) as error:
+        raise SourceError(f"{path}: cannot be read as safetensors: {error}") from None
+    if len({len(tensor) for tensor in positive.values()}) != 1:
+        raise SourceError(f"{path}: the tensors hold different numbers of prompts")
+    return positive, negative

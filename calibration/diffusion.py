@@ -1,0 +1,274 @@
+"""Recorded denoiser inputs of the original model: on disk, keyed by content, replayed at will."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import SourceError, StageError
+from ..models.base import OpenModel
+from ..models.headers import read_header
+from ..models.scan import hash_file
+from ..progress import Progress, step
+from ..runtime.atomic import atomic_file, sweep_partials
+from .base import Observer
+from .conditions import Conditions, conditions_for
+from .sampler import denoise_batch, make_scheduler, place
+
+if TYPE_CHECKING:
+    from ..recipes.schema import CalibrationSettings
+
+FORMAT_VERSION = 1
+_INPUT_PREFIX = "inputs/"
+
+
+@dataclass(frozen=True)
+class DiffusionCalibration:
+    """Trajectories on disk. Implements `calibration.base.Calibration`.
+
+    One file per batch of samples: `hidden_states` [steps, batch, C, H, W] (one half: guidance feeds
+    both halves the same), `timesteps` [steps], and the conditions of both halves.
+
+    Attributes:
+        seed: of the recording, and of the run.
+        key: content hash of everything that the recorded inputs depend on.
+        files: one per batch, in order.
+        guided: whether a call has two rows per sample, the conditional half first.
+        samples: how many trajectories there are.
+        keeper: keeps a temporary folder alive as long as this object; None where the cache is the user's.
+    """
+
+    seed: int
+    key: str
+    files: tuple[Path, ...]
+    guided: bool
+    samples: int
+    keeper: Any = None
+
+    def calls(self) -> Iterator[dict[str, Any]]:
+        """Yield the keyword arguments of every recorded forward, on the CPU, one at a time."""
+        for path in self.files:
+            with safe_open(path, framework="pt") as file:
+                inputs = _nested(file)
+                timesteps, states = file.get_tensor("timesteps"), file.get_slice("hidden_states")
+                for index, time in enumerate(timesteps):
+                    half = states[index : index + 1][0]
+                    rows = torch.cat([half, half]) if self.guided else half
+                    yield {"hidden_states": rows, "timestep": time.expand(len(rows)), **inputs}
+
+    def count(self) -> int:
+        """Return how many forwards are recorded."""
+        return sum(read_header(path)["timesteps"].shape[0] for path in self.files)
+
+    @torch.no_grad()
+    def observe(self, model: OpenModel, names: Sequence[str], observer: Observer, progress: Progress) -> None:
+        """Replay all recorded calls through `model.module` as it is now.
+
+        `observer(name, x, timesteps)` sees the inputs of the named linears while they are computed: x
+        [batch, tokens, channels] in the module's dtype, timesteps [batch] float32. Hooks are removed
+        however this ends.
+
+        Raises:
+            StageError: a name is no module, or was never reached.
+        """
+        watch = _Watch(observer)
+        handles = []
+        try:
+            for name in dict.fromkeys(names):
+                handles.append(
+                    _module(model, name).register_forward_pre_hook(watch.hook(name), with_kwargs=True)
+                )
+            with step(progress, "replaying calibration", self.count()):
+                for call in self.calls():
+                    kwargs = place(call, model.module)
+                    watch.timesteps = kwargs["timestep"].float()
+                    model.module(**kwargs, return_dict=False)
+                    progress.advance()
+        finally:
+            for handle in handles:
+                handle.remove()
+        unreached = [name for name in names if name not in watch.reached]
+        if unreached:
+            raise StageError(
+                f"{unreached[0]}: no recorded call reaches this layer ({len(unreached)} such layers)"
+            )
+
+
+class _Watch:
+    """Hands the inputs of linears to an observer, with the timesteps of the call in progress."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
+        self.timesteps = torch.empty(0)
+        self.reached: set[str] = set()
+
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x: Tensor = args[0] if args else next(iter(kwargs.values()))
+            self.reached.add(name)
+            # Rows are grouped by sample wherever a layer flattens them, so this is exact.
+            self.observer(name, x.reshape(len(self.timesteps), -1, x.shape[-1]), self.timesteps)
+
+        return see
+
+
+def _module(model: OpenModel, name: str) -> nn.Module:
+    try:
+        return model.module.get_submodule(name)
+    except AttributeError:
+        raise StageError(f"{name}: the model has no such layer") from None
+
+
+def record(
+    model: OpenModel, settings: CalibrationSettings, *, seed: int, cache: Path | None, progress: Progress
+) -> DiffusionCalibration:
+    """Sample with the original model and keep what the denoiser is fed.
+
+    Batches that the cache holds already are not computed again, so a stopped recording continues, and
+    a finished one costs nothing. No more than one batch of trajectories is in memory.
+
+    Args:
+        model: as it was opened, before any stage.
+        settings: of the recipe.
+        seed: of the run.
+        cache: folder for recordings, shared between runs; None: a temporary folder that lives as long
+            as the returned object.
+        progress: gets one step, in denoiser calls.
+
+    Raises:
+        StageError: a stage has already changed the model.
+        SourceError: there is nothing to condition on, or it cannot be read.
+    """
+    if model.quantization or model.history:
+        raise StageError("calibration records the original model, but a stage has changed it already")
+    guided = settings.guidance_scale > 1
+    key = recording_key(model, settings, seed)
+    keeper = tempfile.TemporaryDirectory(prefix="compress-calibration-") if cache is None else None
+    folder = (Path(keeper.name) if keeper is not None else Path(cache or "")) / f"calibration-{key[:32]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep_partials(folder)
+    starts = range(0, settings.samples, settings.batch_size)
+    files = tuple(folder / f"batch-{index:05d}.safetensors" for index in range(len(starts)))
+    missing = [(path, start) for path, start in zip(files, starts, strict=True) if not _is_whole(path)]
+    if missing:
+        conditions = conditions_for(model, settings, settings.samples, seed)
+        scheduler = make_scheduler(model, settings.scheduler)
+        with step(progress, "recording calibration", len(missing) * settings.steps):
+            for path, start in missing:
+                _record_batch(model, scheduler, conditions, start, settings, seed, path, progress)
+    return DiffusionCalibration(seed, key, files, guided, settings.samples, keeper)
+
+
+def recording_key(model: OpenModel, settings: CalibrationSettings, seed: int) -> str:
+    """Return the content hash of everything that a recording depends on, 64 hexadecimal digits.
+
+    Prompts and embeddings count by their content, not by their path.
+
+    Raises:
+        SourceError: a file with prompts or embeddings cannot be read.
+    """
+    chosen = settings.model_dump(mode="json", exclude={"prompts", "embeddings"})
+    for name in ("prompts", "embeddings"):
+        path = getattr(settings, name)
+        chosen[name] = None if path is None else _hash_input(Path(path))
+    reference = next(model.module.parameters())
+    parts = {
+        "format": FORMAT_VERSION,
+        "weights": dict(model.source.hashes) or _hash_weights(model.module),
+        "config": dict(model.config),
+        "dtype": str(reference.dtype),
+        "device": reference.device.type,
+        "scheduler": None if model.scheduler is None else dict(model.scheduler.config),
+        "settings": chosen,
+        "seed": seed,
+        "versions": {name: version(name) for name in ("torch", "diffusers")},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _hash_input(path: Path) -> str:
+    try:
+        return hash_file(path)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _hash_weights(module: nn.Module) -> str:
+    """Hash the weights of a model that did not come from files."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _is_whole(path: Path) -> bool:
+    """Tell whether a batch is there and its data complete; a damaged one is recorded again."""
+    if not path.is_file():
+        return False
+    try:
+        return {"hidden_states", "timesteps"} <= set(read_header(path))
+    except SourceError:
+        return False
+
+
+def _record_batch(
+    model: OpenModel,
+    scheduler: Any,
+    conditions: Conditions,
+    start: int,
+    settings: CalibrationSettings,
+    seed: int,
+    path: Path,
+    progress: Progress,
+) -> None:
+    stop = min(start + settings.batch_size, settings.samples)
+    guided = settings.guidance_scale > 1
+    states: list[Tensor] = []
+    times: list[Tensor] = []
+
+    def keep(kwargs: dict[str, Any], _: Tensor) -> None:
+        states.append(kwargs["hidden_states"][: stop - start].cpu().clone())
+        times.append(kwargs["timestep"][0].cpu().clone())
+
+    denoise_batch(
+        model, scheduler, conditions, (start, stop), steps=settings.steps,
+        guidance_scale=settings.guidance_scale, seed=seed, on_call=keep, progress=progress,
+    )  # fmt: skip
+    inputs = _flat(conditions.inputs(start, stop, guided=guided), _INPUT_PREFIX)
+    tensors = {"hidden_states": torch.stack(states), "timesteps": torch.stack(times), **inputs}
+    with atomic_file(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+
+
+def _flat(inputs: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+    flat: dict[str, Tensor] = {}
+    for name, value in inputs.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{name}/"))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _nested(file: Any) -> dict[str, Any]:
+    inputs: dict[str, Any] = {}
+    for key in file.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
+        if key.startswith(_INPUT_PREFIX):
+            *parents, leaf = key.removeprefix(_INPUT_PREFIX).split("/")
+            target = inputs
+            for parent in parents:
+                target = target.setdefault(parent, {})
+            target[leaf] = file.get_tensor(key)
+    return inputs

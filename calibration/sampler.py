@@ -1,0 +1,211 @@
+"""Diffusion sampling with classifier-free guidance, seeded per sample, watched call by call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..models.base import OpenModel
+from ..progress import Progress, step
+from .conditions import ClassConditions, Conditions, PromptConditions, conditions_for
+from .seeds import generator_for
+
+__all__ = [
+    "ClassConditions", "Conditions", "PromptConditions", "conditions_for", "denoise_batch",
+    "make_scheduler", "place", "sample",
+]  # fmt: skip
+
+OnCall = Callable[[dict[str, Any], Tensor], None]
+"""Called with the keyword arguments of one forward of the denoiser and its output."""
+
+_LEARNED_VARIANCE = ("learned", "learned_range")
+
+
+def sample(
+    model: OpenModel,
+    conditions: Conditions,
+    *,
+    steps: int,
+    guidance_scale: float,
+    seed: int,
+    batch_size: int,
+    scheduler_name: str | None = None,
+    on_call: OnCall | None = None,
+    progress: Progress,
+) -> Tensor:
+    """Draw one sample per condition.
+
+    Sample i starts from noise that depends on `seed` and i alone. The scheduler computes in float32,
+    the denoiser in its own dtype.
+
+    Args:
+        model: its module is called as it is now.
+        conditions: of the n samples.
+        steps: denoiser calls per sample, at least 1 (some schedulers make a few more).
+        guidance_scale: above 1, each call has two rows per sample, the conditional half first.
+        seed: of the run.
+        batch_size: samples computed together.
+        scheduler_name: "ddim", "dpm++", or None for the checkpoint's own.
+        on_call: sees every call of the denoiser.
+        progress: gets one step, in denoiser calls.
+
+    Returns:
+        [n, C, H, W] float32 on the CPU; for latent models, latents.
+    """
+    scheduler = make_scheduler(model, scheduler_name)
+    samples = []
+    with step(progress, "sampling", -(-len(conditions) // batch_size) * steps):
+        for start in range(0, len(conditions), batch_size):
+            rows = (start, min(start + batch_size, len(conditions)))
+            latents = denoise_batch(
+                model, scheduler, conditions, rows, steps=steps, guidance_scale=guidance_scale, seed=seed,
+                on_call=on_call, progress=progress,
+            )  # fmt: skip
+            samples.append(latents.cpu())
+    return torch.cat(samples) if samples else torch.empty(0, *_latent_shape(model))
+
+
+@torch.no_grad()
+def denoise_batch(
+    model: OpenModel,
+    scheduler: Any,
+    conditions: Conditions,
+    rows: tuple[int, int],
+    *,
+    steps: int,
+    guidance_scale: float,
+    seed: int,
+    on_call: OnCall | None,
+    progress: Progress,
+) -> Tensor:
+    """Draw samples `rows[0] : rows[1]` and return them, [n, C, H, W] float32 on the model's device.
+
+    As in the stock pipelines, guidance acts on the prediction, and a learned variance (twice the
+    channels) is handed on only to a scheduler that asks for it.
+    """
+    guided, channels = guidance_scale > 1, int(model.config["in_channels"])
+    reference = next(model.module.parameters())
+    generators = [generator_for(seed, "noise", index) for index in range(*rows)]
+    inputs = place(conditions.inputs(*rows, guided=guided), model.module)
+    _set_timesteps(scheduler, model, steps, reference.device)
+    noise = torch.stack([torch.randn(_latent_shape(model), generator=item) for item in generators])
+    latents = noise.to(reference.device) * float(scheduler.init_noise_sigma)
+    randomness = _scheduler_randomness(scheduler, generators)
+    for time in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(latents, time)
+        doubled = torch.cat([scaled, scaled]) if guided else scaled
+        kwargs = {
+            "hidden_states": doubled.to(_dtype(model.module)),
+            "timestep": time.to(reference.device).expand(len(doubled)),
+            **inputs,
+        }
+        output = model.module(**kwargs, return_dict=False)[0]
+        if on_call is not None:
+            on_call(kwargs, output)
+        prediction = _guide(output.float(), channels, guidance_scale if guided else None)
+        if not _wants_variance(scheduler):
+            prediction = prediction[:, :channels]
+        latents = scheduler.step(prediction, time, latents, **randomness, return_dict=False)[0].float()
+        progress.advance()
+    return latents
+
+
+def make_scheduler(model: OpenModel, name: str | None) -> Any:
+    """Build a fresh scheduler.
+
+    Args:
+        model: gives the checkpoint's own scheduler config, and the family's usual one where it has none.
+        name: "ddim", "dpm++", or None for the checkpoint's own.
+
+    Raises:
+        UsageError: the name is unknown, or does not fit a flow-matching model.
+    """
+    import diffusers
+
+    own = model.scheduler or _usual_scheduler(model.family.name)
+    if name is None:
+        return type(own).from_config(own.config)
+    kinds = {"ddim": diffusers.DDIMScheduler, "dpm++": diffusers.DPMSolverMultistepScheduler}
+    if name not in kinds:
+        raise UsageError(
+            f"scheduler {name!r} is unknown", hint=f"use one of {', '.join(kinds)}, or leave it out"
+        )
+    if isinstance(own, diffusers.FlowMatchEulerDiscreteScheduler):
+        raise UsageError(f"scheduler {name!r} does not fit a flow-matching model", hint="leave it out")
+    # The prediction comes without its variance channels, so the solver must not look for them.
+    changes = {"variance_type": None} if name == "dpm++" else {}
+    return kinds[name].from_config(own.config, **changes)
+
+
+def place(inputs: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    """Move arguments to the module's device, floating-point ones but the timestep to its dtype."""
+    reference, dtype = next(module.parameters()), _dtype(module)
+
+    def move(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: move(key, item) for key, item in value.items()}
+        cast = dtype if value.is_floating_point() and name != "timestep" else value.dtype
+        return value.to(device=reference.device, dtype=cast)
+
+    return {name: move(name, value) for name, value in inputs.items()}
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+
+
+def _latent_shape(model: OpenModel) -> tuple[int, int, int]:
+    side = int(model.config["sample_size"])
+    return int(model.config["in_channels"]), side, side
+
+
+def _guide(output: Tensor, channels: int, scale: float | None) -> Tensor:
+    """Combine both halves of a guided call; the variance stays the conditional half's."""
+    if scale is None:
+        return output
+    conditional, unconditional = output.chunk(2)
+    guided = unconditional[:, :channels] + scale * (conditional[:, :channels] - unconditional[:, :channels])
+    return torch.cat([guided, conditional[:, channels:]], dim=1)
+
+
+def _wants_variance(scheduler: Any) -> bool:
+    """Tell whether `step` splits the learned variance off by itself, as DDPM's does."""
+    import diffusers
+
+    learned = scheduler.config.get("variance_type") in _LEARNED_VARIANCE
+    return learned and isinstance(scheduler, diffusers.DDPMScheduler)
+
+
+def _scheduler_randomness(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
+    """Return the argument that seeds stochastic schedulers per sample."""
+    import diffusers
+
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        return {}  # its optional noise takes one generator for the whole batch
+    return {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+
+
+def _usual_scheduler(family: str) -> Any:
+    """Return the scheduler of the family's published checkpoints, for those that come without one."""
+    import diffusers
+
+    if family == "sd3":
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if family == "pixart":
+        return diffusers.DPMSolverMultistepScheduler(solver_order=2, beta_schedule="linear")
+    return diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False)
+
+
+def _set_timesteps(scheduler: Any, model: OpenModel, steps: int, device: torch.device) -> None:
+    config, extra = scheduler.config, {}
+    if config.get("use_dynamic_shifting"):
+        tokens = (int(model.config["sample_size"]) // int(model.config["patch_size"])) ** 2
+        low, high = config.base_image_seq_len, config.max_image_seq_len
+        slope = (config.max_shift - config.base_shift) / (high - low)
+        extra["mu"] = config.base_shift + slope * (tokens - low)
+    scheduler.set_timesteps(steps, device=device, **extra)
