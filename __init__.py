@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .runtime.registration import install as _install
+
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "plan", "run"]
 
@@ -29,3 +31,6 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+_install()

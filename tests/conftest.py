@@ -193,3 +193,97 @@ def cpp_compiler() -> str:
     if compiler is None:
         pytest.skip("torch.compile needs a C++ compiler")
     return compiler
+
+
+def _quantized_layer(linear: Any, scheme: Any, dtype: Any, generator: Any) -> Any:
+    """Round a linear layer to nearest on the grid of `scheme`; exercises every kind of tensor."""
+    import torch
+    from compress.runtime.linear import QuantizedLinear
+    from compress.runtime.packing import pack
+    from compress.runtime.rotation import Rotation, random_signs
+
+    rows, columns = scheme.shape
+    weight, tensors = linear.weight.detach().float(), {}
+    if scheme.low_rank:
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        tensors["low_rank_up"] = (left * values)[:, : scheme.low_rank].to(dtype).contiguous()
+        tensors["low_rank_down"] = right[: scheme.low_rank].to(dtype).contiguous()
+        weight = weight - tensors["low_rank_up"].float() @ tensors["low_rank_down"].float()
+    if scheme.input_scale:
+        tensors["input_scale"] = 0.5 + torch.rand(columns, generator=generator)
+        weight = weight / tensors["input_scale"]
+    if scheme.rotation:
+        tensors["rotation_sign"] = random_signs(columns, generator)
+        weight = Rotation(tensors["rotation_sign"], scheme.rotation.block)(weight)
+    half = 2 ** (scheme.bits - 1)
+    grouped = weight.reshape(rows, columns // (scheme.group_size or columns), -1)
+    high, low = grouped.amax(-1).clamp_min(0), grouped.amin(-1).clamp_max(0)
+    if scheme.symmetric:
+        scale, zero = torch.maximum(high, -low) / (half - 0.5), torch.zeros_like(high)
+    else:
+        scale = (high - low) / (2 * half - 1)
+        zero = torch.round(low / scale) + half
+        tensors["zero_point"] = zero.to(torch.int16 if scheme.bits == 8 else torch.int8)
+    tensors["scale"] = scale.to(torch.float16 if scheme.group_size else torch.float32)
+    level = torch.round(grouped / tensors["scale"].float()[..., None]) - zero[..., None]
+    level = level.clamp(-half, half - 1).to(torch.int8).reshape(rows, columns)
+    tensors["qweight"] = level if scheme.bits == 8 else pack(level, scheme.bits)
+    if scheme.bias:
+        tensors["bias"] = linear.bias.detach().to(dtype)
+    return QuantizedLinear.from_tensors(scheme, dtype, tensors)
+
+
+def _tie_copies(folder: Path) -> None:
+    """Make every block's timestep and class embedder equal to the first block's, as trained ones are."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    for name in tensors:
+        block, mark, rest = name.partition(".norm1.emb.")
+        if mark:
+            tensors[name] = tensors[f"{block.rpartition('.')[0]}.0{mark}{rest}"].clone()
+    save_file(tensors, file)
+
+
+@pytest.fixture
+def open_quantized() -> Callable[..., Any]:
+    """Return `open_quantized(folder, {pattern: fields of QuantizedModule}, dtype=None)` -> OpenModel.
+
+    The first pattern (of `fnmatch`) that fits a linear decides; `activation` and `rotation` are
+    given as dicts. No calibration: what is tested is storage, not accuracy. The embedder copies in
+    `folder` are made equal first.
+    """
+
+    def build(folder: Path, fields: dict[str, dict[str, Any]], dtype: str | None = None) -> Any:
+        from fnmatch import fnmatch
+
+        import torch
+        from compress.models.open import open_model
+        from compress.progress import SilentProgress
+        from compress.recipes.schema import ModelRef
+        from compress.runtime.manifest import HistoryEntry, QuantizedModule
+
+        _tie_copies(folder)
+        model = open_model(ModelRef(id=str(folder), dtype=dtype), progress=SilentProgress())
+        for site in model.linears():
+            pattern = next((pattern for pattern in fields if fnmatch(site.name, pattern)), None)
+            if pattern is None:
+                continue
+            linear = model.module.get_submodule(site.name)
+            scheme = QuantizedModule.model_validate(
+                {
+                    "shape": site.shape, "bits": 8, "symmetric": True, "bias": linear.bias is not None,
+                    "method": "test", "decided_by": pattern, **fields[pattern],
+                }
+            )  # fmt: skip
+            # The same draw for every layer, so that equal copies stay equal.
+            layer = _quantized_layer(linear, scheme, model.spec.dtype, torch.Generator().manual_seed(1))
+            owner, _, attribute = site.name.rpartition(".")
+            setattr(model.module.get_submodule(owner), attribute, layer)
+            model.quantization[site.name] = scheme
+        entry = HistoryEntry(method="test", settings={}, seed=0, input_hash="0" * 64, versions={})
+        model.history.append(entry)
+        return model
+
+    return build

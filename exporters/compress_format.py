@@ -1,0 +1,101 @@
+"""The default format: weights packed to their real bits, equal copies stored once.
+
+A model without quantized layers is written as a plain stock folder (copies included), which loads
+without this package; the manifest then holds history alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.base import ModelSpec, OpenModel
+from ..runtime.manifest import FILE_NAME, Manifest, QuantizedModule
+from ..runtime.modules import name_of, quantized_layers
+from ..runtime.validate import expected_tensors, quantization_section
+from .formats import Layout
+from .writer import StoredTensor, dtype_code
+
+METADATA: Mapping[str, str] = {"format": "pt"}
+
+
+def layout(model: OpenModel) -> Layout:
+    """Describe the folder of a model; see `formats.Layout`."""
+    state = model.module.state_dict()
+    quantization = dict(model.quantization)
+    if {name: layer.scheme for name, layer in quantized_layers(model.module).items()} != quantization:
+        raise ValueError("the model's quantized layers are not the ones that its record lists")
+    shared = equal_copies(state, model.spec.shared, quantization) if quantization else {}
+    manifest = Manifest(quantization=quantization, shared=shared, history=tuple(model.history))
+    config = stock_config(model)
+    name = config["_class_name"]
+    if quantization:
+        config["quantization_config"] = quantization_section(manifest, name_of(model.spec.dtype))
+        loads_with = ["compress.load(path)", f"import compress; diffusers.{name}.from_pretrained(path)"]
+    else:
+        dtype = name_of(model.spec.dtype)
+        stock = f"diffusers.{name}.from_pretrained(path, torch_dtype=torch.{dtype})"
+        loads_with = ["compress.load(path)", stock]
+    tensors = [StoredTensor.of(name, tensor) for name, tensor in state.items() if name not in shared]
+    return Layout(tensors, config, METADATA, loads_with, {FILE_NAME: manifest.to_json()})
+
+
+def predict(spec: ModelSpec) -> tuple[list[StoredTensor], Mapping[str, str]]:
+    """Return what `layout` will store of a planned model."""
+    tensors = spec.tensors
+    shared = {
+        copy
+        for copy, canonical in (_expand(spec.shared.items(), spec.quantization) if spec.quantization else ())
+        if copy in tensors and canonical in tensors and tensors[copy] == tensors[canonical]
+    }
+    return [
+        StoredTensor(name, dtype_code(tensor.dtype), tensor.shape)
+        for name, tensor in tensors.items()
+        if name not in shared
+    ], METADATA
+
+
+def stock_config(model: OpenModel) -> dict[str, Any]:
+    """Return the model's config without anything that only applies to how it was stored before."""
+    dropped = ("quantization_config", "_name_or_path")
+    config = {key: value for key, value in model.config.items() if key not in dropped}
+    config.setdefault("_class_name", type(model.module).__name__)
+    return config
+
+
+def equal_copies(
+    state: Mapping[str, Tensor],
+    shared: Mapping[str, str],
+    quantization: Mapping[str, QuantizedModule],
+) -> dict[str, str]:
+    """Return the tensors that need not be stored: copy -> stored name, contents compared here.
+
+    Args:
+        state: the module's tensors as they are now.
+        shared: the copies by construction, named as in the dense model or as in the quantized one.
+        quantization: layer name -> scheme.
+    """
+    pairs: dict[str, str] = {}
+    for copy, canonical in _expand(shared.items(), quantization):
+        if copy not in state or canonical not in state or copy == canonical:
+            continue
+        first, second = state[copy], state[canonical]
+        if first.dtype == second.dtype and first.shape == second.shape and torch.equal(first, second):
+            pairs[copy] = canonical
+    return pairs
+
+
+def _expand(
+    shared: Iterable[tuple[str, str]], quantization: Mapping[str, QuantizedModule]
+) -> Iterable[tuple[str, str]]:
+    """Name the tensors of quantized layers whose dense weights were copies."""
+    for copy, canonical in shared:
+        yield copy, canonical
+        layer, suffix = copy.rpartition(".")[::2]
+        other = canonical.rpartition(".")[0]
+        if suffix == "weight" and layer in quantization and other in quantization:
+            for name in expected_tensors(quantization[layer], "float32"):
+                yield f"{layer}.{name}", f"{other}.{name}"

@@ -1,0 +1,73 @@
+"""The fallback that every tool reads: the quantized weights as floats, in the stock layout.
+
+Nothing is saved on disk and activations are not quantized; rotations, channel scales and low-rank
+branches are multiplied into the weight. The dtype is the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..models.base import ModelSpec, OpenModel
+from ..runtime.linear import QuantizedLinear
+from ..runtime.manifest import FILE_NAME, Manifest, QuantizedModule
+from ..runtime.modules import name_of, quantized_layers
+from .compress_format import METADATA, stock_config
+from .conversion import replaced
+from .formats import Layout
+from .writer import StoredTensor, dtype_code
+
+
+def layout(model: OpenModel) -> Layout:
+    """Describe the folder of a model; see `formats.Layout`."""
+    dtype = model.spec.dtype
+    layers = quantized_layers(model.module)
+    tensors = [
+        StoredTensor.of(name, tensor)
+        for name, tensor in model.module.state_dict().items()
+        if name.rpartition(".")[0] not in layers
+    ]
+    for name, layer in layers.items():
+        read = partial(_weight, layer, dtype)
+        tensors.append(StoredTensor(f"{name}.weight", dtype_code(dtype), tuple(layer.scheme.shape), read))
+        if layer.bias is not None:
+            tensors.append(StoredTensor.of(f"{name}.bias", layer.bias))
+    config = stock_config(model)
+    load = f"diffusers.{config['_class_name']}.from_pretrained(path, torch_dtype=torch.{name_of(dtype)})"
+    manifest = Manifest(history=tuple(model.history))
+    notes = ("weights are stored as floats, and activations are not quantized: as large as the original",)
+    return Layout(
+        tensors, config, METADATA, ["compress.load(path)", load], {FILE_NAME: manifest.to_json()}, notes
+    )
+
+
+def predict(spec: ModelSpec) -> tuple[list[StoredTensor], Mapping[str, str]]:
+    """Return what `layout` will store of a planned model."""
+    tensors = [
+        StoredTensor(name, dtype_code(tensor.dtype), tensor.shape)
+        for name, tensor in spec.tensors.items()
+        if name.rpartition(".")[0] not in spec.quantization
+    ]
+    for name, scheme in spec.quantization.items():
+        tensors += linear_tensors(name, scheme, spec.dtype)
+    return tensors, METADATA
+
+
+def linear_tensors(name: str, scheme: QuantizedModule, dtype: torch.dtype) -> list[StoredTensor]:
+    """Return what a plain linear layer of this size stores."""
+    code = dtype_code(dtype)
+    weight = StoredTensor(f"{name}.weight", code, tuple(scheme.shape))
+    return [weight, StoredTensor(f"{name}.bias", code, (scheme.shape[0],))] if scheme.bias else [weight]
+
+
+def in_memory(model: OpenModel) -> nn.Module:
+    """Return the module that the exported folder must reproduce bit for bit."""
+    return replaced(model.module, lambda name, layer: _weight(layer, model.spec.dtype))
+
+
+def _weight(layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:
+    return layer.equivalent_weight().to(dtype)

@@ -1,0 +1,120 @@
+"""The formats that a checkpoint can be exported in, behind one function each way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import PlanError
+from ..models.base import ModelSpec, OpenModel
+from ..runtime.validate import CONFIG_NAME
+from .writer import DEFAULT_SHARD_BYTES, StoredTensor, file_bytes, write_tensors
+
+FORMATS: Mapping[str, str] = {
+    "compress": "compress_format",
+    "torchao": "torchao_format",
+    "sdnq": "sdnq_format",
+    "dequantized": "dequantized_format",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a format writes.
+
+    Attributes:
+        tensors: to be written, or, in a prediction, without data.
+        config: config.json.
+        metadata: text for the headers of the tensor files.
+        loads_with: how the folder is loaded, one Python expression each.
+        extra: further files by name, as text.
+        notes: what the format could not carry over bit for bit, for the model card.
+    """
+
+    tensors: list[StoredTensor]
+    config: dict[str, Any]
+    metadata: Mapping[str, str]
+    loads_with: list[str]
+    extra: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+class Format(Protocol):
+    """A format module."""
+
+    layout: Callable[[OpenModel], Layout]
+    """Describe what is to be written; tensors are made when they are read."""
+
+    predict: Callable[[ModelSpec], tuple[list[StoredTensor], Mapping[str, str]]]
+    """Return the tensors without data and the metadata that `layout` will give."""
+
+
+@dataclass(frozen=True)
+class ExportInfo:
+    """What was written.
+
+    Attributes:
+        files: names below the folder, sorted.
+        bytes: of the tensor files and their index; what `predict_bytes` predicts.
+        loads_with: how the folder is loaded, one Python expression each.
+        notes: what the format could not carry over bit for bit.
+    """
+
+    format: str
+    files: list[str]
+    bytes: int
+    loads_with: list[str]
+    notes: tuple[str, ...] = ()
+
+
+def _module(name: str) -> Format:
+    if name not in FORMATS:
+        raise PlanError(f"export.format {name!r} is not one of {', '.join(FORMATS)}")
+    module: Any = import_module(f".{FORMATS[name]}", __package__)
+    return module  # type: ignore[no-any-return]
+
+
+def write(
+    model: OpenModel, folder: Path, format: str, *, max_shard_size: int = DEFAULT_SHARD_BYTES
+) -> ExportInfo:
+    """Write weights, config, manifest and scheduler of a model into `folder`.
+
+    Args:
+        folder: an existing folder; the caller makes it whole or absent (`runtime.atomic`).
+        format: a key of `FORMATS`.
+        max_shard_size: bytes of tensor data per file.
+
+    Raises:
+        PlanError: the format cannot express the model's layers.
+        OSError: the disk is full or refuses.
+    """
+    layout = _module(format).layout(model)
+    paths = write_tensors(folder, layout.tensors, max_shard_size=max_shard_size, metadata=layout.metadata)
+    size = sum(path.stat().st_size for path in paths)
+    for name, text in {CONFIG_NAME: config_text(layout.config), **layout.extra}.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        paths.append(folder / name)
+    if model.scheduler is not None:
+        model.scheduler.save_config(folder / "scheduler")
+        paths.append(folder / "scheduler" / "scheduler_config.json")
+    files = sorted(path.relative_to(folder).as_posix() for path in paths)
+    return ExportInfo(format, files, size, list(layout.loads_with), layout.notes)
+
+
+def predict_bytes(spec: ModelSpec, format: str, *, max_shard_size: int = DEFAULT_SHARD_BYTES) -> int:
+    """Return the bytes of the tensor files, headers and index included, that `write` will write.
+
+    Raises:
+        PlanError: the format cannot express the planned layers.
+    """
+    tensors, metadata = _module(format).predict(spec)
+    return file_bytes(tensors, max_shard_size=max_shard_size, metadata=metadata)
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """Return config.json's text: sorted keys, so that equal configs are equal bytes."""
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,147 @@
+"""Verification of an exported folder: by running it in a fresh process, or by its own records.
+
+Importing this module does not import torch: `verify_folder` answers without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CompressError, SourceError, VerifyError
+from ..progress import Progress
+from ..runtime.validate import open_folder
+
+if TYPE_CHECKING:
+    from ..models.base import OpenModel
+
+REPORT_NAME = "report.json"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a fresh process computed.
+
+    Attributes:
+        verified: every way of loading gave exactly the expected outputs.
+        max_abs_error: largest difference over all ways; 0.0 when verified.
+        ways: way of loading -> its largest absolute difference.
+        loads_with: the Python expressions that were tried.
+        runtime_sqnr_db: the exported model against our own integer runtime, where the format
+            computes differently (torchao, sdnq, dequantized); None where it must be equal.
+    """
+
+    verified: bool
+    max_abs_error: float
+    ways: dict[str, float]
+    loads_with: list[str]
+    runtime_sqnr_db: float | None = None
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+
+def verify_export(
+    model: OpenModel, folder: Path, *, seed: int, progress: Progress, threads: int | None = None
+) -> Verification:
+    """Load `folder` in a fresh process every documented way and compare outputs.
+
+    The process draws from another global seed, so that nothing may depend on it.
+
+    Args:
+        model: what was exported, in memory.
+        folder: what was written.
+        seed: of the inputs.
+        threads: CPU threads of both processes' arithmetic; None: as many as this one uses.
+
+    Raises:
+        VerifyError: a way does not load, or its outputs differ in any bit.
+    """
+    from .fresh_process import compare
+
+    return compare(model, Path(folder), seed=seed, progress=progress, threads=threads)
+
+
+class FolderError(VerifyError):
+    """A folder does not match its own records.
+
+    Attributes:
+        result: what `verify_folder` would have returned, with the failed checks.
+    """
+
+    def __init__(self, result: dict[str, Any]) -> None:
+        failed = "; ".join(f"{c['name']}: {c['detail']}" for c in result["checks"] if not c["ok"])
+        super().__init__(f"{result['path']}: {failed}", hint="fetch the folder again, or export it again")
+        self.result = result
+
+
+def verify_folder(folder: str | Path) -> dict[str, Any]:
+    """Check an exported folder against its own report and manifest; no model is built.
+
+    Returns:
+        `path`, `verified` (True) and `checks`, a list of `{name, ok, detail}`.
+
+    Raises:
+        SourceError: there is no folder.
+        FolderError: a check failed; all failures are in the message.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise SourceError(f"{folder} is not a folder")
+    checks = [
+        _check("report", lambda: _check_report(folder)),
+        _check("files", lambda: _check_files(folder)),
+        _check("tensors", lambda: _check_tensors(folder)),
+    ]
+    result = {"path": str(folder), "verified": all(check["ok"] for check in checks), "checks": checks}
+    if not result["verified"]:
+        raise FolderError(result)
+    return result
+
+
+def _check(name: str, body: Callable[[], str]) -> dict[str, Any]:
+    try:
+        return {"name": name, "ok": True, "detail": body()}
+    except CompressError as error:
+        return {"name": name, "ok": False, "detail": error.message}
+
+
+def _listed_files(folder: Path) -> list[dict[str, Any]]:
+    path = folder / REPORT_NAME
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["export"]["files"]
+        return [{"name": str(f["name"]), "bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for f in files]
+    except OSError:
+        raise VerifyError(f"{REPORT_NAME} is missing") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise VerifyError(f"{REPORT_NAME} has no readable export.files") from None
+
+
+def _check_report(folder: Path) -> str:
+    return f"{len(_listed_files(folder))} files listed"
+
+
+def _check_files(folder: Path) -> str:
+    total = 0
+    for entry in _listed_files(folder):
+        name = entry["name"]
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise VerifyError(f"{name!r} is not a file of this folder")
+        path = folder / name
+        if not path.is_file():
+            raise VerifyError(f"{name} is missing")
+        if path.stat().st_size != entry["bytes"]:
+            raise VerifyError(f"{name} has {path.stat().st_size} bytes, the report says {entry['bytes']}")
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                raise VerifyError(f"{name} has another SHA-256 than the report says")
+        total += entry["bytes"]
+    return f"{total} bytes match their SHA-256"
+
+
+def _check_tensors(folder: Path) -> str:
+    stored = open_folder(folder)
+    count = len(stored.manifest.quantization)
+    return f"{len(stored.tensors)} tensors fit config and manifest, {count} of the layers quantized"

@@ -1,0 +1,235 @@
+"""`compress.load`: a folder or Hub id -> the stock module with its quantized layers, ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HubError, SourceError
+from .manifest import Manifest
+from .modules import dtype_of, exact_names, name_of, swap_linears
+from .validate import QUANT_METHOD, StoredCheckpoint, TensorEntry, open_folder
+
+_TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def load(
+    path_or_repo: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> nn.Module:
+    """Load a checkpoint that `compress` exported, in any of its formats, or a dense stock one.
+
+    Args:
+        path_or_repo: a folder with config.json and safetensors, or a Hub id.
+        device: where the tensors go.
+        dtype: of what is not quantized; None keeps the stored one. Integer weights and their
+            scales are never cast.
+        revision: Hub branch, tag or commit.
+        subfolder: of the folder or repository, such as "transformer".
+
+    Returns:
+        The stock module in evaluation mode.
+
+    Raises:
+        SourceError: anything in the folder is missing, damaged or contradicts the rest.
+        HubError: the download failed.
+    """
+    folder = fetch(path_or_repo, revision=revision, subfolder=subfolder)
+    stored = open_folder(folder)
+    if stored.quant_method not in (None, QUANT_METHOD):
+        module = _load_stock(stored, dtype)
+    else:
+        module = _build(stored, dtype)
+    return module.to(device)
+
+
+def read_checkpoint(folder: str | Path) -> tuple[nn.Module, Manifest]:
+    """Load a folder in our own or a dense format together with its manifest.
+
+    Raises:
+        SourceError: damaged, or in the format of another library.
+    """
+    stored = open_folder(Path(folder))
+    if stored.quant_method not in (None, QUANT_METHOD):
+        raise SourceError(f"{folder} is in {stored.quant_method} format; a stage needs the compress format")
+    return _build(stored, None), stored.manifest
+
+
+def fetch(path_or_repo: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> Path:
+    """Return the local folder; a Hub id's JSON and safetensors files are downloaded first.
+
+    Raises:
+        SourceError: neither a folder nor the form of a Hub id.
+        HubError: the Hub or the network refused.
+    """
+    text = str(path_or_repo)
+    if text.startswith("builtin:"):
+        root = Path(__file__).parents[1] / "models" / "builtin" / Path(text.removeprefix("builtin:")).name
+    elif Path(path_or_repo).is_dir():
+        root = Path(path_or_repo)
+    elif isinstance(path_or_repo, str) and text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        root = _download(text, revision, subfolder)
+    else:
+        hint = "give an existing folder or a Hub id such as org/name"
+        raise SourceError(f"{text} is not a folder", hint=hint)
+    return root / subfolder if subfolder else root
+
+
+def _download(repo: str, revision: str | None, subfolder: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    prefix = f"{subfolder}/" if subfolder else ""
+    patterns = [f"{prefix}*.json", f"{prefix}*.safetensors"]
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise SourceError(f"{repo} is neither a folder nor a Hub id: {error}") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        hint = "check the name and the network"
+        raise HubError(f"{repo} could not be downloaded: {error}", hint=hint) from error
+
+
+def model_class(stored: StoredCheckpoint) -> Any:
+    """Return the stock diffusers class that config.json names.
+
+    Raises:
+        SourceError: diffusers has no model of that name.
+    """
+    import diffusers
+
+    found = getattr(diffusers, stored.class_name, None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
+        raise SourceError(
+            f"{stored.folder}: {stored.class_name} is not a model of diffusers {diffusers.__version__}",
+            hint="install a diffusers release that has it",
+        )
+    return found
+
+
+def _load_stock(stored: StoredCheckpoint, dtype: str | torch.dtype | None) -> nn.Module:
+    target = dtype_of(dtype or stored.dtype)
+    module, info = model_class(stored).from_pretrained(
+        str(stored.folder), torch_dtype=target, output_loading_info=True
+    )
+    wrong = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]]
+    if wrong:
+        raise SourceError(f"{stored.folder}: tensor {wrong[0]} does not fit the model")
+    loaded: nn.Module = module
+    return loaded
+
+
+def skeleton(stored: StoredCheckpoint, dtype: torch.dtype) -> nn.Module:
+    """Build the module without memory for its weights; the buffers that it computes are real.
+
+    Raises:
+        SourceError: the config does not build, or the manifest's layers do not fit it.
+    """
+    from accelerate import init_empty_weights
+
+    config = {key: value for key, value in stored.config.items() if key != "quantization_config"}
+    cls = model_class(stored)
+    try:
+        with _default_dtype(dtype), init_empty_weights():
+            module: nn.Module = cls.from_config(config)
+    except (TypeError, ValueError, ZeroDivisionError, RuntimeError, NotImplementedError) as error:
+        where = stored.folder / "config.json"
+        raise SourceError(f"{where}: {stored.class_name} refuses it: {error}") from error
+    swap_linears(module, stored.manifest.quantization, dtype)
+    return module
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    # Buffers that the module computes must come out in the dtype that the stock loader gives them.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _build(stored: StoredCheckpoint, dtype: str | torch.dtype | None) -> nn.Module:
+    target = dtype_of(dtype or stored.dtype)
+    module = skeleton(stored, target)
+    _check_names(stored, module)
+    exact = exact_names(module)
+    copies: dict[str, list[str]] = {}
+    for copy, canonical in stored.manifest.shared.items():
+        copies.setdefault(canonical, []).append(copy)
+    for name, entry in stored.tensors.items():
+        tensor = read_tensor(entry)
+        if dtype is not None and name not in exact and tensor.is_floating_point():
+            tensor = tensor.to(target)
+        _place(module, name, tensor)
+        for copy in copies.get(name, ()):
+            _place(module, copy, tensor.clone())
+    if stored.manifest.quantization:
+        _attach(module, stored.manifest, name_of(target))
+    return module.eval()
+
+
+def _check_names(stored: StoredCheckpoint, module: nn.Module) -> None:
+    expected = module.state_dict()
+    shared = stored.manifest.shared
+    missing = sorted(expected.keys() - stored.tensors.keys() - shared.keys())
+    unexpected = sorted((stored.tensors.keys() | shared.keys()) - expected.keys())
+    if missing or unexpected:
+        what = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is not in {stored.class_name}"
+        raise SourceError(
+            f"{stored.folder}: tensor {what} ({len(missing)} missing, {len(unexpected)} unexpected)",
+            hint="config and weights do not belong together",
+        )
+    for name, tensor in expected.items():
+        entry = stored.tensors[shared.get(name, name)]
+        if tuple(tensor.shape) != entry.shape:
+            raise SourceError(
+                f"{stored.folder}: tensor {name} has shape {list(entry.shape)}; "
+                f"the config implies {list(tensor.shape)}"
+            )
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """Read one tensor into memory of its own, aligned whatever its place in the file."""
+    data = torch.empty(entry.bytes, dtype=torch.uint8)
+    with entry.file.open("rb") as file:
+        file.seek(entry.start)
+        if file.readinto(memoryview(data.numpy())) != entry.bytes:
+            raise SourceError(f"{entry.file} was changed while it was read")
+    return data.view(_TORCH_DTYPES[entry.dtype]).view(entry.shape)
+
+
+def _place(module: nn.Module, name: str, tensor: Tensor) -> None:
+    parent_name, _, attribute = name.rpartition(".")
+    parent = module.get_submodule(parent_name)
+    if attribute in parent._parameters:
+        parent._parameters[attribute] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+    else:
+        setattr(parent, attribute, tensor)
+
+
+def _attach(module: nn.Module, manifest: Manifest, dtype: str) -> None:
+    """Give the module what the stock loader would have: `save_pretrained` then writes a whole folder."""
+    from .diffusers_quantizer import CompressConfig, CompressQuantizer
+    from .validate import quantization_section
+
+    config = CompressConfig.from_dict(quantization_section(manifest, dtype))
+    module.register_to_config(quantization_config=config)  # type: ignore[operator]
+    module.hf_quantizer = CompressQuantizer(config)  # type: ignore[assignment]
+    module.is_quantized = True  # type: ignore[assignment]
+    module.quantization_method = config.quant_method

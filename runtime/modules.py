@@ -1,0 +1,86 @@
+"""Put quantized layers into a stock module and say what their tensors are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ..errors import SourceError
+from .linear import QuantizedLinear
+from .manifest import QuantizedModule
+
+ALIGNMENT = 64
+EXACT = frozenset({"qweight", "scale", "zero_point", "input_scale", "rotation_sign"})
+"""Tensors of a quantized layer that are never cast; bias and low-rank branch follow the model's dtype."""
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def dtype_of(name: str | torch.dtype) -> torch.dtype:
+    """Return the torch dtype called `name`.
+
+    Raises:
+        SourceError: not one of float32, float16, bfloat16.
+    """
+    if isinstance(name, torch.dtype):
+        name = name_of(name)
+    if name not in _DTYPES:
+        raise SourceError(f"dtype {name!r} is not one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def swap_linears(module: nn.Module, schemes: Mapping[str, QuantizedModule], dtype: torch.dtype) -> None:
+    """Replace the listed `nn.Linear`s by empty quantized layers on the meta device.
+
+    Raises:
+        SourceError: a name is not a linear layer of this shape.
+    """
+    for name, scheme in schemes.items():
+        try:
+            linear = module.get_submodule(name)
+        except AttributeError:
+            raise SourceError(f"the manifest lists layer {name}, which the model does not have") from None
+        if not isinstance(linear, nn.Linear):
+            kind = type(linear).__name__
+            raise SourceError(f"the manifest lists layer {name}, which is a {kind}, not a Linear")
+        stated, real = tuple(scheme.shape), (linear.out_features, linear.in_features)
+        if stated != real or scheme.bias != (linear.bias is not None):
+            raise SourceError(
+                f"layer {name}: the manifest says {stated}, bias {scheme.bias}; "
+                f"the model has {real}, bias {linear.bias is not None}"
+            )
+        with torch.device("meta"):
+            layer = QuantizedLinear(scheme, dtype)
+        parent, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(parent), attribute, layer)
+
+
+def quantized_layers(module: nn.Module) -> dict[str, QuantizedLinear]:
+    """Return the quantized layers of a module by name, in its order."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
+
+
+def exact_names(module: nn.Module) -> dict[str, torch.dtype]:
+    """Return full name -> dtype of every tensor that is never cast.
+
+    These are the grids of the quantized layers, and the buffers that the stock class stores: it
+    computes them in a dtype of its own, such as float32 position tables in a bfloat16 model.
+    """
+    exact = {
+        f"{name}.{buffer}": tensor.dtype
+        for name, layer in quantized_layers(module).items()
+        for buffer, tensor in layer.named_buffers()
+        if buffer in EXACT
+    }
+    inside = tuple(f"{name}." for name in quantized_layers(module))
+    stored = module.state_dict().keys() - {name for name, _ in module.named_parameters()}
+    buffers = dict(module.named_buffers())
+    exact |= {name: buffers[name].dtype for name in stored if not name.startswith(inside)}
+    return exact

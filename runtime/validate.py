@@ -1,0 +1,374 @@
+"""Hold a checkpoint folder against its own words before anything is allocated. Torch-free.
+
+Everything in a folder is untrusted: the config, the manifest, the index and the headers of the
+tensor files. Here their numbers are compared with each other and with the sizes of the files, so
+that whoever builds the model afterwards can neither be made to allocate more than the files hold
+nor be given a layer whose tensors do not fit its scheme.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ..errors import SourceError
+from .manifest import FILE_NAME, MAX_BYTES, VERSION, Manifest, QuantizedModule
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+INDEX_NAME = WEIGHTS_NAME + ".index.json"
+QUANT_METHOD = "compress"
+ITEM_BYTES: Mapping[str, int] = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+DTYPE_CODES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+MAX_HEADER_BYTES = 100 * 2**20
+MAX_CONFIG_INTEGER = 2**20
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies.
+
+    Attributes:
+        dtype: safetensors code, such as "BF16".
+        start: first byte, counted from the beginning of the file.
+        bytes: length of its data.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """A validated folder: what it says and where its tensors lie.
+
+    Attributes:
+        quant_method: of config.json: "compress", another library's, or None for a dense checkpoint.
+        manifest: of compress.json, or made from config.json where only that is present.
+        metadata: free text of the tensor files.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    quant_method: str | None
+    manifest: Manifest
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def class_name(self) -> str:
+        """Name of the stock class that config.json asks for."""
+        return str(self.config["_class_name"])
+
+    @property
+    def dtype(self) -> str:
+        """Floating-point type of the tensors that are not quantized: "float32", "bfloat16", ..."""
+        section = self.config.get("quantization_config")
+        if self.quant_method == QUANT_METHOD and isinstance(section, dict):
+            return str(section["dtype"])
+        sizes: dict[str, int] = {}
+        for entry in self.tensors.values():
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.bytes
+        floats = {name: sizes[code] for name, code in DTYPE_CODES.items() if code in sizes}
+        return max(floats, key=lambda name: floats[name]) if floats else "float32"
+
+
+def read_json(path: Path, limit: int = MAX_BYTES) -> dict[str, Any]:
+    """Read a JSON object of at most `limit` bytes.
+
+    Raises:
+        SourceError: absent, too long, or not an object.
+    """
+    if not path.is_file():
+        raise SourceError(
+            f"{path} does not exist", hint="give the folder that holds config.json and the weights"
+        )
+    if path.stat().st_size > limit:
+        raise SourceError(f"{path}: {path.stat().st_size} bytes; at most {limit} are read")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise SourceError(f"{path}: a JSON object is expected, not {type(data).__name__}")
+    return data
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Read and check the header of a safetensors file.
+
+    Returns:
+        name -> entry in file order, and the file's metadata.
+
+    Raises:
+        SourceError: truncated, overlapping, or sizes that do not fit the shapes.
+    """
+    if not path.is_file():
+        raise SourceError(f"{path} does not exist", hint="the folder is incomplete; fetch it again")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise SourceError(f"{path}: truncated or not a safetensors file", hint="fetch the file again")
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise SourceError(f"{path}: damaged header: {error}", hint="fetch the file again") from None
+    if not isinstance(header, dict):
+        raise SourceError(f"{path}: damaged header: not a JSON object")
+    metadata = header.pop("__metadata__", None) or {}
+    entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
+    ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].bytes)))
+    position = 8 + length
+    for name, entry in ordered.items():
+        if entry.start != position:
+            raise SourceError(f"{path}: tensor {name} does not begin where the one before it ends")
+        position += entry.bytes
+    if position != size:
+        raise SourceError(
+            f"{path}: the header describes {position} bytes, the file has {size}",
+            hint="the file is truncated or damaged; fetch it again",
+        )
+    return ordered, {str(key): str(value) for key, value in metadata.items()}
+
+
+def _entry(path: Path, name: str, value: Any, base: int) -> TensorEntry:
+    try:
+        dtype, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
+        numbers = [*shape, start, end]
+    except (KeyError, TypeError, ValueError):
+        raise SourceError(f"{path}: tensor {name}: damaged header entry") from None
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise SourceError(f"{path}: tensor {name}: shape and offsets must be natural numbers")
+    if dtype not in ITEM_BYTES:
+        raise SourceError(f"{path}: tensor {name}: dtype {dtype!r} is not supported")
+    if prod(shape) * ITEM_BYTES[dtype] != end - start:
+        raise SourceError(
+            f"{path}: tensor {name}: shape {shape} of {dtype} does not fill its {end - start} bytes"
+        )
+    return TensorEntry(dtype, tuple(shape), path, base + start, end - start)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the tensor files of a folder, following its index where it has one.
+
+    Raises:
+        SourceError: none, or an index that names something else than a file beside it.
+    """
+    index = folder / INDEX_NAME
+    if index.is_file():
+        mapping = read_json(index).get("weight_map")
+        names = sorted({str(name) for name in mapping.values()}) if isinstance(mapping, dict) else []
+        for name in names:
+            if not _FILE.fullmatch(name) or ".." in name:
+                raise SourceError(f"{index}: {name!r} is not the name of a file in this folder")
+        if not names:
+            raise SourceError(f"{index}: names no files")
+        return [folder / name for name in names]
+    if (folder / WEIGHTS_NAME).is_file():
+        return [folder / WEIGHTS_NAME]
+    others = sorted(path.name for path in folder.glob("*.bin")) or sorted(
+        path.name for path in folder.glob("*.pt")
+    )
+    if others:
+        raise SourceError(
+            f"{folder} holds only pickled weights ({others[0]}), which can run code and are refused",
+            hint="convert the checkpoint to safetensors",
+        )
+    raise SourceError(
+        f"{folder} holds no {WEIGHTS_NAME}", hint="give the folder of the denoiser, not of the pipeline"
+    )
+
+
+def read_headers(folder: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Read the headers of all tensor files of a folder.
+
+    Raises:
+        SourceError: damaged, or a tensor that is stored twice.
+    """
+    tensors: dict[str, TensorEntry] = {}
+    metadata: dict[str, str] = {}
+    for path in weight_files(folder):
+        entries, extra = read_header(path)
+        twice = tensors.keys() & entries.keys()
+        if twice:
+            raise SourceError(f"{path}: tensor {min(twice)} is stored in two files")
+        tensors.update(entries)
+        metadata.update(extra)
+    return tensors, metadata
+
+
+def expected_tensors(scheme: QuantizedModule, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the tensors of a quantized layer.
+
+    Args:
+        dtype: "float32", "float16" or "bfloat16": of the bias and the low-rank branch.
+
+    Returns:
+        name in the layer -> (safetensors dtype code, shape).
+    """
+    rows, columns = scheme.shape
+    groups = columns // scheme.group_size if scheme.group_size else 1
+    code = DTYPE_CODES[dtype]
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    if scheme.bits == 8:
+        tensors["qweight"] = ("I8", (rows, columns))
+    else:
+        tensors["qweight"] = ("U8", (rows, -(-columns * scheme.bits // 8)))
+    tensors["scale"] = ("F16" if scheme.group_size else "F32", (rows, groups))
+    if not scheme.symmetric:
+        tensors["zero_point"] = ("I16" if scheme.bits == 8 else "I8", (rows, groups))
+    if scheme.bias:
+        tensors["bias"] = (code, (rows,))
+    if scheme.input_scale:
+        tensors["input_scale"] = ("F32", (columns,))
+    if scheme.rotation:
+        tensors["rotation_sign"] = ("I8", (columns,))
+    if scheme.low_rank:
+        tensors["low_rank_down"] = (code, (scheme.low_rank, columns))
+        tensors["low_rank_up"] = (code, (rows, scheme.low_rank))
+    return tensors
+
+
+def quantization_section(manifest: Manifest, dtype: str) -> dict[str, Any]:
+    """Return config.json's `quantization_config`: the manifest without its history."""
+    data = manifest.model_dump(mode="json")
+    return {
+        "quant_method": QUANT_METHOD,
+        "version": VERSION,
+        "dtype": dtype,
+        "modules": data["quantization"],
+        "shared": data["shared"],
+    }
+
+
+def parse_section(section: Mapping[str, Any], where: str) -> Manifest:
+    """Parse config.json's `quantization_config` as strictly as the manifest.
+
+    Raises:
+        SourceError: naming the first thing that is wrong.
+    """
+    known = {"quant_method", "version", "dtype", "modules", "shared"}
+    unknown = sorted(set(section) - known)
+    if unknown:
+        raise SourceError(f"{where}: quantization_config has the unknown key {unknown[0]!r}")
+    if section.get("dtype") not in DTYPE_CODES:
+        known_dtypes = ", ".join(DTYPE_CODES)
+        raise SourceError(
+            f"{where}: quantization_config.dtype {section.get('dtype')!r} is not one of {known_dtypes}"
+        )
+    document = {
+        "format": "compress",
+        "version": section.get("version"),
+        "quantization": section.get("modules", {}),
+        "shared": section.get("shared", {}),
+    }
+    return Manifest.parse(json.dumps(document), f"{where}: quantization_config")
+
+
+def check_quantized(manifest: Manifest, dtype: str, tensors: Mapping[str, TensorEntry], where: str) -> None:
+    """Hold every quantized layer's scheme, and the shared names, against the headers.
+
+    Raises:
+        SourceError: a tensor is missing, superfluous, or has another shape or dtype.
+    """
+    _check_shared(manifest.shared, tensors, where)
+    for module, scheme in manifest.quantization.items():
+        expected = expected_tensors(scheme, dtype)
+        for suffix, (code, shape) in expected.items():
+            name = f"{module}.{suffix}"
+            entry = tensors.get(manifest.shared.get(name, name))
+            if entry is None:
+                raise SourceError(
+                    f"{where}: tensor {name} is missing; the layer cannot be rebuilt without it",
+                    hint="the weights do not belong to this manifest, or were changed; export again",
+                )
+            if (entry.dtype, entry.shape) != (code, shape):
+                raise SourceError(
+                    f"{where}: tensor {name} is {entry.dtype} {list(entry.shape)}; "
+                    f"the manifest implies {code} {list(shape)}",
+                    hint="the manifest was changed by hand, or the weights are of another export",
+                )
+    suffixes = {name: expected_tensors(scheme, dtype) for name, scheme in manifest.quantization.items()}
+    for name in tensors:
+        module, _, suffix = name.rpartition(".")
+        if module in suffixes and suffix not in suffixes[module]:
+            raise SourceError(f"{where}: tensor {name} does not belong to the scheme of its layer")
+
+
+def _check_shared(shared: Mapping[str, str], tensors: Mapping[str, TensorEntry], where: str) -> None:
+    for copy, canonical in shared.items():
+        if copy in tensors:
+            raise SourceError(f"{where}: tensor {copy} is stored, and said to be a copy of {canonical}")
+        if canonical not in tensors:
+            raise SourceError(f"{where}: tensor {canonical} is missing; {copy} is a copy of it")
+
+
+def open_folder(folder: Path) -> StoredCheckpoint:
+    """Read config, manifest and headers of a folder and hold them against each other.
+
+    Raises:
+        SourceError: naming the file and the first thing that is wrong.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise SourceError(f"{folder} is not a folder")
+    config = read_json(folder / CONFIG_NAME)
+    if not isinstance(config.get("_class_name"), str):
+        raise SourceError(
+            f"{folder / CONFIG_NAME}: no _class_name", hint="give the folder of the model itself"
+        )
+    tensors, metadata = read_headers(folder)
+    _check_config_numbers(config, len(tensors), folder / CONFIG_NAME)
+    manifest = Manifest.read(folder)
+    section = config.get("quantization_config")
+    method = str(section.get("quant_method")) if isinstance(section, dict) else None
+    if method == QUANT_METHOD:
+        stated = parse_section(section, str(folder / CONFIG_NAME))  # type: ignore[arg-type]
+        manifest = manifest or stated
+        _check_same(manifest, stated, folder)
+        check_quantized(manifest, str(section["dtype"]), tensors, str(folder))  # type: ignore[index]
+    elif manifest is not None and (manifest.quantization or manifest.shared) and method is None:
+        raise SourceError(
+            f"{folder / FILE_NAME} lists quantized layers, but {CONFIG_NAME} has no quantization_config",
+            hint="one of the two files was changed; export again",
+        )
+    return StoredCheckpoint(folder, config, method, manifest or Manifest(), tensors, metadata)
+
+
+def _check_same(manifest: Manifest, stated: Manifest, folder: Path) -> None:
+    if manifest.shared == stated.shared and manifest.quantization == stated.quantization:
+        return
+    names = manifest.quantization.keys() | stated.quantization.keys()
+    other = sorted(name for name in names if manifest.quantization.get(name) != stated.quantization.get(name))
+    what = f"layer {other[0]}" if other else "the shared tensors"
+    raise SourceError(
+        f"{folder}: {FILE_NAME} and {CONFIG_NAME} disagree about {what}",
+        hint="one of the two files was changed by hand; export again",
+    )
+
+
+def _check_config_numbers(config: Mapping[str, Any], stored: int, where: Path) -> None:
+    """Refuse sizes that no checkpoint has before a module of that size is built."""
+    for key, value in config.items():
+        if key != "quantization_config" and type(value) is int and abs(value) > MAX_CONFIG_INTEGER:
+            raise SourceError(
+                f"{where}: {key} {value} is out of range", hint="the config was changed by hand"
+            )
+    layers = config.get("num_layers")
+    if type(layers) is int and layers > stored:
+        raise SourceError(f"{where}: num_layers {layers} with only {stored} stored tensors")
