@@ -25,7 +25,6 @@ from .errors import PlanError, VerifyError
 from .evaluation.evaluator import Evaluation, Evaluator
 from .evaluation.size import size_metrics
 from .exporters.card import write_card
-from .exporters.compress_format import write_checkpoint
 from .exporters.figures import write_figures
 from .exporters.formats import predict_bytes, write
 from .exporters.verify import verify_export
@@ -158,6 +157,8 @@ def _run_locked(state: _Run) -> tuple[dict[str, Any], Path]:
             recipe.seed, device, torch.get_num_threads(), state.started
         )
         _write_documents(state, folder, document, evaluation)
+    except VerifyError as error:
+        raise _rejected(state, folder, target, error.message) from error
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -249,7 +250,10 @@ def _run_stage(
         "after": model.size().to_json(),
         "details": details,
     }
-    state.work.write_stage(folder, record_, lambda temporary: write_checkpoint(model, temporary))
+    shard = state.recipe.export.max_shard_size
+    state.work.write_stage(
+        folder, record_, lambda temporary: write(model, temporary, "compress", max_shard_size=shard)
+    )
     return record_
 
 
@@ -307,17 +311,23 @@ def _publish(
         for row in document["gates"]
         if not row["passed"]
     ]
-    if not document["export"]["verified"]:
-        reasons.insert(0, f"the reopened folder differs by {document['export']['max_abs_error']}")
     if state.strict:
         reasons.extend(f"warning under --strict: {message}" for message in warnings)
-    place = target if not reasons else target.with_name(target.name + ".rejected")
+    if reasons:
+        raise _rejected(state, folder, target, "; ".join(reasons))
+    if target.exists():
+        remove_folder(target)
+    commit_folder(folder, target)
+
+
+def _rejected(state: _Run, folder: Path, target: Path, reasons: str) -> VerifyError:
+    """Keep a result that may not ship as NAME.rejected and return the error that says so."""
+    place = target.with_name(target.name + ".rejected")
     if place.exists():
         remove_folder(place)
     commit_folder(folder, place)
-    if reasons:
-        state.work.log("rejected", path=str(place), reasons=reasons)
-        raise VerifyError("; ".join(reasons), hint=f"nothing was published; the result is kept in {place}")
+    state.work.log("rejected", path=str(place), reasons=reasons)
+    return VerifyError(reasons, hint=f"nothing was published; the result is kept in {place}")
 
 
 def _figure(value: float | None) -> str:
