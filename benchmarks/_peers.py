@@ -14,7 +14,8 @@ import torch
 from _common import say, version
 from torch import Tensor, nn
 
-Forward = Callable[[nn.Module], object]
+Forward = Callable[[nn.Module], Tensor]
+Chosen = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
@@ -24,35 +25,32 @@ class Peer:
     Attributes:
         label: row of the table.
         library: its distribution name.
-        quantize: called with (module, forward); forward(module) runs it once, for static scales.
+        quantize: called with (module, names, forward): the linears to change, and what runs the module
+            once, for static scales.
         compiles_itself: whether it calls torch.compile on its own.
     """
 
     label: str
     library: str
-    quantize: Callable[[nn.Module, Forward], nn.Module]
+    quantize: Callable[[nn.Module, list[str], Forward], nn.Module]
     compiles_itself: bool = False
 
 
-def _torchao_w8a8(module: nn.Module, forward: Forward) -> nn.Module:
+def _torchao_w8a8(module: nn.Module, names: list[str], forward: Forward) -> nn.Module:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    quantize_(module, Int8DynamicActivationInt8WeightConfig(), filter_fn=_is_linear)
+    chosen = set(names)
+    quantize_(module, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda _, name: name in chosen)
     return module
 
 
-def _is_linear(module: nn.Module, name: str) -> bool:
-    return isinstance(module, nn.Linear)
-
-
-def _quanto(weights: str, activations: str | None) -> Callable[[nn.Module, Forward], nn.Module]:
-    def quantize(module: nn.Module, forward: Forward) -> nn.Module:
+def _quanto(weights: str, activations: str | None) -> Callable[[nn.Module, list[str], Forward], nn.Module]:
+    def quantize(module: nn.Module, names: list[str], forward: Forward) -> nn.Module:
         from optimum import quanto
 
         kinds: dict[str, Any] = {"weights": getattr(quanto, weights)}
         if activations:
             kinds["activations"] = getattr(quanto, activations)
-        names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
         quanto.quantize(module, include=names, **kinds)
         if activations:
             with quanto.Calibration(streamline=False):
@@ -63,13 +61,19 @@ def _quanto(weights: str, activations: str | None) -> Callable[[nn.Module, Forwa
     return quantize
 
 
-def _sdnq(weights_dtype: str) -> Callable[[nn.Module, Forward], nn.Module]:
-    def quantize(module: nn.Module, forward: Forward) -> nn.Module:
+def _sdnq(weights_dtype: str) -> Callable[[nn.Module, list[str], Forward], nn.Module]:
+    def quantize(module: nn.Module, names: list[str], forward: Forward) -> nn.Module:
         from sdnq import sdnq_post_load_quant
 
-        dtype = next(module.parameters()).dtype
+        # It matches names of parameters, not of modules.
+        others = [name for name, _ in module.named_parameters() if name.removesuffix(".weight") not in names]
         result = sdnq_post_load_quant(
-            module, weights_dtype=weights_dtype, use_quantized_matmul=True, torch_dtype=dtype, group_size=-1
+            module,
+            weights_dtype=weights_dtype,
+            use_quantized_matmul=True,
+            group_size=-1,
+            torch_dtype=next(module.parameters()).dtype,
+            modules_to_not_convert=others,
         )
         if not isinstance(result, nn.Module):
             raise TypeError(f"sdnq returned {type(result).__name__}")
@@ -87,16 +91,20 @@ PEERS = (
 )
 
 
-def prepare(peer: Peer, module: nn.Module, forward: Callable[[nn.Module], Tensor]) -> nn.Module | None:
-    """Return a quantized copy of `module`; None, with a line that says why, where that is not possible."""
+def prepare(peer: Peer, module: nn.Module, forward: Forward, chosen: Chosen) -> nn.Module | None:
+    """Return a copy of `module` with the linears that `chosen` names quantized.
+
+    None, with a printed line that says why, where that is not possible.
+    """
     if version(peer.library) == "not installed":
         say(f"{peer.label}: {peer.library} is not installed (make bench-peers)")
         return None
+    names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear) and chosen(name)]
     try:
         with torch.no_grad():
-            result = peer.quantize(copy.deepcopy(module), forward).eval()
+            result = peer.quantize(copy.deepcopy(module), names, forward).eval()
             forward(result)
-    except Exception as error:  # noqa: BLE001 - whatever a peer raises, the others are still measured
-        say(f"{peer.label}: failed: {type(error).__name__}: {str(error).splitlines()[0][:160]}")
+    except Exception as error:  # whatever a peer raises, the others are still measured
+        say(f"{peer.label}: failed: {type(error).__name__}: {str(error).partition(chr(10))[0][:160]}")
         return None
     return result

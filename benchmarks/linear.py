@@ -12,10 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from _common import interleaved_minima, parser, say, sqnr_db, start, table
+from _ours import quantized
 from _peers import PEERS, prepare
-from compress.runtime import packing
-from compress.runtime.linear import QuantizedLinear
-from compress.runtime.manifest import ActivationScheme, QuantizedModule, RotationScheme
 from torch import Tensor, nn
 
 SHAPES = [(m, k, n) for m in (256, 1024) for k, n in ((1152, 1152), (1152, 4608), (4608, 1152))]
@@ -27,49 +25,6 @@ class Candidate:
 
     label: str
     call: Callable[[], Tensor]
-
-
-def quantized(weight: Tensor, bias: Tensor, bits: int, *, transforms: bool, seed: int) -> QuantizedLinear:
-    """Quantize a weight [N, K] to min-max rows, as `rtn` does by default, with 8-bit tokens.
-
-    Args:
-        weight: float32.
-        bias: float32 [N].
-        bits: of the weight.
-        transforms: add a run-time channel scale (of ones) and a block rotation.
-        seed: of the rotation's signs.
-    """
-    rows, columns = weight.shape
-    scheme = QuantizedModule(
-        shape=(rows, columns),
-        bits=bits,
-        symmetric=False,
-        activation=ActivationScheme(bits=8),
-        bias=True,
-        method="rtn",
-        input_scale=transforms,
-        rotation=RotationScheme(block=128 if columns % 128 == 0 else 64) if transforms else None,
-    )
-    tensors: dict[str, Tensor] = {"bias": bias}
-    if transforms:
-        from compress.runtime.rotation import Rotation, random_signs
-
-        assert scheme.rotation is not None
-        tensors["input_scale"] = torch.ones(columns)
-        signs = random_signs(columns, torch.Generator().manual_seed(seed))
-        tensors["rotation_sign"] = signs
-        weight = Rotation(signs, scheme.rotation.block)(weight)
-    half = 2 ** (bits - 1)
-    low, high = weight.amin(1, keepdim=True).clamp_max(0), weight.amax(1, keepdim=True).clamp_min(0)
-    scale = (high - low) / (2 * half - 1)
-    zero = torch.round(low / scale) + half
-    levels = torch.clamp(torch.round(weight / scale) - zero, -half, half - 1).to(torch.int8)
-    tensors |= {
-        "qweight": levels if bits == 8 else packing.pack(levels, bits),
-        "scale": scale,
-        "zero_point": zero.to(torch.int16 if bits == 8 else torch.int8),
-    }
-    return QuantizedLinear.from_tensors(scheme, bias.dtype, tensors)
 
 
 def compiled(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
@@ -104,12 +59,11 @@ def candidates(shape: tuple[int, int, int], seed: int, use_compile: bool) -> tup
     for bits in (8, 4):
         for transforms in (False, True):
             label = f"compress W{bits}A8" + (" + scale + rotation" if transforms else "")
-            layer = quantized(dense.weight, dense.bias, bits, transforms=transforms, seed=seed)
-            add(f"{label}, bf16 io", layer, x16)
+            add(f"{label}, bf16 io", quantized(half, bits, transforms=transforms, seed=seed), x16)
             if not transforms:
-                add(f"{label}, fp32 io", layer, x)
+                add(f"{label}, fp32 io", quantized(dense, bits, transforms=False, seed=seed), x)
     for peer in PEERS:
-        module = prepare(peer, nn.Sequential(half), lambda peer_module: peer_module(x16))
+        module = prepare(peer, nn.Sequential(half), lambda peer_module: peer_module(x16), lambda name: True)
         if module is not None and peer.compiles_itself:
             found.append(Candidate(f"{peer.label}, bf16 io", lambda module=module: module(x16)))
         elif module is not None:
