@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import HubError, SourceError
+from ..errors import SourceError
+from .fetch import fetch
 from .manifest import Manifest
 from .modules import dtype_of, exact_names, name_of, swap_linears
 from .validate import QUANT_METHOD, StoredCheckpoint, TensorEntry, open_folder
@@ -69,41 +70,6 @@ def read_checkpoint(folder: str | Path) -> tuple[nn.Module, Manifest]:
     return _build(stored, None), stored.manifest
 
 
-def fetch(path_or_repo: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> Path:
-    """Return the local folder; a Hub id's JSON and safetensors files are downloaded first.
-
-    Raises:
-        SourceError: neither a folder nor the form of a Hub id.
-        HubError: the Hub or the network refused.
-    """
-    text = str(path_or_repo)
-    if text.startswith("builtin:"):
-        root = Path(__file__).parents[1] / "models" / "builtin" / Path(text.removeprefix("builtin:")).name
-    elif Path(path_or_repo).is_dir():
-        root = Path(path_or_repo)
-    elif isinstance(path_or_repo, str) and text.count("/") == 1 and not text.startswith((".", "/", "~")):
-        root = _download(text, revision, subfolder)
-    else:
-        hint = "give an existing folder or a Hub id such as org/name"
-        raise SourceError(f"{text} is not a folder", hint=hint)
-    return root / subfolder if subfolder else root
-
-
-def _download(repo: str, revision: str | None, subfolder: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    prefix = f"{subfolder}/" if subfolder else ""
-    patterns = [f"{prefix}*.json", f"{prefix}*.safetensors"]
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise SourceError(f"{repo} is neither a folder nor a Hub id: {error}") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        hint = "check the name and the network"
-        raise HubError(f"{repo} could not be downloaded: {error}", hint=hint) from error
-
-
 def model_class(stored: StoredCheckpoint) -> Any:
     """Return the stock diffusers class that config.json names.
 
@@ -123,9 +89,15 @@ def model_class(stored: StoredCheckpoint) -> Any:
 
 def _load_stock(stored: StoredCheckpoint, dtype: str | torch.dtype | None) -> nn.Module:
     target = dtype_of(dtype or stored.dtype)
-    module, info = model_class(stored).from_pretrained(
-        str(stored.folder), torch_dtype=target, output_loading_info=True
-    )
+    try:
+        module, info = model_class(stored).from_pretrained(
+            str(stored.folder), torch_dtype=target, output_loading_info=True
+        )
+    except ImportError as error:
+        raise SourceError(
+            f"{stored.folder} is in {stored.quant_method} format, which another package loads: {error}",
+            hint=f"install {stored.quant_method}, or export with format: compress",
+        ) from error
     wrong = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]]
     if wrong:
         raise SourceError(f"{stored.folder}: tensor {wrong[0]} does not fit the model")

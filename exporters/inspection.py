@@ -1,0 +1,171 @@
+"""What is in a checkpoint folder: layers, bits, bytes, provenance. Reads headers only, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ..runtime.fetch import fetch
+from ..runtime.manifest import QuantizedModule
+from ..runtime.validate import ITEM_BYTES, StoredCheckpoint, TensorEntry, expected_tensors, open_folder
+
+_TORCHAO_PART = "._weight_"
+
+
+def inspect(path: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> dict[str, Any]:
+    """Describe a checkpoint in any format that `compress` writes, or a dense one.
+
+    Returns:
+        A JSON value: `path, class, format, dtype, files, bytes, tensor_bytes, parameters,
+        parameters_stored, bits_per_weight, quantized_bits, shared, layers, history`. Bytes are on
+        disk; `bits_per_weight` is 8 * tensor_bytes / parameters; `quantized_bits` is the average
+        over the weights of the quantized layers, scales not counted, None without any. A layer:
+        `name, shape, bits, bytes` (all its tensors), `dtype` (of the stored weight),
+        `activation_bits` (None: floating point), `group_size, decided_by, method` and `shared_with`.
+
+    Raises:
+        SourceError: the folder is missing, damaged or contradicts itself.
+        HubError: the Hub or the network refused.
+    """
+    folder = fetch(path, revision=revision, subfolder=subfolder)
+    stored = open_folder(folder)
+    files = sorted({entry.file for entry in stored.tensors.values()})
+    layers = _layers(stored)
+    once = sum(_parameters(stored, stored.tensors))
+    copies = sum(_parameters(stored, stored.manifest.shared))
+    tensor_bytes = sum(entry.bytes for entry in stored.tensors.values())
+    return {
+        "path": str(path),
+        "class": stored.class_name,
+        "format": stored.quant_method or "dense",
+        "dtype": stored.dtype,
+        "files": [{"name": file.name, "bytes": file.stat().st_size} for file in files],
+        "bytes": sum(file.stat().st_size for file in files),
+        "tensor_bytes": tensor_bytes,
+        "parameters": once,
+        "parameters_stored": once + copies,
+        "bits_per_weight": round(8 * tensor_bytes / once, 4) if once else None,
+        "quantized_bits": _quantized_bits(layers),
+        "shared": len(stored.manifest.shared),
+        "layers": layers,
+        "history": [entry.model_dump(mode="json") for entry in stored.manifest.history],
+    }
+
+
+def _layers(stored: StoredCheckpoint) -> list[dict[str, Any]]:
+    rows = [_quantized_row(stored, name, scheme) for name, scheme in stored.manifest.quantization.items()]
+    quantized = set(stored.manifest.quantization)
+    for name, entry in stored.tensors.items():
+        layer, suffix = name.rpartition(".")[::2]
+        if layer in quantized:
+            continue
+        if suffix == "weight" and (len(entry.shape) >= 2 or f"{layer}.scale" in stored.tensors):
+            rows.append(_plain_row(stored, layer, entry))
+        elif name.endswith(f"{_TORCHAO_PART}qdata"):
+            rows.append(_torchao_row(stored, name.removesuffix(f"{_TORCHAO_PART}qdata"), entry))
+    return sorted(rows, key=lambda row: _natural(row["name"]))
+
+
+def _quantized_row(stored: StoredCheckpoint, name: str, scheme: QuantizedModule) -> dict[str, Any]:
+    shared = stored.manifest.shared
+    names = [f"{name}.{suffix}" for suffix in expected_tensors(scheme, stored.dtype)]
+    weight = stored.tensors[shared.get(names[0], names[0])]
+    canonical = shared.get(names[0])
+    return {
+        "name": name,
+        "shape": list(scheme.shape),
+        "bits": scheme.bits,
+        "bytes": sum(stored.tensors[tensor].bytes for tensor in names if tensor not in shared),
+        "dtype": weight.dtype,
+        "activation_bits": scheme.activation.bits if scheme.activation else None,
+        "group_size": scheme.group_size,
+        "decided_by": scheme.decided_by,
+        "method": scheme.method,
+        "shared_with": canonical.rpartition(".")[0] if canonical else None,
+    }
+
+
+def _row(stored: StoredCheckpoint, name: str, weight: TensorEntry, **values: Any) -> dict[str, Any]:
+    prefix = f"{name}."
+    own = (
+        entry.bytes for key, entry in stored.tensors.items() if key.startswith(prefix) and _owner(key) == name
+    )
+    row = {
+        "name": name,
+        "shape": list(weight.shape),
+        "bits": 8 * ITEM_BYTES[weight.dtype],
+        "bytes": sum(own),
+        "dtype": weight.dtype,
+        "activation_bits": None,
+        "group_size": None,
+        "decided_by": None,
+        "method": None,
+        "shared_with": None,
+    }
+    return {**row, **values}
+
+
+def _owner(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
+def _plain_row(stored: StoredCheckpoint, name: str, weight: TensorEntry) -> dict[str, Any]:
+    if stored.quant_method == "sdnq" and f"{name}.scale" in stored.tensors:
+        section = stored.config["quantization_config"]
+        kinds = section.get("modules_dtype_dict") or {}
+        kind = next(
+            (k for k, names in kinds.items() if f"{name}.weight" in names), section.get("weights_dtype")
+        )
+        bits = int("".join(filter(str.isdigit, str(kind))) or 8)
+        count = weight.bytes * 8 // bits
+        rows = stored.tensors[f"{name}.scale"]
+        return _row(stored, name, weight, bits=bits, shape=_sdnq_shape(weight, rows, count), method="sdnq")
+    return _row(stored, name, weight)
+
+
+def _sdnq_shape(weight: TensorEntry, scale: TensorEntry, count: int) -> list[int]:
+    if len(scale.shape) == 2 and scale.shape[0] == 1:
+        return [weight.shape[1], weight.shape[0]]
+    return [scale.shape[0], count // scale.shape[0]]
+
+
+def _torchao_row(stored: StoredCheckpoint, name: str, weight: TensorEntry) -> dict[str, Any]:
+    text = stored.metadata.get(f"{name}.weight", "")
+    dynamic = '"act_quant_kwargs": {' in text
+    return _row(stored, name, weight, activation_bits=8 if dynamic else None, method="torchao")
+
+
+def _parameters(stored: StoredCheckpoint, names: Iterable[str]) -> Iterable[int]:
+    """Yield what each tensor counts for in the dense model: grids, signs and scales count nothing."""
+    schemes: Mapping[str, QuantizedModule] = stored.manifest.quantization
+    foreign = stored.quant_method in ("torchao", "sdnq")
+    rows = {row["name"]: row["shape"] for row in _layers(stored)} if foreign else {}
+    for name in names:
+        layer, suffix = name.rpartition(".")[::2]
+        if layer in schemes:
+            if suffix == "qweight":
+                yield prod(schemes[layer].shape)
+            elif suffix == "bias":
+                yield schemes[layer].shape[0]
+            continue
+        entry = stored.tensors[stored.manifest.shared.get(name, name)]
+        if foreign and (_TORCHAO_PART in name or f"{layer}.scale" in stored.tensors) and suffix != "bias":
+            if suffix in ("weight", "_weight_qdata"):
+                yield prod(rows[layer])
+            continue
+        yield prod(entry.shape)
+
+
+def _quantized_bits(layers: Iterable[Mapping[str, Any]]) -> float | None:
+    chosen = [layer for layer in layers if layer["method"] is not None and layer["shared_with"] is None]
+    weights = sum(prod(layer["shape"]) for layer in chosen)
+    if not weights:
+        return None
+    return round(sum(layer["bits"] * prod(layer["shape"]) for layer in chosen) / weights, 4)
+
+
+def _natural(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key that puts block 2 before block 10."""
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split("."))

@@ -1,0 +1,61 @@
+"""From what a user writes to a local folder: a path, `builtin:NAME`, or a Hub id. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import HubError, SourceError
+
+BUILTIN_PREFIX = "builtin:"
+_PIPELINE_NAME = "model_index.json"
+_DENOISER = "transformer"
+
+
+def fetch(path_or_repo: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> Path:
+    """Return the local folder; a Hub id's JSON and safetensors files are downloaded first.
+
+    Raises:
+        SourceError: neither a folder nor the form of a Hub id.
+        HubError: the Hub or the network refused.
+    """
+    text = str(path_or_repo)
+    if text.startswith(BUILTIN_PREFIX):
+        root = Path(__file__).parents[1] / "models" / "builtin" / Path(text.removeprefix(BUILTIN_PREFIX)).name
+    elif Path(path_or_repo).is_dir():
+        root = Path(path_or_repo)
+    elif isinstance(path_or_repo, str) and text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        root = _download(text, revision, subfolder)
+    else:
+        hint = "give an existing folder or a Hub id such as org/name"
+        raise SourceError(f"{text} is not a folder", hint=hint)
+    if subfolder is None and (root / _PIPELINE_NAME).is_file() and (root / _DENOISER).is_dir():
+        subfolder = _DENOISER
+    folder = root / subfolder if subfolder else root
+    if not folder.resolve().is_relative_to(root.resolve()):
+        raise SourceError(f"{text}: subfolder {subfolder!r} lies outside of it")
+    if not folder.is_dir():
+        raise SourceError(f"{folder} is not a folder", hint="name an existing subfolder, or none")
+    return folder
+
+
+def _download(repo: str, revision: str | None, subfolder: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        root = Path(
+            snapshot_download(repo, revision=revision, allow_patterns=["config.json", _PIPELINE_NAME])
+        )
+        if subfolder is None and (root / _PIPELINE_NAME).is_file():
+            subfolder = _DENOISER
+        # A pattern's `*` crosses slashes: the other parts of a pipeline must be kept out by name.
+        prefix, others = (f"{subfolder}/", None) if subfolder else ("", "*/*")
+        patterns = [f"{prefix}*.json", f"{prefix}*.safetensors"]
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=others)
+        )
+    except HFValidationError as error:
+        raise SourceError(f"{repo} is neither a folder nor a Hub id: {error}") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        hint = "check the name and the network"
+        raise HubError(f"{repo} could not be downloaded: {error}", hint=hint) from error

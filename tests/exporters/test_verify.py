@@ -1,0 +1,139 @@
+"""A fresh process gives the outputs of the model in memory, whatever the format; damage is found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from compress.errors import VerifyError
+from compress.exporters.formats import write
+from compress.exporters.verify import FolderError, verify_export, verify_folder
+from compress.progress import SilentProgress
+
+
+@pytest.fixture
+def exported(make_tiny, open_quantized, schemes, tmp_path):
+    def build(name, format, dtype="bfloat16"):
+        model = open_quantized(make_tiny(dtype=dtype), schemes[name])
+        out = tmp_path / "out"
+        out.mkdir()
+        write(model, out, format)
+        return model, out
+
+    return build
+
+
+def add_report(folder):
+    files = [
+        {
+            "name": path.relative_to(folder).as_posix(),
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]
+    (folder / "report.json").write_text(json.dumps({"export": {"files": files}}))
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [("mixed", "compress"), ("none", "compress"), ("torchao", "torchao"), ("mixed", "dequantized")],
+)
+def test_a_fresh_process_gives_equal_bits(exported, name, format):
+    model, out = exported(name, format)
+    verification = verify_export(model, out, seed=3, progress=SilentProgress())
+    assert verification.verified
+    assert verification.max_abs_error == 0.0
+    assert len(verification.ways) == 2 == len(verification.loads_with)
+    if format in ("torchao", "dequantized"):
+        assert verification.runtime_sqnr_db > 20
+    else:
+        assert verification.runtime_sqnr_db is None
+
+
+def test_a_changed_weight_is_found(exported):
+    model, out = exported("w4a8", "compress")
+    layer = model.module.get_submodule("transformer_blocks.0.attn1.to_q")
+    layer.scale *= 2
+    layer._forget()
+    with pytest.raises(VerifyError, match="outputs differ"):
+        verify_export(model, out, seed=0, progress=SilentProgress())
+
+
+def test_a_folder_that_does_not_load_is_found(exported):
+    model, out = exported("w4a8", "compress")
+    path = out / "diffusion_pytorch_model.safetensors"
+    config = json.loads((out / "config.json").read_text())
+    config["norm_type"] = "nonsense"
+    (out / "config.json").write_text(json.dumps(config))
+    assert path.is_file()
+    with pytest.raises(VerifyError, match="does not load in a fresh process"):
+        verify_export(model, out, seed=0, progress=SilentProgress())
+
+
+def test_records_of_a_sound_folder(exported):
+    _, out = exported("mixed", "compress")
+    add_report(out)
+    result = verify_folder(out)
+    assert result["verified"]
+    assert [check["name"] for check in result["checks"]] == ["report", "files", "tensors"]
+    assert all(check["ok"] for check in result["checks"])
+
+
+def flip_a_byte(out):
+    path = out / "diffusion_pytorch_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(out):
+    path = out / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def leave_the_folder(out):
+    report = json.loads((out / "report.json").read_text())
+    report["export"]["files"][0]["name"] = "../x"
+    (out / "report.json").write_text(json.dumps(report))
+
+
+@pytest.mark.parametrize(
+    ("damage", "failed", "words"),
+    [
+        (flip_a_byte, ["files"], "another SHA-256"),
+        (truncate, ["files", "tensors"], "bytes, the report says"),
+        (lambda out: (out / "compress.json").unlink(), ["files"], "compress.json is missing"),
+        (leave_the_folder, ["files"], "not a file of this folder"),
+        (lambda out: (out / "report.json").write_text("{"), ["report", "files"], "no readable export.files"),
+        (lambda out: (out / "report.json").unlink(), ["report", "files"], "report.json is missing"),
+    ],
+)
+def test_damage_to_a_folder_is_named(exported, damage, failed, words):
+    _, out = exported("w4a8", "compress")
+    add_report(out)
+    damage(out)
+    with pytest.raises(FolderError, match=words) as caught:
+        verify_folder(out)
+    assert caught.value.exit_code == 6
+    assert [check["name"] for check in caught.value.result["checks"] if not check["ok"]] == failed
+
+
+def test_importing_verify_does_not_import_torch():
+    code = "import sys, compress.exporters.verify; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_outputs_do_not_depend_on_the_global_seed(exported, outputs_of):
+    import compress
+
+    _, out = exported("mixed", "compress")
+    torch.manual_seed(1)
+    first = outputs_of(compress.load(out))
+    torch.manual_seed(2)
+    assert torch.equal(outputs_of(compress.load(out)), first)
