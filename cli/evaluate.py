@@ -23,9 +23,8 @@ def evaluate(
     quiet: _options.Quiet = False,
     debug: _options.Debug = False,
 ) -> None:
-    r"""Measure an exported folder against its original.
+    """Measure an exported folder against its original.
 
-    \b
     Examples:
       compress evaluate out/dit-w4a8
       compress evaluate out/dit-w4a8 --recipe stricter.yaml --json

@@ -14,9 +14,8 @@ def inspect(
     quiet: _options.Quiet = False,
     debug: _options.Debug = False,
 ) -> None:
-    r"""Show a checkpoint's layers, bits, bytes and provenance.
+    """Show a checkpoint's layers, bits, bytes and provenance.
 
-    \b
     Example:
       compress inspect out/dit-w4a8
     """

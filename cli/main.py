@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect as inspect_module
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -38,8 +40,13 @@ def build() -> typer.Typer:
     )
     app.callback(invoke_without_command=True)(_entry)
     for verb in _VERBS:
-        app.command(verb.__name__)(verb)
+        app.command(verb.__name__, help=_help(verb))(verb)
     return app
+
+
+def _help(verb: Callable[..., None]) -> str:
+    """Return a verb's docstring; a mark before its examples keeps their lines as they are."""
+    return re.sub(r"\n(?=Examples?:\n)", "\n\b\n", inspect_module.cleandoc(verb.__doc__ or ""))
 
 
 def _entry(

@@ -21,11 +21,10 @@ def methods(
     quiet: _options.Quiet = False,
     debug: _options.Debug = False,
 ) -> None:
-    r"""Show the methods with their settings.
+    """Show the methods with their settings.
 
     What they do, which families of models they fit, every setting with its default.
 
-    \b
     Example:
       compress methods vidit_q
     """

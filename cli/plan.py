@@ -19,11 +19,10 @@ def plan(
     quiet: _options.Quiet = False,
     debug: _options.Debug = False,
 ) -> None:
-    r"""Predict sizes, operations and memory; write nothing.
+    """Predict sizes, operations and memory; write nothing.
 
     No weights are read: the model may be a folder that holds only configs.
 
-    \b
     Examples:
       compress plan dit_w4a8
       compress plan dit_xl_w4a8 --model path/to/configs --json

@@ -38,11 +38,10 @@ def run(
     quiet: _options.Quiet = False,
     debug: _options.Debug = False,
 ) -> None:
-    r"""Carry out a recipe, to a smaller, verified checkpoint.
+    """Carry out a recipe, to a smaller, verified checkpoint.
 
     A run that was interrupted or killed continues where it stopped.
 
-    \b
     Examples:
       compress run dit_w4a8
       compress run my.yaml --set stages.0.vidit_q.weight_bits=8 --output out/w8
@@ -75,7 +74,7 @@ def run(
 
 
 def _show_rejected(sink: Output, loaded: LoadedRecipe, began: float) -> None:
-    r"""Show the figures of a result that was refused: its report lies in the folder kept aside."""
+    """Show the figures of a result that was refused: its report lies in the folder kept aside."""
     target = Path(loaded.recipe.export.path)
     path = target.with_name(target.name + ".rejected") / "report.json"
     if not path.is_file() or path.stat().st_mtime < began - 1:  # none, or an earlier run's

@@ -12,9 +12,8 @@ def schema(
     as_json: _options.AsJson = False,
     debug: _options.Debug = False,
 ) -> None:
-    r"""Print the JSON Schema of recipes, for editors and tools.
+    """Print the JSON Schema of recipes, for editors and tools.
 
-    \b
     Example:
       compress schema > recipe.schema.json
     """

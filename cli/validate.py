@@ -19,9 +19,8 @@ def validate(
     quiet: _options.Quiet = False,
     debug: _options.Debug = False,
 ) -> None:
-    r"""Check a recipe: keys, types, order of stages. The model is not looked at; `plan` does that.
+    """Check a recipe: keys, types, order of stages. The model is not looked at; `plan` does that.
 
-    \b
     Examples:
       compress validate my.yaml
       compress validate dit_w4a8 --set stages.0.vidit_q.weight_bits=6

@@ -15,11 +15,10 @@ def verify(
     quiet: _options.Quiet = False,
     debug: _options.Debug = False,
 ) -> None:
-    r"""Check that a folder is what was published.
+    """Check that a folder is what was published.
 
     Its files are held against the hashes of its report, its manifest against the tensors.
 
-    \b
     Example:
       compress verify out/dit-w4a8
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,9 +62,10 @@ def load_recipe(
     Raises:
         RecipeError: with file, line, column and dotted key of what is wrong.
     """
+    file: Path | None = None
+    text: str | None = None
     if isinstance(source, Mapping):
-        file, text = None, None
-        tree = Tree(json.loads(json.dumps(source, default=str)))
+        tree = Tree(json.loads(json.dumps(dict(source), default=str)))
     else:
         file = resolve(str(source))
         text = _read_text(file)
@@ -133,13 +133,28 @@ def _replace(value: Any, location: Location, new: Any) -> None:
 
 
 def _resolved_text(recipe: Recipe, file: Path | None, changes: Sequence[str]) -> str:
-    from ruamel.yaml import YAML
-
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    stream = io.StringIO()
-    yaml.dump(recipe.model_dump(mode="json"), stream)
+    """Write a recipe as YAML: one line per key, one per stage, values in JSON, which is YAML."""
     lines = [f"# Resolved from {file.name if file else 'a Python value'}."]
-    lines += [f"#   {change}".replace("\n", " ") for change in changes]
-    return "\n".join(lines) + "\n" + stream.getvalue()
+    lines += [f"#   {_printable(change)}" for change in changes]
+    for key, value in recipe.model_dump(mode="json").items():
+        if key == "stages":
+            lines += ["stages:", *(f"  - {_json(stage)}" for stage in value)]
+        else:
+            lines.append(f"{key}: {_json(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _json(value: Any) -> str:
+    return _printable(json.dumps(value, ensure_ascii=False))
+
+
+def _printable(text: str) -> str:
+    """Escape what YAML may not hold or would take for a line break."""
+    return "".join(
+        char
+        if char.isprintable()
+        else f"\\u{ord(char):04x}"
+        if ord(char) < 0x10000
+        else f"\\U{ord(char):08x}"
+        for char in text
+    )

@@ -71,10 +71,8 @@ def _sentence(item: Finding) -> str:
 def _findings(error: ValidationError, value: Any) -> list[Finding]:
     groups: dict[Location, list[dict[str, Any]]] = {}
     for row in error.errors(include_url=False, include_input=True):
-        item = dict(row)
-        location = _existing(item["loc"], value)
-        if item["type"] == "missing":
-            location = item["loc"]
+        item: dict[str, Any] = {**row}
+        location = item["loc"] if item["type"] == "missing" else _existing(item["loc"], value)
         groups.setdefault(location, []).append(item)
     found = []
     for location, rows in groups.items():
@@ -112,7 +110,7 @@ def _explain(location: Location, rows: Sequence[dict[str, Any]], value: Any) -> 
     if kind == "extra_forbidden":
         if location in _RESERVED:
             return Finding(location, "not a key of this release", _RESERVED[location], at_key=True)
-        hint = suggestion(str(location[-1]), allowed_keys(location[:-1]))
+        hint: str | None = suggestion(str(location[-1]), allowed_keys(location[:-1]))
         return Finding(location, f"unknown key {location[-1]!r}", hint, at_key=True)
     if kind == "missing":
         return Finding(location, "this key is required", _missing_hint(location), at_key=True)
@@ -125,7 +123,7 @@ def _explain(location: Location, rows: Sequence[dict[str, Any]], value: Any) -> 
 
 
 def _missing_hint(location: Location) -> str:
-    examples = {
+    examples: dict[Location, str] = {
         ("model",): "model: builtin:dit",
         ("export",): "export: {path: out/result}",
         ("stages",): "stages: [{rtn: {}}]",

@@ -70,15 +70,23 @@ def _assign(tree: Tree, location: Location, value: Any, place: Place) -> None:
         _check_step(node, location[:depth], step, place)
         if depth == len(location) - 1:
             break
-        child = node[step] if isinstance(node, list) else node.get(step)
+        child: Any = node.get(step) if isinstance(node, dict) else node[step]
         if child is None:
             child = {}
+            _note(tree, location[: depth + 1], place)
         elif isinstance(child, str) and location[:1] == ("model",) and depth == 0:
             child = {"id": child}  # the string form of a model, about to get a second key
+        if not isinstance(child, dict | list):
+            name = dotted(location[: depth + 1])
+            raise place.error(f"{name} is {child!r}, so it has no key {location[depth + 1]!r} to set")
         node[step] = child
         node = child
     _forget(tree, location)
     node[location[-1]] = value
+    _note(tree, location, place)
+
+
+def _note(tree: Tree, location: Location, place: Place) -> None:
     tree.values[location] = tree.keys[location] = place
 
 
@@ -91,10 +99,11 @@ def _check_step(node: Any, above: Location, step: str | int, place: Place) -> No
             raise place.error(
                 f"there is no {name}[{step}]: the list has length {len(node)}", "positions count from 0"
             )
-    elif not isinstance(node, dict):
-        raise place.error(f"{name} is {node!r}, so it has no key {step!r} to set")
     elif isinstance(step, int):
         raise place.error(f"{name} is a mapping: [{step}] is not a key of it")
+    elif len(above) == 2 and above[0] == "stages" and step not in node:
+        method = next(iter(node), "empty")
+        raise place.error(f"{name} is {method}, not {step}", f"write {name}.{method}")
 
 
 def _forget(tree: Tree, location: Location) -> None:

@@ -101,8 +101,8 @@ class CalibrationSettings(_Settings):
     )
     prompts: Path | None = Field(
         None,
-        description="Text file with one prompt per line, for text-conditional models; looked up in the current "
-        "directory, then beside the recipe.",
+        description="Text file with one prompt per line, for text-conditional models; looked up "
+        "in the current directory, then beside the recipe.",
     )
     embeddings: Path | None = Field(
         None, description="safetensors file with prompt embeddings, instead of prompts and text encoders."
@@ -129,8 +129,8 @@ class QualitySettings(_Settings):
     """Quality of the samples by themselves; for models with a shipped scorer."""
 
     samples: int = Field(500, ge=2, description="Samples that are scored.")
-    steps: int = Field(20, ge=1, le=1000, description="Sampling steps.")
-    guidance_scale: float = Field(2.0, ge=0.0, description="Classifier-free guidance.")
+    steps: int = Field(10, ge=1, le=1000, description="Sampling steps.")
+    guidance_scale: float = Field(1.5, ge=0.0, description="Classifier-free guidance.")
     batch_size: int = Field(100, ge=1, description="Samples that are computed together.")
 
 
@@ -138,7 +138,7 @@ class EvaluateSettings(_Settings):
     """What is measured before the result is written."""
 
     fidelity: FidelitySettings | None = Field(
-        default_factory=FidelitySettings, description="Closeness to the original; null: not measured."
+        FidelitySettings.model_validate({}), description="Closeness to the original; null: not measured."
     )
     quality: QualitySettings | None = Field(
         None, description="Class agreement and Frechet distance; null: not measured."
@@ -258,12 +258,12 @@ class Recipe(_Settings):
         description="auto: a GPU where there is one; cpu, cuda, cuda:N.",
     )
     calibration: CalibrationSettings = Field(
-        default_factory=CalibrationSettings, description="What the methods may look at."
+        CalibrationSettings.model_validate({}), description="What the methods may look at."
     )
     stages: tuple[Stage, ...] = Field(
         min_length=1, description="The methods, in the order prune, recover, quantize, plan."
     )
-    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="What is measured.")
+    evaluate: EvaluateSettings = Field(EvaluateSettings.model_validate({}), description="What is measured.")
     require: Annotated[
         dict[str, Gate],
         WithJsonSchema({"type": "object", "properties": _GATE_PROPERTIES, "additionalProperties": False}),

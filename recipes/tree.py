@@ -187,7 +187,8 @@ class _Builder:
             raise self.mark(node).error(
                 f"the tag {node.tag} is not allowed", "recipes hold plain values only"
             )
-        self.tree.values[location] = self.mark(node)
+        if node.value or node.style:  # a value that is left out would stand on some later line
+            self.tree.values[location] = self.mark(node)
         return self._scalar(node, location)
 
     def _entries(self, node: MappingNode, location: Location) -> Iterator[tuple[str, Node]]:
