@@ -69,7 +69,7 @@ class Output:
         if self.debug and error is not None:
             self._stderr.write("".join(traceback.format_exception(error)))
         self._say(f"error: {failure.message}", "bold red")
-        if failure.hint:
+        if failure.hint and not (self.debug and failure.kind == "Defect"):  # that hint says: --debug
             self._say(f"  hint: {failure.hint}", "")
         if self.as_json:
             self.document(failure.to_json())
