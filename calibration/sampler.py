@@ -94,10 +94,12 @@ def denoise_batch(
     inputs = place(conditions.inputs(*rows, guided=guided), model.module)
     _set_timesteps(scheduler, model, steps, reference.device)
     noise = torch.stack([torch.randn(_latent_shape(model), generator=item) for item in generators])
-    latents = noise.to(reference.device) * float(scheduler.init_noise_sigma)
+    # Flow-matching schedulers start from plain noise and do not scale the denoiser's input.
+    latents = noise.to(reference.device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    rescale = getattr(scheduler, "scale_model_input", lambda latents, _: latents)
     randomness = _scheduler_randomness(scheduler, generators)
     for time in scheduler.timesteps:
-        scaled = scheduler.scale_model_input(latents, time)
+        scaled = rescale(latents, time)
         doubled = torch.cat([scaled, scaled]) if guided else scaled
         kwargs = {
             "hidden_states": doubled.to(_dtype(model.module)),

@@ -137,8 +137,8 @@ def _entry(path: Path, name: str, entry: Any, data_start: int, size: int) -> Ten
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         raise SourceError(f"{where}: the header entry lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPE_BYTES:
-        raise SourceError(f"{where}: dtype {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise SourceError(f"{where}: dtype {_short(dtype)} is not one of {', '.join(DTYPE_BYTES)}")
     if not isinstance(shape, list) or len(shape) > 16 or not all(map(_is_count, shape)):
         raise SourceError(f"{where}: shape {_short(shape)} is not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):

@@ -54,7 +54,6 @@ def fetch(repo_id: str, revision: str | None, patterns: Sequence[str], ignore: S
     Raises:
         HubError: with what to do about it.
     """
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -66,6 +65,7 @@ def fetch(repo_id: str, revision: str | None, patterns: Sequence[str], ignore: S
         RevisionNotFoundError,
     )
 
+    # The HTTP client below the Hub's differs by version; its errors share the base of HfHubHTTPError.
     where = repo_id if revision is None else f"{repo_id}@{revision}"
     try:
         path = snapshot_download(
@@ -80,7 +80,7 @@ def fetch(repo_id: str, revision: str | None, patterns: Sequence[str], ignore: S
         raise HubError(f"{where}: no such revision", hint="check model.revision") from None
     except HFValidationError as error:
         raise HubError(f"{where}: not a Hub id: {_first_line(error)}") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, *HfHubHTTPError.__bases__, OSError) as error:
         raise HubError(
             f"{where}: cannot be fetched and is not in the local cache: {_first_line(error)}",
             hint="check the network, HF_HUB_OFFLINE and HF_TOKEN, or use a folder or builtin:dit",

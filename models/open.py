@@ -174,7 +174,7 @@ def _place(module: nn.Module, name: str, tensor: Tensor) -> None:
     owner_name, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
     if leaf in owner._buffers:
-        owner._buffers[leaf] = tensor.to(owner._buffers[leaf].dtype)  # type: ignore[union-attr]
+        owner._buffers[leaf] = tensor
     else:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
