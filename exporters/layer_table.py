@@ -1,0 +1,83 @@
+"""What the linear layers of a checkpoint are stored in, summed up for people."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+"""One row of `evaluation.size.linear_inventory`."""
+
+
+def label_of(linears: Sequence[Row]) -> str | None:
+    """Return the short name of the scheme that most quantized parameters have, such as ``W4A8``.
+
+    Returns:
+        None where nothing is quantized. The name alone says little: print it with `average_bits`.
+    """
+    weights: Counter[str] = Counter()
+    for row in linears:
+        if row["method"] is not None:
+            weights[f"W{row['weight_bits']}A{row['activation_bits'] or 16}"] += row["parameters"]
+    return weights.most_common(1)[0][0] if weights else None
+
+
+def average_bits(linears: Sequence[Row]) -> float:
+    """Return the bits per weight of the linears, weighted by parameters, scales not counted."""
+    total = sum(row["parameters"] for row in linears)
+    return sum(row["parameters"] * row["weight_bits"] for row in linears) / total
+
+
+def pattern_of(name: str) -> str:
+    """Return a module's name with its first number, that of its block, as a wildcard."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name, count=1)
+
+
+def exceptions(linears: Sequence[Row], label: str) -> str:
+    """Return a sentence that names the layers whose weights the label does not describe."""
+    bits = int(label[1:].split("A")[0])
+    others: dict[str, list[str]] = {}
+    for row in linears:
+        floating = row["method"] is None
+        if floating or row["weight_bits"] != bits:
+            kind = f"{row['weight_bits']}-bit" + (" floating point" if floating else "")
+            others.setdefault(kind, []).append(f"`{pattern_of(row['name'])}`")
+    if not others:
+        return f"Every linear layer has {bits}-bit weights."
+    parts = (f"{kind}: {', '.join(dict.fromkeys(names))}" for kind, names in others.items())
+    return f"Not at {bits} bits: " + "; ".join(parts) + "."
+
+
+def grouped(linears: Sequence[Row]) -> list[tuple[str, str, str, str, int, int, str]]:
+    """Group layers that are stored alike, in forward order.
+
+    Returns:
+        (name pattern, weight bits, activation bits, scale per, layers, bytes, decided by).
+    """
+    groups: dict[tuple[str, str, str, str, str], list[Row]] = {}
+    for row in linears:
+        key = (pattern_of(row["name"]), _weight(row), _activation(row), _scale(row), row["decided_by"])
+        groups.setdefault(key, []).append(row)
+    return [
+        (pattern, weight, activation, scale, len(rows), sum(row["bytes"] for row in rows), decided_by)
+        for (pattern, weight, activation, scale, decided_by), rows in groups.items()
+    ]
+
+
+def _weight(row: Row) -> str:
+    if row["method"] is None:
+        return f"{row['weight_bits']} (floating point)"
+    branch = f" + a rank-{row['low_rank']} branch" if row["low_rank"] else ""
+    return f"{row['weight_bits']}{branch}"
+
+
+def _activation(row: Row) -> str:
+    return str(row["activation_bits"] or "floating point")
+
+
+def _scale(row: Row) -> str:
+    if row["method"] is None:
+        return ""
+    return f"{row['group_size']} inputs" if row["group_size"] else "output channel"

@@ -1,0 +1,78 @@
+"""Per-block and per-linear error, each block on the original's own input."""
+
+import pytest
+import torch
+from compress.evaluation.layers import ROLES, compare_layers, record_layers
+from compress.evaluation.metrics import PERFECT_DB
+
+CLASSES = ("DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel")
+
+
+def _inputs(model):
+    return model.family.example_inputs(model.module, 2, torch.Generator().manual_seed(0))
+
+
+def _spoil(model, name, amount=0.05):
+    weight = model.module.get_submodule(name).weight
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        weight += amount * weight.std() * noise
+
+
+def _hooks(model):
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.module.modules())
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_an_unchanged_model_has_no_error_and_keeps_no_hooks(open_tiny, class_name):
+    model = open_tiny(class_name)
+    inputs = _inputs(model)
+    recorded = record_layers(model, inputs)
+    sums = {}
+    compare_layers(model, inputs, recorded, sums)
+    blocks = [name for name, _ in model.family.blocks(model.module)]
+    linears = [site.name for site in model.linears() if site.block is not None and site.role in ROLES]
+    assert set(sums) == {*blocks, *linears}
+    assert all(value.sqnr_db == PERFECT_DB for value in sums.values())
+    assert _hooks(model) == 0
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_an_error_stays_in_its_block(open_tiny, class_name):
+    model = open_tiny(class_name)
+    inputs = _inputs(model)
+    recorded = record_layers(model, inputs)
+    blocks = [name for name, _ in model.family.blocks(model.module)]
+    target = next(site.name for site in model.linears() if site.block == 0 and site.role == "ff.out")
+    _spoil(model, target)
+    sums = {}
+    compare_layers(model, inputs, recorded, sums)
+    assert sums[target].sqnr_db == pytest.approx(26.0, abs=2.0)  # 1 / 0.05^2 = 26 dB
+    assert sums[blocks[0]].sqnr_db < 60
+    assert sums[blocks[1]].sqnr_db == PERFECT_DB
+
+
+def test_a_folded_scale_is_no_error(open_tiny):
+    """What a fold changes inside a pair of layers must not look like an error of either."""
+    model = open_tiny("DiTTransformer2DModel")
+    inputs = _inputs(model)
+    recorded = record_layers(model, inputs)
+    for fold in model.family.folds(model.module):
+        first = model.module.get_submodule(fold.targets[0])
+        m = torch.linspace(0.5, 2.0, first.in_features)
+        fold.absorb(model.module, m)
+        with torch.no_grad():
+            for name in fold.targets:
+                model.module.get_submodule(name).weight.div_(m)
+    sums = {}
+    compare_layers(model, inputs, recorded, sums)
+    assert min(value.sqnr_db for value in sums.values()) > 90
+
+
+def test_hooks_are_gone_after_a_failure(open_tiny):
+    model = open_tiny("DiTTransformer2DModel")
+    inputs = _inputs(model)
+    inputs["hidden_states"] = inputs["hidden_states"][:, :1]
+    with pytest.raises(RuntimeError):
+        record_layers(model, inputs)
+    assert _hooks(model) == 0

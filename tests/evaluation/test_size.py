@@ -1,0 +1,77 @@
+"""Sizes from the tensors themselves."""
+
+import pytest
+import torch
+from compress.evaluation.size import linear_bytes, linear_inventory, size_metrics
+from compress.evaluation.speed import forward_latency, interleaved_minima
+from compress.runtime.linear import QuantizedLinear
+from compress.runtime.manifest import ActivationScheme, QuantizedModule
+
+
+def _quantize(model, bits):
+    """Put an empty quantized layer in place of the first feed-forward linear."""
+    site = next(site for site in model.linears() if site.role == "ff.in")
+    scheme = QuantizedModule(
+        shape=site.shape,
+        bits=bits,
+        symmetric=True,
+        activation=ActivationScheme(bits=8),
+        bias=True,
+        method="rtn",
+    )
+    model.module.set_submodule(site.name, QuantizedLinear(scheme, torch.float32))
+    model.quantization[site.name] = scheme
+    return site
+
+
+def test_an_untouched_model(open_tiny):
+    model = open_tiny()
+    metrics = size_metrics(model)
+    assert metrics["size_ratio"] == 1
+    assert "linear_bytes_ratio" not in metrics
+    stored = sum(t.numel() * 4 for n, t in model.module.state_dict().items() if n not in model.spec.shared)
+    assert metrics["bytes"] == stored
+
+
+def test_a_quantized_layer_counts_its_scales_and_its_bias(open_tiny):
+    model = open_tiny()
+    before = size_metrics(model)["bytes"]
+    site = _quantize(model, bits=4)
+    rows, columns = site.shape
+    packed = rows * columns // 2 + 4 * rows + 4 * rows  # nibbles, float32 scale, float32 bias
+    metrics = size_metrics(model)
+    assert before - metrics["bytes"] == 4 * (rows * columns + rows) - packed
+    assert linear_bytes(model) == (packed, 2 * (rows * columns + rows))
+    assert metrics["linear_bytes_ratio"] == pytest.approx(packed / (2 * (rows * columns + rows)))
+    row = next(row for row in linear_inventory(model) if row["name"] == site.name)
+    assert (row["weight_bits"], row["activation_bits"], row["bytes"]) == (4, 8, packed)
+    assert row["bytes_original"] == 4 * (rows * columns + rows)
+
+
+def test_the_exported_bytes_win(open_tiny):
+    model = open_tiny()
+    metrics = size_metrics(model, stored_bytes=model.spec.size().bytes // 2)
+    assert metrics["size_ratio"] == pytest.approx(0.5)
+    assert metrics["bits_per_weight"] == pytest.approx(8 * metrics["bytes"] / metrics["parameters"])
+
+
+def test_the_inventory_adds_up(open_tiny):
+    model = open_tiny()
+    rows = linear_inventory(model)
+    assert [row["name"] for row in rows] == [site.name for site in model.linears()]
+    assert all(row["bytes"] == row["bytes_original"] for row in rows)
+    assert {row["weight_bits"] for row in rows} == {32}
+    assert sum(row["bytes"] for row in rows) < size_metrics(model)["bytes"]
+
+
+def test_latencies_are_taken_in_turn():
+    order = []
+    minima = interleaved_minima([lambda: order.append("a"), lambda: order.append("b")], rounds=2, warm_up=1)
+    assert order == ["a", "b"] * 3
+    assert all(0 <= value < 1 for value in minima)
+
+
+def test_latency_of_a_model_against_itself(open_tiny):
+    model = open_tiny()
+    figures = forward_latency(model, model.module, rounds=2)
+    assert figures["speedup"] == pytest.approx(figures["original_seconds"] / figures["compressed_seconds"])
