@@ -33,4 +33,7 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)
 
 
-_install()
+# Test runners import the root of a checkout once more, under the name of its folder; the classes of
+# that second copy must not be the ones that diffusers gets to know.
+if __name__ == "compress":
+    _install()
