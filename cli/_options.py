@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,7 +48,27 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a fa
 def sink(context: typer.Context, as_json: bool, quiet: bool, debug: bool) -> Output:
     """Return the invocation's output, set to the common options."""
     output = context.ensure_object(Output)
+    if not debug:
+        _hush_libraries()
     return output.configure(as_json=as_json, quiet=quiet, debug=debug)
+
+
+def _hush_libraries() -> None:
+    """Keep what model libraries log about their own optional parts out of the user's terminal."""
+    for variable in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):  # also for processes that we start
+        os.environ.setdefault(variable, "error")
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def command_line(verb: str, recipe: str, overrides: list[str] | None, **options: str | int | None) -> str:
+    """Write the command that does `verb` with the same recipe and overrides."""
+    words = ["compress", verb, recipe]
+    for text in overrides or ():
+        words += ["--set", text]
+    for name, value in options.items():
+        words += [] if value is None else [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
 def load(

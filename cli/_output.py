@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
@@ -52,7 +53,7 @@ class Output:
 
     def document(self, document: Any) -> None:
         """Print one JSON document to stdout."""
-        self._stdout.write(json.dumps(document, indent=1, default=str) + "\n")
+        self._stdout.write(json.dumps(_finite(document), indent=1, default=str, allow_nan=False) + "\n")
         self._stdout.flush()
 
     def message(self, text: str, style: str = "") -> None:
@@ -109,6 +110,15 @@ class Output:
         from rich.console import Console
 
         return Console(file=stream)
+
+
+def _finite(value: Any) -> Any:
+    """Replace infinities and NaN, which JSON cannot hold, by null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_terminal(stream: TextIO) -> bool:

@@ -45,7 +45,9 @@ def metrics(values: Document) -> list[Section]:
     """Show measured metrics."""
     if not values:
         return []
-    return [Table("measured", ["metric", "value"], [[name, plain(value)] for name, value in values.items()])]
+    return [
+        Table("measured", ["metric", "value"], [[name, _cell(name, value)] for name, value in values.items()])
+    ]
 
 
 def report(document: Document) -> list[Section]:
@@ -121,4 +123,6 @@ def _cell(key: str, value: Any) -> str:
     is_count = isinstance(value, int | float) and not isinstance(value, bool)
     if is_count and (key == "bytes" or key.endswith("_bytes")):
         return size(value)
+    if is_count and key in ("parameters", "parameters_stored", "macs"):
+        return amount(value)
     return plain(value)

@@ -34,4 +34,5 @@ def plan(
     with sink.progress() as progress:
         document = pipeline.plan(loaded, progress=progress)
     sink.result(document, _render.plan(document))
-    sink.hint(f"compress run {recipe}")
+    options = {"model": model, "output": output, "seed": seed, "device": device}
+    sink.hint(_options.command_line("run", recipe, overrides, **options))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -70,7 +71,7 @@ def run(
     sections = _render.report(report)
     sink.result(report, sections)
     _github.write(f"compress: {Path(recipe).stem}", sections, _github.outputs_of(report))
-    sink.hint(f"compress inspect {report['export']['path']}")
+    sink.hint(shlex.join(["compress", "inspect", report["export"]["path"]]))
 
 
 def _show_rejected(sink: Output, loaded: LoadedRecipe, began: float) -> None:

@@ -34,4 +34,5 @@ def validate(
         "recipe": loaded.recipe.model_dump(mode="json"),
     }
     sink.result(document, [f"{loaded.file}: valid ({loaded.recipe.model.id}: {stages})"])
-    sink.hint(f"compress plan {recipe}")
+    options = {"model": model, "output": output, "seed": seed, "device": device}
+    sink.hint(_options.command_line("plan", recipe, overrides, **options))

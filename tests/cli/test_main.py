@@ -95,6 +95,27 @@ def test_validate(call):
     assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
 
 
+def test_the_next_command_carries_the_options_over(call):
+    result = call("validate", "dit_w4a8", "--set", "require.ssim=>= 0.5", "--seed", "3", "--model", "a b")
+    expected = "compress plan dit_w4a8 --set 'require.ssim=>= 0.5' --model 'a b' --seed 3"
+    assert result.err == f"next: {expected}\n"
+
+
+def test_a_closed_pipe_is_no_defect(tmp_path):
+    script = "import sys; sys.argv[1:] = ['methods']\nfrom compress.cli.main import main\nmain()"
+    writer = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    writer.stdout.close()
+    error = writer.stderr.read()
+    writer.wait(timeout=30)
+    assert "defect" not in error and "Traceback" not in error
+
+
 def test_validate_tells_the_place(call):
     Path("x.yaml").write_text("model: m\nstages:\n  - rtn: {weight_bits: 5}\nexport: {path: o}\n")
     result = call("validate", "x.yaml", "--json")

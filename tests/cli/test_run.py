@@ -93,6 +93,12 @@ def test_run_as_json_prints_one_document(call, fake_pipeline, report):
     assert result.json == report and "calibrate ..." in result.err
 
 
+def test_json_holds_no_infinities(call, fake_pipeline, report):
+    report["evaluation"]["metrics"]["sqnr_db"] = float("inf")
+    fake_pipeline.run = working(report)
+    assert call("run", "dit_w4a8", "--json").json["evaluation"]["metrics"]["sqnr_db"] is None
+
+
 def test_run_on_a_terminal(call, fake_pipeline, report):
     fake_pipeline.run = working(report)
     result = call("run", "dit_w4a8", terminal=True)
