@@ -76,8 +76,9 @@ def _text_pipeline(model: OpenModel) -> Any:
     folder = _pipeline_folder(model)
     index = read_json(folder / PIPELINE_NAME)
     parts = {name: value for name, value in index.items() if isinstance(value, list)}
-    kind = getattr(diffusers, str(index.get("_class_name")), None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+    kind: Any = getattr(diffusers, str(index.get("_class_name")), None)
+    usable = isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)
+    if not usable:
         raise SourceError(
             f"{folder / PIPELINE_NAME}: {index.get('_class_name')!r} is not a pipeline of diffusers"
         )

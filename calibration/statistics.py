@@ -57,7 +57,7 @@ class ChannelAbsMax:
         per_item = x.detach().abs().amax(dim=1).float()  # [batch, channels]
         self.maximum = _larger(self.maximum, per_item.amax(dim=0))
         if self._per_timestep:
-            for time in timesteps.unique().tolist():
+            for time in sorted(set(timesteps.tolist())):
                 rows = per_item[timesteps == time].amax(dim=0)
                 self.by_timestep[time] = _larger(self.by_timestep.get(time), rows)
         for index, (low, high) in enumerate(self.ranges):
@@ -100,7 +100,7 @@ class TokenAbsMax:
     def update(self, x: Tensor, timesteps: Tensor) -> None:
         """Take one batch; the number of tokens is the same in all batches."""
         per_item = x.detach().abs().amax(dim=2).float()  # [batch, tokens]
-        for time in timesteps.unique().tolist():
+        for time in sorted(set(timesteps.tolist())):
             rows = per_item[timesteps == time].amax(dim=0)
             self.by_timestep[time] = _larger(self.by_timestep.get(time), rows)
 

@@ -13,6 +13,7 @@ from .shapes import TIMESTEP_CHANNELS
 from .transformer import (
     DiffusionTransformer,
     RoleRule,
+    config_of,
     feed_forward_macs,
     fold_into_modulation,
     fold_into_rows,
@@ -61,7 +62,8 @@ class DiTFamily(DiffusionTransformer):
         """Build the stock module."""
         from diffusers import DiTTransformer2DModel
 
-        return DiTTransformer2DModel(**stock_arguments(config))
+        module: nn.Module = DiTTransformer2DModel(**stock_arguments(config))
+        return module
 
     def folds(self, module: nn.Module) -> list[FoldGroup]:
         """Fold into the adaptive norm (attention and feed-forward inputs) and into V (its output).
@@ -81,7 +83,7 @@ class DiTFamily(DiffusionTransformer):
 
     def example_inputs(self, module: nn.Module, batch: int, generator: torch.Generator) -> dict[str, Any]:
         """Random latents [batch, C, H, W], timesteps and labels [batch] int64."""
-        config, like = module.config, reference_of(module)
+        config, like = config_of(module), reference_of(module)
         side = config.sample_size
         return {
             "hidden_states": random_normal((batch, config.in_channels, side, side), like, generator),

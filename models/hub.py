@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import HubError, SourceError
 
@@ -66,6 +67,8 @@ def fetch(repo_id: str, revision: str | None, patterns: Sequence[str], ignore: S
     )
 
     # The HTTP client below the Hub's differs by version; its errors share the base of HfHubHTTPError.
+    transport: tuple[Any, ...] = HfHubHTTPError.__bases__
+    unreachable = (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, *transport)
     where = repo_id if revision is None else f"{repo_id}@{revision}"
     try:
         path = snapshot_download(
@@ -80,7 +83,7 @@ def fetch(repo_id: str, revision: str | None, patterns: Sequence[str], ignore: S
         raise HubError(f"{where}: no such revision", hint="check model.revision") from None
     except HFValidationError as error:
         raise HubError(f"{where}: not a Hub id: {_first_line(error)}") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, *HfHubHTTPError.__bases__, OSError) as error:
+    except unreachable as error:
         raise HubError(
             f"{where}: cannot be fetched and is not in the local cache: {_first_line(error)}",
             hint="check the network, HF_HUB_OFFLINE and HF_TOKEN, or use a folder or builtin:dit",

@@ -132,7 +132,7 @@ def _count(tensors: Mapping[str, TensorSpec], shared: Mapping[str, str], config:
 
 def _empty_module(spec: ModelSpec) -> nn.Module:
     """Build the module with parameters on the meta device and real, computed buffers."""
-    from accelerate import init_empty_weights
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
 
     # The stock constructors draw a few tensors from the global generator: leave no trace in it.
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
@@ -160,7 +160,7 @@ def _read_file(
 
 def _read_tensor(handle: Any, header: TensorHeader, tensor: Tensor, digest: Any) -> int:
     """Fill `tensor`, feed the digest, and return how many elements are not finite."""
-    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    view = tensor.reshape(-1).view(torch.uint8).numpy().data
     count = 0
     for start in range(0, len(view), CHUNK_BYTES):
         part = view[start : start + CHUNK_BYTES]
@@ -215,7 +215,8 @@ def _scheduler(path: Path | None) -> Any | None:
 
     config = read_json(path)
     name = config.get("_class_name")
-    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+    kind: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
+    usable = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+    if not usable:
         raise SourceError(f"{path}: {name!r} is not a scheduler of diffusers")
     return kind.from_config(config)

@@ -13,6 +13,7 @@ from .shapes import TIMESTEP_CHANNELS, uses_additional_conditions
 from .transformer import (
     DiffusionTransformer,
     RoleRule,
+    config_of,
     feed_forward_macs,
     fold_into_rows,
     image_tokens,
@@ -64,7 +65,8 @@ class PixArtFamily(DiffusionTransformer):
         """Build the stock module."""
         from diffusers import PixArtTransformer2DModel
 
-        return PixArtTransformer2DModel(**stock_arguments(config))
+        module: nn.Module = PixArtTransformer2DModel(**stock_arguments(config))
+        return module
 
     def folds(self, module: nn.Module) -> list[FoldGroup]:
         """Fold into V only.
@@ -76,7 +78,7 @@ class PixArtFamily(DiffusionTransformer):
 
     def example_inputs(self, module: nn.Module, batch: int, generator: torch.Generator) -> dict[str, Any]:
         """Random latents [batch, C, H, W], caption states [batch, 120, channels], timesteps [batch]."""
-        config, like = module.config, reference_of(module)
+        config, like = config_of(module), reference_of(module)
         side = config.sample_size
         channels = config.caption_channels or config.cross_attention_dim or width_of(config)
         inputs: dict[str, Any] = {

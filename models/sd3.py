@@ -13,6 +13,7 @@ from .shapes import TIMESTEP_CHANNELS
 from .transformer import (
     DiffusionTransformer,
     RoleRule,
+    config_of,
     feed_forward_macs,
     fold_into_modulation,
     fold_into_rows,
@@ -74,7 +75,8 @@ class SD3Family(DiffusionTransformer):
         """Build the stock module."""
         from diffusers import SD3Transformer2DModel
 
-        return SD3Transformer2DModel(**stock_arguments(config))
+        module: nn.Module = SD3Transformer2DModel(**stock_arguments(config))
+        return module
 
     def folds(self, module: nn.Module) -> list[FoldGroup]:
         """Fold into the adaptive norms of both streams and into the values.
@@ -91,7 +93,7 @@ class SD3Family(DiffusionTransformer):
 
     def example_inputs(self, module: nn.Module, batch: int, generator: torch.Generator) -> dict[str, Any]:
         """Random latents [batch, C, H, W], text states [batch, 333, C], pooled [batch, C], timesteps."""
-        config, like = module.config, reference_of(module)
+        config, like = config_of(module), reference_of(module)
         side, text = config.sample_size, config.joint_attention_dim
         return {
             "hidden_states": random_normal((batch, config.in_channels, side, side), like, generator),

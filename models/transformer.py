@@ -86,6 +86,11 @@ def _linear_shapes(module: nn.Module) -> Iterable[tuple[str, tuple[int, int]]]:
             yield name, (child.out_features, child.in_features)
 
 
+def config_of(module: nn.Module) -> Any:
+    """Return a stock module's config: a mapping whose keys are attributes as well."""
+    return module.config
+
+
 def reference_of(module: nn.Module) -> Tensor:
     """Return a floating-point parameter: inputs take its dtype and device."""
     return next(parameter for parameter in module.parameters() if parameter.is_floating_point())
@@ -107,7 +112,7 @@ def random_integers(high: int, count: int, like: Tensor, generator: torch.Genera
 
 
 @torch.no_grad()
-def scale_rows(linear: nn.Module, factor: Tensor, start: int = 0) -> None:
+def scale_rows(linear: nn.Linear, factor: Tensor, start: int = 0) -> None:
     """Multiply rows `start : start + len(factor)` of a linear, and their biases, by `factor`.
 
     Computed in float32 and rounded once to the linear's dtype.
@@ -120,7 +125,7 @@ def scale_rows(linear: nn.Module, factor: Tensor, start: int = 0) -> None:
 
 
 @torch.no_grad()
-def scale_modulation(linear: nn.Module, factor: Tensor, *, shift_chunk: int, scale_chunk: int) -> None:
+def scale_modulation(linear: nn.Linear, factor: Tensor, *, shift_chunk: int, scale_chunk: int) -> None:
     """Make norm(x) * (1 + scale) + shift come out multiplied by `factor`, per channel.
 
     The linear computes (..., shift, scale, ...) in chunks of len(factor): shift * m is a scaling of its
@@ -152,13 +157,19 @@ def fold_into_rows(targets: Iterable[str], producers: Iterable[str]) -> FoldGrou
 def _absorb_modulation(
     module: nn.Module, factor: Tensor, *, producer: str, shift_chunk: int, scale_chunk: int
 ) -> None:
-    linear = module.get_submodule(producer)
-    scale_modulation(linear, factor, shift_chunk=shift_chunk, scale_chunk=scale_chunk)
+    scale_modulation(_linear(module, producer), factor, shift_chunk=shift_chunk, scale_chunk=scale_chunk)
 
 
 def _absorb_rows(module: nn.Module, factor: Tensor, *, producers: tuple[str, ...]) -> None:
     for producer in producers:
-        scale_rows(module.get_submodule(producer), factor)
+        scale_rows(_linear(module, producer), factor)
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear:
+    linear = module.get_submodule(name)
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"{name}: a scale can be folded only before this layer is quantized")
+    return linear
 
 
 # --- multiply-accumulates -----------------------------------------------------------------------
