@@ -42,7 +42,12 @@ def add_report(folder):
 
 @pytest.mark.parametrize(
     ("name", "format"),
-    [("mixed", "compress"), ("none", "compress"), ("torchao", "torchao"), ("mixed", "dequantized")],
+    [
+        ("mixed", "compress"),
+        pytest.param("none", "compress", marks=pytest.mark.slow),
+        pytest.param("torchao", "torchao", marks=pytest.mark.slow),
+        pytest.param("mixed", "dequantized", marks=pytest.mark.slow),
+    ],
 )
 def test_a_fresh_process_gives_equal_bits(exported, name, format):
     model, out = exported(name, format)
@@ -56,6 +61,7 @@ def test_a_fresh_process_gives_equal_bits(exported, name, format):
         assert verification.runtime_sqnr_db is None
 
 
+@pytest.mark.slow
 def test_a_changed_weight_is_found(exported):
     model, out = exported("w4a8", "compress")
     layer = model.module.get_submodule("transformer_blocks.0.attn1.to_q")
@@ -65,6 +71,7 @@ def test_a_changed_weight_is_found(exported):
         verify_export(model, out, seed=0, progress=SilentProgress())
 
 
+@pytest.mark.slow
 def test_a_folder_that_does_not_load_is_found(exported):
     model, out = exported("w4a8", "compress")
     path = out / "diffusion_pytorch_model.safetensors"

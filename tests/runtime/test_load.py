@@ -145,6 +145,7 @@ def test_without_us_the_stock_class_stops(exported):
     assert done.returncode == 7, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["compress", "diffusers"])
 def test_the_order_of_imports_does_not_matter(exported, first):
     second = {"compress": "diffusers", "diffusers": "compress"}[first]
