@@ -12,15 +12,17 @@ _BFLOAT16_BYTES = 2
 
 
 def linear_bytes(model: OpenModel) -> tuple[int, int]:
-    """Return (bytes, bytes in bfloat16) of the quantized linears inside the blocks.
+    """Return (bytes, bytes in bfloat16) of the quantized attention and feed-forward linears.
 
-    The first counts every tensor of such a layer: packed weights, scales, zero points, signs, low-rank
-    branches and the bias. The second counts the weight and the bias that the layer had.
+    The linears of the adaptive norms are left out: they have bits of their own, `adaln_weight_bits`,
+    and stand in `linear_inventory`. The first number counts every tensor of a layer: packed weights,
+    scales, zero points, signs, low-rank branches and the bias. The second counts the weight and the
+    bias that the layer had.
     """
     stored = dense = 0
     for site in model.linears():
         scheme = model.quantization.get(site.name)
-        if scheme is None or site.block is None:
+        if scheme is None or site.block is None or site.role in ("adaln", "embedder"):
             continue
         tensors = model.module.get_submodule(site.name).state_dict().values()
         stored += sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -81,19 +81,19 @@ def _title(document: Mapping[str, Any], label: str | None) -> Iterator[str]:
     methods = ", then ".join(f"`{stage['method']}`" for stage in document["stages"])
     yield f"# {PurePath(_folder_name(document)).name}"
     yield ""
-    yield (
-        f"`{model['id']}` ({model['class']}, {model['parameters'] / 1e6:.4g} M parameters), compressed"
-        f" with {methods}. The weights take {_size(metrics['bytes'])} instead of {_size(model['bytes'])}"
-        f" (**{metrics['size_ratio']:.3f}** of the original)."
-    )
-    if label:
-        yield (
-            f"Most weights are **{label}**: averaged over all linear layers **{average_bits(linears):.2f}"
-            " bits per weight**, and"
-            f" {metrics['bits_per_weight']:.2f} bits per parameter with scales and everything else in the"
-            f" file. {exceptions(linears, label)}"
-        )
+    # Other formats than our own do not store the bits that the model in memory has.
+    size = metrics["bytes"] if document["export"]["format"] == "compress" else document["export"]["bytes"]
+    yield f"`{model['id']}` ({model['class']}, {model['parameters'] / 1e6:.4g} M parameters), compressed"
+    yield f"with {methods}. The weights take {_size(size)} instead of {_size(model['bytes'])}:"
+    yield f"**{size / model['bytes']:.3f}** of the original."
     yield ""
+    if label:
+        yield f"Most weights are **{label}**: averaged over all linear layers"
+        yield f"**{average_bits(linears):.2f} bits per weight**, scales not counted;"
+        yield f"{8 * size / model['parameters']:.2f} bits per parameter with scales and everything else."
+        yield ""
+        yield from exceptions(linears, label)
+        yield ""
 
 
 def _loading(document: Mapping[str, Any]) -> Iterator[str]:
@@ -101,26 +101,19 @@ def _loading(document: Mapping[str, Any]) -> Iterator[str]:
     format_ = document["export"]["format"]
     yield "## Load it"
     yield ""
-    yield "```python"
-    yield "import compress"
-    yield f'model = compress.load("{folder}")'
-    yield "```"
-    yield ""
-    needs = {
-        "compress": "or with the stock class, which `import compress` teaches the format:",
-        "torchao": "or with stock diffusers and torchao, without compress:",
-        "sdnq": "or with stock diffusers and the package sdnq, without compress:",
-        "dequantized": "or with stock diffusers alone:",
-    }[format_]
-    yield needs
-    yield ""
-    yield "```python"
-    if format_ in ("compress", "sdnq"):
-        yield f"import {format_}"
-    yield f"from diffusers import {class_name}"
-    yield f'model = {class_name}.from_pretrained("{folder}")'
-    yield "```"
-    yield ""
+    ways = document["export"]["loads_with"]
+    if any("compress.load" in way for way in ways):
+        yield from ("```python", "import compress", f'model = compress.load("{folder}")', "```", "")
+    if any("from_pretrained" in way for way in ways):
+        yield {
+            "compress": "With the stock class, which `import compress` teaches the format:",
+            "torchao": "With stock diffusers and torchao, without compress:",
+            "sdnq": "With stock diffusers and the package sdnq, without compress:",
+            "dequantized": "With stock diffusers alone:",
+        }[format_]
+        imports = [f"import {format_}"] if format_ in ("compress", "sdnq") else []
+        load = f'model = {class_name}.from_pretrained("{folder}")'
+        yield from ("", "```python", *imports, f"from diffusers import {class_name}", load, "```", "")
     yield "The folder holds this component and its scheduler, not a whole pipeline; pass it on as"
     yield "`transformer=model`. " + _verified(document["export"])
     yield ""
@@ -155,13 +148,14 @@ def _figures(document: Mapping[str, Any], figures: Sequence[str]) -> Iterator[st
             f"{model['bits_per_weight']:.2f}",
             f"{metrics['bits_per_weight']:.2f}",
         ),
+        ("bytes of the weight files, headers included", "", f"{document['export']['bytes']:,}"),
         ("parameters", f"{model['parameters']:,}", f"{metrics['parameters']:,}"),
         ("multiply-accumulates of one forward", f"{model['macs']:,}", f"{metrics['macs']:,}"),
     ]
     if "linear_bytes_ratio" in metrics:
         rows.append(
             (
-                "quantized linears in the blocks, share of bfloat16",
+                "quantized attention and feed-forward linears, share of bfloat16",
                 "1",
                 f"{metrics['linear_bytes_ratio']:.4f}",
             )

@@ -90,7 +90,7 @@ def draw_samples(evaluation: Evaluation, label: str) -> Figure:
     count = len(original)
     columns = min(count, _COLUMNS)
     chunks = -(-count // columns)
-    figure = _figure(0.55 + 0.86 * columns, 0.45 + chunks * 2.02)
+    figure = _figure(max(4.0, 0.55 + 0.86 * columns), 0.45 + chunks * 2.02)
     bands = np.atleast_1d(figure.subfigures(chunks, 1))
     for chunk, band in enumerate(bands):
         grid = band.subplots(2, columns, squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.03})

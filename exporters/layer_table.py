@@ -35,19 +35,18 @@ def pattern_of(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name, count=1)
 
 
-def exceptions(linears: Sequence[Row], label: str) -> str:
-    """Return a sentence that names the layers whose weights the label does not describe."""
+def exceptions(linears: Sequence[Row], label: str) -> list[str]:
+    """Return Markdown list items that name the layers whose weights the label does not describe."""
     bits = int(label[1:].split("A")[0])
     others: dict[str, list[str]] = {}
     for row in linears:
         floating = row["method"] is None
         if floating or row["weight_bits"] != bits:
-            kind = f"{row['weight_bits']}-bit" + (" floating point" if floating else "")
+            kind = f"{row['weight_bits']}-bit " + ("floating point" if floating else "weights")
             others.setdefault(kind, []).append(f"`{pattern_of(row['name'])}`")
     if not others:
-        return f"Every linear layer has {bits}-bit weights."
-    parts = (f"{kind}: {', '.join(dict.fromkeys(names))}" for kind, names in others.items())
-    return f"Not at {bits} bits: " + "; ".join(parts) + "."
+        return [f"Every linear layer has {bits}-bit weights."]
+    return [f"- {kind}: {', '.join(dict.fromkeys(names))}" for kind, names in others.items()]
 
 
 def grouped(linears: Sequence[Row]) -> list[tuple[str, str, str, str, int, int, str]]:
