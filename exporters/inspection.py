@@ -163,7 +163,8 @@ def _quantized_bits(layers: Iterable[Mapping[str, Any]]) -> float | None:
     weights = sum(prod(layer["shape"]) for layer in chosen)
     if not weights:
         return None
-    return round(sum(layer["bits"] * prod(layer["shape"]) for layer in chosen) / weights, 4)
+    average: float = sum(layer["bits"] * prod(layer["shape"]) for layer in chosen) / weights
+    return round(average, 4)
 
 
 def _natural(name: str) -> tuple[tuple[int, int, str], ...]:

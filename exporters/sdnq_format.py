@@ -11,7 +11,7 @@ branch lies elsewhere: layers with these are refused. Its rule for activations i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,14 +94,14 @@ def check(quantization: Mapping[str, QuantizedModule]) -> None:
     Raises:
         PlanError: naming the layers.
     """
-    reasons = {
+    reasons: dict[str, Callable[[QuantizedModule], bool]] = {
         "a channel scale of the input": lambda s: s.input_scale,
         "a rotation": lambda s: s.rotation is not None,
         "a low-rank branch": lambda s: s.low_rank > 0,
         "activations that are not 8-bit symmetric": lambda s: (
             s.activation is not None and (s.activation.bits != 8 or not s.activation.symmetric)
         ),
-        "a number of weights that is no multiple of 8": lambda s: s.shape[0] * s.shape[1] % 8,
+        "a number of weights that is no multiple of 8": lambda s: s.shape[0] * s.shape[1] % 8 != 0,
     }
     if not quantization:
         raise PlanError("sdnq format: no layer is quantized", hint="export with format: compress")
@@ -177,8 +177,8 @@ def pack_flat(values: Tensor, bits: int) -> Tensor:
     flat = values.to(torch.int16).reshape(-1)
     if bits in (2, 4):
         columns = flat.view(-1, 8 // bits)
-        packed = sum(columns[:, i] << (bits * i) for i in range(8 // bits))
-        return torch.as_tensor(packed).to(torch.uint8)
+        shifted = columns << torch.arange(0, 8, bits, dtype=torch.int16)
+        return shifted.sum(dim=-1).to(torch.uint8)
     if bits == 3:
         v = flat.view(-1, 8)
         tops = [v[:, 6] & 3, v[:, 7] & 3, (v[:, 6] >> 2) | ((v[:, 7] >> 2) << 1)]

@@ -12,7 +12,7 @@ torchao's own rule for activations is absmax / 127.5, ours absmax / 127; outputs
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -95,7 +95,7 @@ def check(quantization: Mapping[str, QuantizedModule]) -> None:
     Raises:
         PlanError: naming the layers and the setting to change.
     """
-    reasons = {
+    reasons: dict[str, Callable[[QuantizedModule], bool]] = {
         "a rotation; set rotation: none": lambda s: s.rotation is not None,
         "weight groups; set group_size: null": lambda s: s.group_size is not None,
         "a low-rank branch; set low_rank: 0": lambda s: s.low_rank > 0,

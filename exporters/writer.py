@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -181,4 +182,5 @@ def _raw(tensor: StoredTensor) -> memoryview:
     value = tensor.read().detach().cpu().contiguous()
     if (tuple(value.shape), _CODES[value.dtype]) != (tensor.shape, tensor.dtype):
         raise ValueError(f"tensor {tensor.name} is {value.dtype} {list(value.shape)}, not as announced")
-    return memoryview(value.reshape(-1).view(torch.uint8).numpy())
+    array: Any = value.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)

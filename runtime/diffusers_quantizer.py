@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from ..errors import SourceError
 from .manifest import Manifest
 from .modules import ALIGNMENT, dtype_of, exact_names, name_of, swap_linears
-from .validate import QUANT_METHOD, check_quantized, parse_section, quantization_section, read_header
+from .validate import (
+    QUANT_METHOD,
+    check_quantized,
+    expected_tensors,
+    parse_section,
+    quantization_section,
+    read_header,
+)
 
 _AS_INTEGER = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
@@ -30,7 +37,7 @@ class Method(StrEnum):
     COMPRESS = QUANT_METHOD
 
 
-class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class CompressConfig(QuantizationConfigMixin):
     """config.json's `quantization_config`, strictly parsed.
 
     Args:
@@ -58,7 +65,7 @@ class CompressConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return f"CompressConfig({len(self.manifest.quantization)} layers, {self.dtype})"
 
 
-class CompressQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+class CompressQuantizer(DiffusersQuantizer):
     """Builds the quantized layers before the weights arrive, and places their tensors."""
 
     requires_calibration = True
@@ -89,7 +96,7 @@ class CompressQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         swap_linears(model, self._manifest.quantization, self._dtype)
         self._packed = exact_names(model)
-        model.config.quantization_config = self.quantization_config
+        model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
         expected = set(model.state_dict())
         missing, unexpected = expected - set(self._loaded), set(self._loaded) - expected
         if missing or unexpected:
@@ -160,11 +167,28 @@ class CompressQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         """
         if not safe_serialization:
             raise SourceError("compress checkpoints are written as safetensors only")
+        self._check_layers(state_dict)
         for copy, canonical in self._manifest.shared.items():
             if not torch.equal(state_dict[copy], state_dict[canonical]):
                 raise SourceError(f"tensor {copy} no longer equals {canonical}, so it cannot be left out")
         kept = {name: tensor for name, tensor in state_dict.items() if name not in self._manifest.shared}
         return kept, {}
+
+    def _check_layers(self, state_dict: dict[str, Tensor]) -> None:
+        """Refuse to write a model whose layers were replaced since it was loaded."""
+        listed = self._manifest.quantization
+        found = {name.removesuffix(".qweight") for name in state_dict if name.endswith(".qweight")}
+        other = sorted(found ^ listed.keys())
+        for module, scheme in listed.items():
+            for suffix, (_, shape) in expected_tensors(scheme, self.quantization_config.dtype).items():
+                tensor = state_dict.get(f"{module}.{suffix}")
+                if tensor is None or tuple(tensor.shape) != shape:
+                    other.append(module)
+        if other:
+            raise SourceError(
+                f"layer {other[0]} is not the one that was loaded, so the config does not describe it",
+                hint="export with compress instead of save_pretrained",
+            )
 
     @property
     def is_serializable(self) -> bool:

@@ -59,7 +59,7 @@ def load(
 
 
 def read_checkpoint(folder: str | Path) -> tuple[nn.Module, Manifest]:
-    """Load a folder in our own or a dense format together with its manifest.
+    """Load a folder in our own or a dense format, without gradients, together with its manifest.
 
     Raises:
         SourceError: damaged, or in the format of another library.
@@ -67,7 +67,7 @@ def read_checkpoint(folder: str | Path) -> tuple[nn.Module, Manifest]:
     stored = open_folder(Path(folder))
     if stored.quant_method not in (None, QUANT_METHOD):
         raise SourceError(f"{folder} is in {stored.quant_method} format; a stage needs the compress format")
-    return _build(stored, None), stored.manifest
+    return _build(stored, None).requires_grad_(False), stored.manifest
 
 
 def model_class(stored: StoredCheckpoint) -> Any:
@@ -179,9 +179,10 @@ def _check_names(stored: StoredCheckpoint, module: nn.Module) -> None:
 def read_tensor(entry: TensorEntry) -> Tensor:
     """Read one tensor into memory of its own, aligned whatever its place in the file."""
     data = torch.empty(entry.bytes, dtype=torch.uint8)
+    array: Any = data.numpy()
     with entry.file.open("rb") as file:
         file.seek(entry.start)
-        if file.readinto(memoryview(data.numpy())) != entry.bytes:
+        if file.readinto(memoryview(array)) != entry.bytes:
             raise SourceError(f"{entry.file} was changed while it was read")
     return data.view(_TORCH_DTYPES[entry.dtype]).view(entry.shape)
 
@@ -202,6 +203,6 @@ def _attach(module: nn.Module, manifest: Manifest, dtype: str) -> None:
 
     config = CompressConfig.from_dict(quantization_section(manifest, dtype))
     module.register_to_config(quantization_config=config)  # type: ignore[operator]
-    module.hf_quantizer = CompressQuantizer(config)  # type: ignore[assignment]
+    module.hf_quantizer = CompressQuantizer(config)
     module.is_quantized = True  # type: ignore[assignment]
     module.quantization_method = config.quant_method

@@ -347,7 +347,7 @@ def open_folder(folder: Path) -> StoredCheckpoint:
             f"{folder / FILE_NAME} lists quantized layers, but {CONFIG_NAME} has no quantization_config",
             hint="one of the two files was changed; export again",
         )
-    return StoredCheckpoint(folder, config, method, manifest or Manifest(), tensors, metadata)
+    return StoredCheckpoint(folder, config, method, manifest or Manifest(history=()), tensors, metadata)
 
 
 def _check_same(manifest: Manifest, stated: Manifest, folder: Path) -> None:

@@ -118,6 +118,13 @@ def test_a_copy_that_was_changed_is_not_lost_when_saved(exported, tmp_path):
         module.save_pretrained(tmp_path / "again")
 
 
+def test_replaced_layers_are_not_saved_under_the_old_config(exported, tmp_path):
+    module = compress.load(exported[1])
+    module.transformer_blocks[0].attn1.to_q = torch.nn.Linear(64, 64)
+    with pytest.raises(SourceError, match=f"layer {QUERY} is not the one that was loaded"):
+        module.save_pretrained(tmp_path / "again")
+
+
 def test_misaligned_tensors_are_copied(exported):
     model, out = exported
     path = out / WEIGHTS
