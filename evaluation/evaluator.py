@@ -199,7 +199,8 @@ class Evaluator:
         self, model: OpenModel, reference: Reference, result: Evaluation, progress: Progress
     ) -> None:
         device = next(model.module.parameters()).device
-        total, steps = Powers(), {}
+        total = Powers()
+        steps: dict[float, Powers] = {}
         calls = reference.calls()
         for kwargs, wanted in track(progress, "replay", calls, len(calls)):
             output = model.module(**to_device(kwargs, device), return_dict=False)[0]

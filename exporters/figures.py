@@ -91,7 +91,7 @@ def draw_samples(evaluation: Evaluation, label: str) -> Figure:
     columns = min(count, _COLUMNS)
     chunks = -(-count // columns)
     figure = _figure(max(4.0, 0.55 + 0.86 * columns), 0.45 + chunks * 2.02)
-    bands = np.atleast_1d(figure.subfigures(chunks, 1))
+    bands = figure.subfigures(chunks, 1, squeeze=False)[:, 0]
     for chunk, band in enumerate(bands):
         grid = band.subplots(2, columns, squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.03})
         for row, column in np.ndindex(2, columns):
@@ -171,7 +171,7 @@ def draw_bits(linears: Sequence[Mapping[str, Any]]) -> Figure:
     before, after = np.zeros(len(roles)), np.zeros(len(roles))
     for row in inside:
         place = roles.index(row["role"])
-        grid[place, row["block"]] = row["weight_bits"]
+        grid[place, row["block"]] = np.fmax(grid[place, row["block"]], row["weight_bits"])
         before[place] += row["bytes_original"]
         after[place] += row["bytes"]
     width = min(11.0, 4.6 + 0.36 * blocks)

@@ -27,7 +27,7 @@ def label_of(linears: Sequence[Row]) -> str | None:
 def average_bits(linears: Sequence[Row]) -> float:
     """Return the bits per weight of the linears, weighted by parameters, scales not counted."""
     total = sum(row["parameters"] for row in linears)
-    return sum(row["parameters"] * row["weight_bits"] for row in linears) / total
+    return float(sum(row["parameters"] * row["weight_bits"] for row in linears) / total)
 
 
 def pattern_of(name: str) -> str:

@@ -58,11 +58,14 @@ class Classifier(nn.Module):
         Returns:
             [n, features] float, not negative.
         """
-        return self.neck(self.body(self.stem(images)).flatten(1)).relu()
+        plane: Tensor = self.body(self.stem(images))
+        vector: Tensor = self.neck(plane.flatten(1))
+        return vector.relu()
 
     def forward(self, images: Tensor) -> Tensor:
         """Return class scores [n, classes] of images [n, 1, 28, 28] in [-1, 1]."""
-        return self.head(self.features(images))
+        scores: Tensor = self.head(self.features(images))
+        return scores
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Scorer:
         """
         labels, features = [], []
         levels = images.float().clamp(-1.0, 1.0).add(1.0).mul(127.5).round().div(127.5).sub(1.0)
-        for batch in levels.split(batch_size):
+        for batch in torch.split(levels, batch_size):
             batch_features = self.network.features(batch)
             features.append(batch_features.double())
             labels.append(self.network.head(batch_features).argmax(dim=1))

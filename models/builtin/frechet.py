@@ -17,7 +17,8 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
 def _symmetric_root(matrix: Tensor) -> Tensor:
     # Rounding makes the smallest eigenvalues of a covariance slightly negative.
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    return (vectors * values.clamp_min(0.0).sqrt()) @ vectors.T
+    root: Tensor = (vectors * values.clamp_min(0.0).sqrt()) @ vectors.T
+    return root
 
 
 def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor) -> float:
