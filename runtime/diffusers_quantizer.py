@@ -113,6 +113,7 @@ class CompressQuantizer(DiffusersQuantizer):
         for name in result.keys() & self._packed.keys():
             tensor = result[name]
             if tensor.dtype in _AS_INTEGER:
+                self._packed[name] = tensor.dtype
                 result[name] = tensor.contiguous().view(_AS_INTEGER[tensor.dtype])
         return result
 
@@ -143,7 +144,8 @@ class CompressQuantizer(DiffusersQuantizer):
         """Place one integer tensor or scale of a quantized layer, bit for bit."""
         module_name, _, name = param_name.rpartition(".")
         dtype = self._packed[param_name]
-        value = param_value.view(dtype) if dtype in _AS_INTEGER else param_value
+        disguised = dtype in _AS_INTEGER and not param_value.is_floating_point()
+        value = param_value.view(dtype) if disguised else param_value
         value = value.to(target_device)
         # A misaligned integer weight crashes torch's CPU kernels.
         if value.data_ptr() % ALIGNMENT:
