@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 _TINY = 1e-30
 _CUDA_MULTIPLE = 8
+_CACHE_ELEMENTS = 2**18
 _CUDA_ROWS = 17
 
 
@@ -26,11 +27,13 @@ class Tokens(NamedTuple):
         q: int8 [M, K].
         scale: float32 [M, 1].
         zero: float32 [M, 1], None where it is part of `q` or the grid is symmetric.
+        total: float32 [M, 1], sum of `q` over K, exact; None where it was not asked for.
     """
 
     q: Tensor
     scale: Tensor
     zero: Tensor | None
+    total: Tensor | None
 
 
 class IntegerWeight(NamedTuple):
@@ -49,25 +52,61 @@ class IntegerWeight(NamedTuple):
     sums: Tensor | None
 
 
-def quantize_tokens(x: Tensor, bits: int, symmetric: bool) -> Tokens:
+def _chunk_rows(width: int) -> int:
+    """Return how many rows of `width` float32 values fit the cache of a core."""
+    return max(1, _CACHE_ELEMENTS // width)
+
+
+def _symmetric(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return integers as floats [M, K], scale [M, 1], no zero."""
+    top = (1 << (bits - 1)) - 1
+    scale = (x.abs().amax(dim=-1, keepdim=True).float() / top).clamp_min(_TINY)
+    return (x / scale).round_(), scale, None
+
+
+def _asymmetric(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return integers as floats [M, K], scale [M, 1], and the zero [M, 1] where it is apart."""
+    top = (1 << (bits - 1)) - 1
+    low = x.amin(dim=-1, keepdim=True).float().clamp_max(0)
+    high = x.amax(dim=-1, keepdim=True).float().clamp_min(0)
+    scale = ((high - low) / (2 * top + 1)).clamp_min(_TINY)
+    zero = torch.round(low / scale) + (top + 1)
+    level = (x / scale).round_().sub_(zero).clamp_(-top - 1, top)
+    return (level.add_(zero), scale, None) if bits < 8 else (level, scale, zero)
+
+
+def _quantize_rows(x: Tensor, bits: int, symmetric: bool, total: bool) -> Tokens:
+    level, scale, zero = (_symmetric if symmetric else _asymmetric)(x, bits)
+    return Tokens(level.to(torch.int8), scale, zero, level.sum(dim=-1, keepdim=True) if total else None)
+
+
+def quantize_tokens(x: Tensor, bits: int, symmetric: bool, total: bool = False) -> Tokens:
     """Quantize each row of x [M, K] (any float dtype) with its own scale.
 
     Symmetric: s = max|x| / (2^(b-1) - 1). Asymmetric: s = (max(x, 0) - min(x, 0)) / (2^b - 1) with
     the zero point on the grid. Below 8 bits the zero point is added to the integers, which still
     fit int8.
+
+    Args:
+        x: rows.
+        bits: 4, 6 or 8.
+        symmetric: which grid.
+        total: also sum the integers of each row.
     """
-    top = (1 << (bits - 1)) - 1
-    if symmetric:
-        scale = (x.abs().amax(dim=-1, keepdim=True).float() / top).clamp_min(_TINY)
-        return Tokens(torch.round(x / scale).to(torch.int8), scale, None)
-    low = x.amin(dim=-1, keepdim=True).float().clamp_max(0)
-    high = x.amax(dim=-1, keepdim=True).float().clamp_min(0)
-    scale = ((high - low) / (2 * top + 1)).clamp_min(_TINY)
-    zero = torch.round(low / scale) + (top + 1)
-    level = torch.clamp(torch.round(x / scale) - zero, -top - 1, top)
-    if bits < 8:
-        return Tokens((level + zero).to(torch.int8), scale, None)
-    return Tokens(level.to(torch.int8), scale, zero)
+    rows = _chunk_rows(x.shape[1])
+    # A compiler fuses the passes by itself; here each run of rows stays in the cache between them.
+    if torch.compiler.is_compiling() or x.is_cuda or x.shape[0] <= rows:
+        return _quantize_rows(x, bits, symmetric, total)
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    parts: list[Tokens] = []
+    for target, part in zip(q.split(rows), x.split(rows), strict=True):
+        tokens = _quantize_rows(part, bits, symmetric, total)
+        target.copy_(tokens.q)
+        parts.append(tokens)
+    scale = torch.cat([part.scale for part in parts])
+    zeros = [part.zero for part in parts if part.zero is not None]
+    totals = [part.total for part in parts if part.total is not None]
+    return Tokens(q, scale, torch.cat(zeros) if zeros else None, torch.cat(totals) if totals else None)
 
 
 def fake_quantize_tokens(x: Tensor, bits: int, symmetric: bool) -> Tensor:
@@ -122,26 +161,65 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(a, b.t())[:rows, :outputs]
 
 
-def _group(tokens: Tokens, weight: IntegerWeight, index: int, width: int) -> Tensor:
-    """Return sum over one group of (q_x + z_x)(q_w + z_w) * s_w: float32 [M, N]."""
-    columns = slice(index * width, (index + 1) * width)
-    q, w = tokens.q[:, columns], weight.q[:, columns]
-    if weight.scale.shape[0] > 1:
-        q, w = q.contiguous(), w.contiguous()
-    level = matmul(q, w).float()
-    if weight.zero is not None:
-        level = level + q.sum(dim=-1, keepdim=True, dtype=torch.int32) * weight.zero[index]
+def _corrected(
+    level: Tensor, tokens: Tokens, weight: IntegerWeight, index: int, total: Tensor | None
+) -> Tensor:
+    """Add what the zero points contribute to float32 `level` [M, N], in place."""
+    zero = weight.zero
+    if zero is not None and total is not None:
+        level.addcmul_(total, zero[index])
     if tokens.zero is not None and weight.sums is not None:
-        level = level + tokens.zero * weight.sums[index]
-    return level * weight.scale[index]
+        level.addcmul_(tokens.zero, weight.sums[index])
+    return level
 
 
-def linear(tokens: Tokens, weight: IntegerWeight, bias: Tensor | None) -> Tensor:
-    """Return x W^T + bias, float32 [M, N], from integer products: one per group of input channels."""
-    groups = weight.scale.shape[0]
+def _rows_of(tokens: Tokens, start: int, stop: int) -> Tokens:
+    return Tokens(*(None if item is None else item[start:stop] for item in tokens))
+
+
+def _finish(accumulated: Tensor, tokens: Tokens, weight: IntegerWeight, bias: Tensor | None) -> Tensor:
+    """Turn int32 [M, N] into s_x s_w (sum + corrections) + bias, float32."""
+    level = accumulated * tokens.scale if weight.zero is None and tokens.zero is None else None
+    if level is None:
+        level = _corrected(accumulated.float(), tokens, weight, 0, tokens.total).mul_(tokens.scale)
+    return level * weight.scale[0] if bias is None else torch.addcmul(bias.float(), level, weight.scale[0])
+
+
+def _per_channel(tokens: Tokens, weight: IntegerWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    accumulated = matmul(tokens.q, weight.q)
+    rows = _chunk_rows(accumulated.shape[1])
+    count = accumulated.shape[0]
+    if torch.compiler.is_compiling() or accumulated.is_cuda or count <= rows:
+        return _finish(accumulated, tokens, weight, bias).to(dtype)
+    y = torch.empty(accumulated.shape, dtype=dtype)
+    for start in range(0, count, rows):
+        part = slice(start, start + rows)
+        y[part] = _finish(accumulated[part], _rows_of(tokens, start, start + rows), weight, bias)
+    return y
+
+
+def _per_group(tokens: Tokens, weight: IntegerWeight, bias: Tensor | None) -> Tensor:
+    groups, outputs = weight.scale.shape
     width = tokens.q.shape[1] // groups
-    total = _group(tokens, weight, 0, width)
-    for index in range(1, groups):
-        total = total + _group(tokens, weight, index, width)
+    total = torch.zeros(tokens.q.shape[0], outputs, device=tokens.q.device)
+    for index in range(groups):
+        columns = slice(index * width, (index + 1) * width)
+        q = tokens.q[:, columns].contiguous()
+        level = matmul(q, weight.q[:, columns].contiguous()).float()
+        row_sum = None
+        if weight.zero is not None:
+            row_sum = q.sum(dim=-1, keepdim=True, dtype=torch.int32).float()
+        total.addcmul_(_corrected(level, tokens, weight, index, row_sum), weight.scale[index])
     total = total * tokens.scale
     return total if bias is None else total + bias
+
+
+def linear(tokens: Tokens, weight: IntegerWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return x W^T + bias in `dtype`, [M, N], from integer products.
+
+    One product for a weight with one scale per output channel, else one per group of input channels,
+    summed in float32. `tokens.total` must be there where a per-channel weight has a zero.
+    """
+    if weight.scale.shape[0] == 1:
+        return _per_channel(tokens, weight, bias, dtype)
+    return _per_group(tokens, weight, bias).to(dtype)

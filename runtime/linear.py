@@ -221,8 +221,10 @@ class QuantizedLinear(nn.Module):
             if self.bias is not None:
                 y = y + self.bias
         else:
-            tokens = integer.quantize_tokens(rows, activation.bits, activation.symmetric)
-            y = integer.linear(tokens, self._laid_out(), self.bias)
+            weight = self._laid_out()
+            total = weight.zero is not None and weight.scale.shape[0] == 1
+            tokens = integer.quantize_tokens(rows, activation.bits, activation.symmetric, total)
+            y = integer.linear(tokens, weight, self.bias, torch.float32 if self.scheme.low_rank else x.dtype)
         if self.low_rank_down is not None:
             y = y + self._low_rank(raw)
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
