@@ -139,11 +139,10 @@ def _run_locked(state: _Run) -> tuple[dict[str, Any], Path]:
     device = resolve_device(recipe.device)
     model = open_model(recipe.model, device=device, progress=progress)
     described = _describe_model(model.spec)
-    evaluator = Evaluator(recipe.evaluate, recipe.seed)
+    evaluator = Evaluator(recipe.evaluate, recipe.seed, recipe.calibration)
     reference = evaluator.reference(model, state.work.reference, progress)
     stages = _run_stages(state, model)
     evaluation = evaluator.compare(model, reference, progress)
-    evaluation.metrics.update(size_metrics(model))
 
     target = Path(recipe.export.path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -263,6 +262,9 @@ def _export(state: _Run, model: OpenModel, folder: Path, evaluation: Evaluation)
     with step(state.progress, f"export {recipe.export.format}"):
         info = write(model, folder, recipe.export.format, max_shard_size=recipe.export.max_shard_size)
         (folder / "recipe.yaml").write_text(state.loaded.text, encoding="utf-8")
+    # What a format unpacks or rounds back takes more room than the module does in memory.
+    stored = None if recipe.export.format == "compress" else info.bytes
+    evaluation.metrics.update(size_metrics(model, stored))
     with step(state.progress, "verify in a fresh process"):
         verification = verify_export(model, folder, seed=recipe.seed, progress=state.progress)
     evaluation.metrics["max_abs_error"] = verification.max_abs_error
@@ -277,6 +279,7 @@ def _export(state: _Run, model: OpenModel, folder: Path, evaluation: Evaluation)
             "verified": verification.verified,
             "max_abs_error": verification.max_abs_error,
             "loads_with": list(verification.loads_with),
+            "notes": list(verification.notes),
         },
     }
 
@@ -386,7 +389,7 @@ def evaluate_folder(loaded: LoadedRecipe, folder: Path, progress: Progress) -> d
     """Measure an exported folder against its original; see `pipeline.evaluate`."""
     recipe = loaded.recipe
     model = open_model(recipe.model, device=resolve_device(recipe.device), progress=progress)
-    evaluator = Evaluator(recipe.evaluate, recipe.seed)
+    evaluator = Evaluator(recipe.evaluate, recipe.seed, recipe.calibration)
     reference = evaluator.reference(model, None, progress)
     module, manifest = read_checkpoint(folder)
     model.module, model.quantization = module, dict(manifest.quantization)

@@ -46,7 +46,7 @@ def compress(folder, *arguments, env=None, user=None):
     error_path = folder.parent / f"{folder.name}.stderr"
     with error_path.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "compress.cli.main", *arguments],
+            [sys.executable, "-m", "compress", *arguments],
             cwd=folder, stdout=errors, stderr=errors, env={**os.environ, **(env or {})}, user=user,
         )  # fmt: skip
         _, status, usage = os.wait4(process.pid, 0)
@@ -101,13 +101,13 @@ def recipe(folder, old="", new="", model="builtin:dit"):
         ("seed: 0", "sede: 0", ("recipe.yaml:2:1", "sede", "seed")),
         ("weight_bits: 4", "weight_bit: 4", ("recipe.yaml:6:7", "weight_bit", "weight_bits")),
         ("seed: 0", "seed: many", ("recipe.yaml:2:7", "seed")),
-        ("samples: 2", "samples: [2]", ("recipe.yaml:3:24", "calibration.samples")),
+        ("samples: 2", "samples: [2]", ("recipe.yaml:3:15", "calibration.samples")),
         ("vidit_q", "vidit_k", ("recipe.yaml:5:5", "vidit_k", "vidit_q")),
         ("weight_bits: 4", "weight_bits: 5", ("recipe.yaml:6:20", "stages[0].vidit_q.weight_bits", "2, 3, 4, 6, 8")),
         ("keep: []", "keep: ['blocks.*.nothing']", ("recipe.yaml:7:14", "blocks.*.nothing", "matches no linear layer")),
-        ("seed: 0", "seed:\t0\n\tmore: 1", ("recipe.yaml:", "tab")),
+        ("seed: 0", "seed:\t0\n\tmore: 1", ("recipe.yaml:2:6", "TAB")),
         ("seed: 0", "seed: 0\nseed: 1", ("recipe.yaml:3:1", "seed")),
-        ("path: out", "path: ${UNSET_VARIABLE}", ("recipe.yaml:11:16", "UNSET_VARIABLE")),
+        ("path: out", "path: '${UNSET_VARIABLE}'", ("recipe.yaml:11:16", "UNSET_VARIABLE")),
         ("sqnr_db", "sqnr_bd", ("recipe.yaml:10:11", "sqnr_bd", "sqnr_db")),
     ],
     ids=[
@@ -174,7 +174,7 @@ def test_class_that_is_not_supported(folder, model):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "_class_name": "LlamaForCausalLM"}))
     recipe(folder, model="model")
-    refused(folder, 3, "LlamaForCausalLM", "DiTTransformer2DModel")
+    refused(folder, 4, "LlamaForCausalLM", "DiTTransformer2DModel")
 
 
 def test_folder_without_config(folder, model):
@@ -276,7 +276,7 @@ def test_disk_full_in_the_middle(folder):
     _mounted(small, "size=8m")
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "compress.cli.main", "run", "recipe.yaml"],
+            [sys.executable, "-m", "compress", "run", "recipe.yaml"],
             cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         while process.poll() is None and not list((folder / ".compress").glob("stages/*/stage.json")):
@@ -300,7 +300,7 @@ def test_disk_full_in_the_middle(folder):
 def test_interrupted_run_says_how_to_go_on(folder):
     recipe(folder)
     process = subprocess.Popen(
-        [sys.executable, "-m", "compress.cli.main", "run", "recipe.yaml"],
+        [sys.executable, "-m", "compress", "run", "recipe.yaml"],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     while process.poll() is None and not (folder / ".compress" / "events.jsonl").is_file():

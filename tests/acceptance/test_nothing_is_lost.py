@@ -28,7 +28,7 @@ KILLS = 10
 
 def _start(folder: Path) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "compress.cli.main", "run", "recipe.yaml", "--json"],
+        [sys.executable, "-m", "compress", "run", "recipe.yaml", "--json"],
         cwd=folder,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
