@@ -27,7 +27,7 @@ from .evaluation.size import size_metrics
 from .exporters.card import write_card
 from .exporters.figures import write_figures
 from .exporters.formats import predict_bytes, write
-from .exporters.verify import verify_export
+from .exporters.fresh_process import verify_export
 from .models.base import ModelSpec, OpenModel
 from .models.open import open_model, read_spec
 from .progress import Progress, step

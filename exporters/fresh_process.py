@@ -1,4 +1,4 @@
-"""The process that `verify` starts: what it is asked, and what must come back."""
+"""Verification of an exported folder by running it: a fresh process must give the same bits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from ..models.base import OpenModel
 from ..progress import Progress, step
 from ..runtime.modules import name_of
 from ..runtime.validate import QUANT_METHOD, open_folder
-from .verify import Verification
 
 _WORKER = Path(__file__).with_name("verify_worker.py")
 _BATCH = 2
@@ -29,10 +29,43 @@ _TIMEOUT_SECONDS = 1800
 _OTHER_SEED = 0x5EED
 
 
-def compare(
-    model: OpenModel, folder: Path, *, seed: int, progress: Progress, threads: int | None
+@dataclass(frozen=True)
+class Verification:
+    """What a fresh process computed.
+
+    Attributes:
+        verified: every way of loading gave exactly the expected outputs.
+        max_abs_error: largest difference over all ways; 0.0 when verified.
+        ways: way of loading -> its largest absolute difference.
+        loads_with: the Python expressions that were tried.
+        runtime_sqnr_db: the exported model against our own integer runtime, where the format
+            computes differently (torchao, sdnq, dequantized); None where it must be equal.
+    """
+
+    verified: bool
+    max_abs_error: float
+    ways: dict[str, float]
+    loads_with: list[str]
+    runtime_sqnr_db: float | None = None
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+
+def verify_export(
+    model: OpenModel, folder: Path, *, seed: int, progress: Progress, threads: int | None = None
 ) -> Verification:
-    """Do what `verify.verify_export` describes."""
+    """Load `folder` in a fresh process every documented way and compare outputs.
+
+    The process draws from another global seed, so that nothing may depend on it.
+
+    Args:
+        model: what was exported, in memory.
+        folder: what was written.
+        seed: of the inputs.
+        threads: CPU threads of both processes' arithmetic; None: as many as this one uses.
+
+    Raises:
+        VerifyError: a way does not load, or its outputs differ in any bit.
+    """
     stored = open_folder(folder)
     if stored.quant_method == "sdnq":
         return _decode(model, folder)

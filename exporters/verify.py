@@ -1,6 +1,6 @@
-"""Verification of an exported folder: by running it in a fresh process, or by its own records.
+"""Verification of an exported folder by its own records; torch-free.
 
-Importing this module does not import torch: `verify_folder` answers without it.
+`fresh_process.verify_export` is the other half: it runs the folder.
 """
 
 from __future__ import annotations
@@ -8,60 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import CompressError, SourceError, VerifyError
-from ..progress import Progress
 from ..runtime.validate import open_folder
 
-if TYPE_CHECKING:
-    from ..models.base import OpenModel
-
 REPORT_NAME = "report.json"
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What a fresh process computed.
-
-    Attributes:
-        verified: every way of loading gave exactly the expected outputs.
-        max_abs_error: largest difference over all ways; 0.0 when verified.
-        ways: way of loading -> its largest absolute difference.
-        loads_with: the Python expressions that were tried.
-        runtime_sqnr_db: the exported model against our own integer runtime, where the format
-            computes differently (torchao, sdnq, dequantized); None where it must be equal.
-    """
-
-    verified: bool
-    max_abs_error: float
-    ways: dict[str, float]
-    loads_with: list[str]
-    runtime_sqnr_db: float | None = None
-    notes: tuple[str, ...] = field(default_factory=tuple)
-
-
-def verify_export(
-    model: OpenModel, folder: Path, *, seed: int, progress: Progress, threads: int | None = None
-) -> Verification:
-    """Load `folder` in a fresh process every documented way and compare outputs.
-
-    The process draws from another global seed, so that nothing may depend on it.
-
-    Args:
-        model: what was exported, in memory.
-        folder: what was written.
-        seed: of the inputs.
-        threads: CPU threads of both processes' arithmetic; None: as many as this one uses.
-
-    Raises:
-        VerifyError: a way does not load, or its outputs differ in any bit.
-    """
-    from .fresh_process import compare
-
-    return compare(model, Path(folder), seed=seed, progress=progress, threads=threads)
 
 
 class FolderError(VerifyError):

@@ -76,7 +76,8 @@ class QuantizedModule(_Strict):
     @model_validator(mode="after")
     def _divides(self) -> QuantizedModule:
         columns = self.shape[1]
-        for label, width in (("group_size", self.group_size), ("rotation.block", self.rotation and self.rotation.block)):
+        block = self.rotation.block if self.rotation else None
+        for label, width in (("group_size", self.group_size), ("rotation.block", block)):
             if width is not None and columns % width:
                 raise ValueError(f"{label} {width} does not divide the {columns} input channels")
         return self
@@ -132,7 +133,9 @@ class Manifest(_Strict):
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"]) or "the document"
-            raise SourceError(f"{where}: {place}: {first['msg']}", hint="the manifest was changed by hand or damaged") from None
+            raise SourceError(
+                f"{where}: {place}: {first['msg']}", hint="the manifest was changed by hand or damaged"
+            ) from None
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:

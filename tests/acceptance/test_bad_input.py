@@ -103,8 +103,8 @@ def recipe(folder, old="", new="", model="builtin:dit"):
         ("seed: 0", "seed: many", ("recipe.yaml:2:7", "seed")),
         ("samples: 2", "samples: [2]", ("recipe.yaml:3:15", "calibration.samples")),
         ("vidit_q", "vidit_k", ("recipe.yaml:5:5", "vidit_k", "vidit_q")),
-        ("weight_bits: 4", "weight_bits: 5", ("recipe.yaml:6:20", "stages[0].vidit_q.weight_bits", "2, 3, 4, 6, 8")),
-        ("keep: []", "keep: ['blocks.*.nothing']", ("recipe.yaml:7:14", "blocks.*.nothing", "matches no linear layer")),
+        ("weight_bits: 4", "weight_bits: 5", ("recipe.yaml:6:20", "[0].vidit_q.weight_bits", "2, 3, 4, 6, 8")),
+        ("keep: []", "keep: ['blocks.*.no']", ("recipe.yaml:7:14", "blocks.*.no", "matches no linear layer")),
         ("seed: 0", "seed:\t0\n\tmore: 1", ("recipe.yaml:2:6", "TAB")),
         ("seed: 0", "seed: 0\nseed: 1", ("recipe.yaml:3:1", "seed")),
         ("path: out", "path: '${UNSET_VARIABLE}'", ("recipe.yaml:11:16", "UNSET_VARIABLE")),
@@ -112,7 +112,8 @@ def recipe(folder, old="", new="", model="builtin:dit"):
     ],
     ids=[
         "unknown key", "unknown key of a stage", "wrong type", "list for a number", "misspelt method",
-        "bits not offered", "pattern that matches no layer", "tab", "duplicate key", "unset variable", "unknown metric",
+        "bits not offered", "pattern that matches no layer", "tab", "duplicate key", "unset variable",
+        "unknown metric",
     ],
 )  # fmt: skip
 def test_wrong_recipe(folder, old, new, expected):

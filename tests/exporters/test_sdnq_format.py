@@ -11,8 +11,8 @@ import pytest
 import torch
 from compress.errors import PlanError, SourceError, VerifyError
 from compress.exporters.formats import write
+from compress.exporters.fresh_process import verify_export
 from compress.exporters.sdnq_format import check_written, pack_flat, unpack_flat
-from compress.exporters.verify import verify_export
 from compress.progress import SilentProgress
 from compress.runtime.validate import open_folder
 

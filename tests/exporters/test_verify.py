@@ -11,7 +11,8 @@ import pytest
 import torch
 from compress.errors import VerifyError
 from compress.exporters.formats import write
-from compress.exporters.verify import FolderError, verify_export, verify_folder
+from compress.exporters.fresh_process import verify_export
+from compress.exporters.verify import FolderError, verify_folder
 from compress.progress import SilentProgress
 
 
