@@ -174,7 +174,9 @@ def _corrected(
 
 
 def _rows_of(tokens: Tokens, start: int, stop: int) -> Tokens:
-    return Tokens(*(None if item is None else item[start:stop] for item in tokens))
+    zero = None if tokens.zero is None else tokens.zero[start:stop]
+    total = None if tokens.total is None else tokens.total[start:stop]
+    return Tokens(tokens.q[start:stop], tokens.scale[start:stop], zero, total)
 
 
 def _finish(accumulated: Tensor, tokens: Tokens, weight: IntegerWeight, bias: Tensor | None) -> Tensor:

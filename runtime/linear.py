@@ -59,7 +59,14 @@ class QuantizedLinear(nn.Module):
         dtype: of bias and low-rank branch.
     """
 
-    _float_buffers = ("bias", "low_rank_down", "low_rank_up")
+    qweight: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    bias: Tensor | None
+    input_scale: Tensor | None
+    rotation_sign: Tensor | None
+    low_rank_down: Tensor | None
+    low_rank_up: Tensor | None
 
     def __init__(self, scheme: QuantizedModule, dtype: torch.dtype) -> None:
         super().__init__()
@@ -107,7 +114,7 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         # `.half()` and `.to(dtype)` reach every floating buffer; the grids must stay what they are.
         kept = {name: getattr(self, name) for name in ("scale", "input_scale")}
-        result = super()._apply(fn, recurse)
+        result: QuantizedLinear = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             after = getattr(self, name)
             if before is not None and after.dtype != before.dtype:
@@ -143,13 +150,14 @@ class QuantizedLinear(nn.Module):
             weight = self._rotate().inverse(weight)
         if self.input_scale is not None:
             weight = weight * self.input_scale
-        if self.low_rank_down is not None:
+        if self.low_rank_down is not None and self.low_rank_up is not None:
             weight = weight + self.low_rank_up.float() @ self.low_rank_down.float()
         return weight
 
     def _rotate(self) -> Rotation:
         if self._rotation is None:
             assert self.scheme.rotation is not None
+            assert self.rotation_sign is not None
             self._rotation = Rotation(self.rotation_sign, self.scheme.rotation.block)
         return self._rotation
 
@@ -163,6 +171,8 @@ class QuantizedLinear(nn.Module):
 
     def _low_rank(self, x: Tensor) -> Tensor:
         """Return the floating-point branch of x [M, in]: [M, out]."""
+        assert self.low_rank_down is not None
+        assert self.low_rank_up is not None
         return F.linear(F.linear(x, self.low_rank_down.to(x.dtype)), self.low_rank_up.to(x.dtype))
 
     def reference_forward(self, x: Tensor) -> Tensor:

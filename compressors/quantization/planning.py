@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ...models.base import ModelSpec, TensorSpec
 from ...recipes.stages import GridSettings
@@ -43,7 +44,7 @@ def _peak_bytes(spec: ModelSpec, choices: Sequence[Choice], compensate: bool) ->
     return spec.size().bytes + work
 
 
-def _notes(choices: Sequence[Choice], settings: GridSettings, rows: Sequence[dict]) -> list[str]:
+def _notes(choices: Sequence[Choice], settings: GridSettings, rows: Sequence[dict[str, Any]]) -> list[str]:
     facts = averages(rows, settings)
     mean = facts["average_bits"]
     notes = [
