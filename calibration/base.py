@@ -18,7 +18,9 @@ Observer = Callable[[str, Tensor, Tensor], None]
 class Calibration(Protocol):
     """Recorded inputs of the model, replayed as often as a method asks. Seeded; never global."""
 
-    seed: int
+    @property
+    def seed(self) -> int:
+        """Seed of everything random in the stage."""
 
     @property
     def key(self) -> str:
