@@ -6,9 +6,10 @@ import argparse
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from compress.evaluation.speed import interleaved_minima
@@ -16,6 +17,7 @@ from torch import Tensor
 
 __all__ = ["interleaved_minima"]
 
+Result = TypeVar("Result")
 REPOSITORY = Path(__file__).resolve().parents[1]
 _ISA = "ONEDNN_MAX_CPU_ISA"
 _FLAGS = (
@@ -106,6 +108,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         say(line(row))
     say()
+
+
+def attempt(label: str, action: Callable[[], Result]) -> Result | None:
+    """Return what `action` gives; None, with a printed line that says why, where it fails.
+
+    Compilers and other libraries fail in their own ways; the other candidates are still measured.
+    """
+    try:
+        return action()
+    except Exception as error:
+        words = " ".join(line for line in str(error).splitlines() if "error" in line.lower())
+        say(f"{label}: failed: {type(error).__name__}: {(words or str(error))[:200]}")
+        return None
 
 
 def sqnr_db(reference: Tensor, value: Tensor) -> float:

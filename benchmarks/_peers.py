@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _common import say, version
+from _common import attempt, say, version
 from torch import Tensor, nn
 
 Forward = Callable[[nn.Module], Tensor]
@@ -100,11 +100,11 @@ def prepare(peer: Peer, module: nn.Module, forward: Forward, chosen: Chosen) -> 
         say(f"{peer.label}: {peer.library} is not installed (make bench-peers)")
         return None
     names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear) and chosen(name)]
-    try:
+
+    def quantize() -> nn.Module:
         with torch.no_grad():
             result = peer.quantize(copy.deepcopy(module), names, forward).eval()
             forward(result)
-    except Exception as error:  # whatever a peer raises, the others are still measured
-        say(f"{peer.label}: failed: {type(error).__name__}: {str(error).partition(chr(10))[0][:160]}")
-        return None
-    return result
+        return result
+
+    return attempt(peer.label, quantize)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from _common import interleaved_minima, parser, say, sqnr_db, start, table
+from _common import attempt, interleaved_minima, parser, say, sqnr_db, start, table
 from _ours import quantized
 from _peers import PEERS, prepare
 from torch import Tensor, nn
@@ -28,7 +28,8 @@ class Candidate:
 
 
 def compiled(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    """Compile for this one shape and run it once."""
+    """Compile for this one shape; run it once before, so that lazy state is there, and once after."""
+    module(x)
     function = torch.compile(module, dynamic=False)
     function(x)
     return lambda: function(x)
@@ -53,8 +54,9 @@ def candidates(shape: tuple[int, int, int], seed: int, use_compile: bool) -> tup
 
     def add(label: str, module: nn.Module, inputs: Tensor, with_compile: bool = use_compile) -> None:
         found.append(Candidate(f"{label}, eager", lambda: module(inputs)))
-        if with_compile:
-            found.append(Candidate(f"{label}, compiled", compiled(module, inputs)))
+        fast = attempt(f"{label}, compiled", lambda: compiled(module, inputs)) if with_compile else None
+        if fast is not None:
+            found.append(Candidate(f"{label}, compiled", fast))
 
     for bits in (8, 4):
         for transforms in (False, True):
@@ -76,9 +78,11 @@ def main() -> None:
     """Measure and print."""
     options = parser(__doc__)
     options.add_argument("--rounds", type=int, default=30, help="timed calls of each candidate (default 30)")
+    options.add_argument("--shape", type=int, nargs=3, metavar=("M", "K", "N"), help="this shape only")
     options.add_argument("--no-compile", action="store_true", help="leave the compiled variants out")
     arguments = options.parse_args()
     shapes = [SHAPES[0], SHAPES[2]] if arguments.quick else SHAPES
+    shapes = [tuple(arguments.shape)] if arguments.shape else shapes
     rounds = 10 if arguments.quick else arguments.rounds
     start("Linear layers of DiT-XL: speed against fp32 / bf16", arguments)
     for shape in shapes:
