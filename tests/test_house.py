@@ -29,6 +29,7 @@ LEVELS = {
     "evaluation": 4,
     "exporters": 4,
     "cli": 6,
+    "__main__": 6,  # python -m compress
 }
 LEVEL_OF_A_RUN = 5  # pipeline.py and the modules beside it that carry out a run
 MAX_FILE_LINES = 500
