@@ -6,7 +6,6 @@ import ast
 import re
 
 import pytest
-
 from compress import errors
 from compress.recipes.loader import load_recipe
 from compress.recipes.shipped import shipped
