@@ -103,7 +103,7 @@ def recipe(folder, old="", new="", model="builtin:dit"):
         ("seed: 0", "seed: many", ("recipe.yaml:2:7", "seed")),
         ("samples: 2", "samples: [2]", ("recipe.yaml:3:15", "calibration.samples")),
         ("vidit_q", "vidit_k", ("recipe.yaml:5:5", "vidit_k", "vidit_q")),
-        ("weight_bits: 4", "weight_bits: 5", ("recipe.yaml:6:20", "[0].vidit_q.weight_bits", "2, 3, 4, 6, 8")),
+        ("weight_bits: 4", "weight_bits: 5", ("recipe.yaml:6:20", "vidit_q.weight_bits", "2, 3, 4, 6, 8")),
         ("keep: []", "keep: ['blocks.*.no']", ("recipe.yaml:7:14", "blocks.*.no", "matches no linear layer")),
         ("seed: 0", "seed:\t0\n\tmore: 1", ("recipe.yaml:2:6", "TAB")),
         ("seed: 0", "seed: 0\nseed: 1", ("recipe.yaml:3:1", "seed")),
