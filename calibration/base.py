@@ -26,9 +26,7 @@ class Calibration(Protocol):
     def key(self) -> str:
         """Content hash of everything that the recorded inputs depend on."""
 
-    def observe(
-        self, model: OpenModel, names: Sequence[str], observer: Observer, progress: Progress
-    ) -> None:
+    def observe(self, model: OpenModel, names: Sequence[str], observer: Observer, progress: Progress) -> None:
         """Replay all recorded calls through `model.module` as it is now.
 
         `observer` sees the inputs of the named linears while they are computed; nothing is kept.

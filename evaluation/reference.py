@@ -121,7 +121,8 @@ def recorded(cache: Path | None, key: str, record: Callable[[Path], dict[str, An
         # Through JSON, so that a recording made now and one found again read the same.
         text = json.dumps({**index, "files": _files(folder)}, indent=1, sort_keys=True)
         (folder / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
-        return json.loads(text)  # type: ignore[no-any-return]
+        again: dict[str, Any] = json.loads(text)
+        return again
 
     if cache is None:
         temporary_folder = tempfile.TemporaryDirectory(prefix="compress-reference-")

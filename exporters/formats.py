@@ -75,7 +75,8 @@ def _module(name: str) -> Format:
     if name not in FORMATS:
         raise PlanError(f"export.format {name!r} is not one of {', '.join(FORMATS)}")
     module: Any = import_module(f".{FORMATS[name]}", __package__)
-    return module  # type: ignore[no-any-return]
+    found: Format = module
+    return found
 
 
 def write(

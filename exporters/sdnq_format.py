@@ -164,6 +164,7 @@ def _encode(layer: QuantizedLinear, part: str) -> Tensor:
     scale = layer.scale.float()
     if part == "scale":
         return scale.reshape(shape)
+    assert layer.zero_point is not None, "only asymmetric layers store this part"
     return ((layer.zero_point.float() - half) * scale).reshape(shape)
 
 

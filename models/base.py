@@ -130,9 +130,7 @@ class Family(ABC):
         """Which inputs' channel scales can be absorbed by a producer, exactly."""
 
     @abstractmethod
-    def example_inputs(
-        self, module: nn.Module, batch: int, generator: torch.Generator
-    ) -> dict[str, Any]:
+    def example_inputs(self, module: nn.Module, batch: int, generator: torch.Generator) -> dict[str, Any]:
         """Keyword arguments of one forward at the reference input (random, in the module's dtype)."""
 
     @abstractmethod

@@ -132,7 +132,7 @@ def _count(tensors: Mapping[str, TensorSpec], shared: Mapping[str, str], config:
 
 def _empty_module(spec: ModelSpec) -> nn.Module:
     """Build the module with parameters on the meta device and real, computed buffers."""
-    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from accelerate import init_empty_weights
 
     # The stock constructors draw a few tensors from the global generator: leave no trace in it.
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):

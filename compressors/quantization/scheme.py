@@ -200,18 +200,7 @@ def choose(
     sites = family.linears(module)
     names = [site.name for site in sites]
     _check_keep(settings.keep, names)
-    kept = {name: f"keep: {pattern}" for name, pattern in select(settings.keep, names).items()}
-    family_kept = {n: f"{family.name} default: {p}" for n, p in select(family.default_keep(), names).items()}
-
-    float_rules: dict[str, str] = {}
-    for site in sites:
-        rule = kept.get(site.name)
-        if rule is None and site.role != "adaln":
-            rule = family_kept.get(site.name)
-            if rule is None and site.role in _FLOAT_ROLES:
-                rule = f"role: {site.role}"
-        if rule is not None:
-            float_rules[site.name] = rule
+    float_rules = _float_rules(family, sites, settings.keep)
     main = {site.name for site in sites if site.role != "adaln" and site.name not in float_rules}
     if not main:
         raise PlanError(
@@ -231,6 +220,23 @@ def choose(
         else:
             choices.append(_main(site, settings, options, bias, site.name in folded))
     return choices, groups
+
+
+def _float_rules(family: Family, sites: Sequence[LinearSite], keep: Sequence[str]) -> dict[str, str]:
+    """Return the layers left in floating point -> the rule that decided."""
+    names = [site.name for site in sites]
+    kept = {name: f"keep: {pattern}" for name, pattern in select(keep, names).items()}
+    family_kept = {n: f"{family.name} default: {p}" for n, p in select(family.default_keep(), names).items()}
+    rules: dict[str, str] = {}
+    for site in sites:
+        rule = kept.get(site.name)
+        if rule is None and site.role != "adaln":
+            rule = family_kept.get(site.name)
+            if rule is None and site.role in _FLOAT_ROLES:
+                rule = f"role: {site.role}"
+        if rule is not None:
+            rules[site.name] = rule
+    return rules
 
 
 def _groups(folds: Sequence[FoldGroup], names: Sequence[str], quantized: set[str]) -> list[Group]:

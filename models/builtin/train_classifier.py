@@ -15,6 +15,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -92,7 +93,7 @@ def train(images: Tensor, labels: Tensor, *, epochs: int, batch: int, lr: float,
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    network = Classifier(**NETWORK).train().to(memory_format=torch.channels_last)
+    network = Classifier(**NETWORK).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=0.01, fused=True)
     steps_per_epoch = len(images) // batch
     total, step = epochs * steps_per_epoch, 0
@@ -143,7 +144,7 @@ def write(network: Classifier, data: Path, out: Path, record: dict[str, int | fl
     features = NETWORK["features"]
     placeholder = {"mean": torch.zeros(features), "covariance": torch.eye(features)}
     save_file(placeholder, out / STATISTICS_FILE)
-    config = {
+    config: dict[str, Any] = {
         "network": NETWORK, "sample_shape": [1, 28, 28], "class_names": CLASS_NAMES, "training": record,
         "figures": {"test_accuracy": 0.0, "fid_train_test": 0.0},
     }  # fmt: skip

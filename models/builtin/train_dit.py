@@ -21,7 +21,9 @@ import copy
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
@@ -84,7 +86,7 @@ def untied(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
     return model
 
 
-def save(model: DiTTransformer2DModel, folder: Path, record: dict) -> None:
+def save(model: DiTTransformer2DModel, folder: Path, record: dict[str, Any]) -> None:
     """Write the checkpoint in bfloat16 with its scheduler and the record of the training."""
     untied(model).to(torch.bfloat16).save_pretrained(folder)
     DDIMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
@@ -92,7 +94,7 @@ def save(model: DiTTransformer2DModel, folder: Path, record: dict) -> None:
 
 
 def v_loss(
-    model: nn.Module, alphas: Tensor, images: Tensor, labels: Tensor, generator: torch.Generator
+    model: Callable[..., Any], alphas: Tensor, images: Tensor, labels: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Return the mean squared error of v for one batch.
 
