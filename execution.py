@@ -199,14 +199,15 @@ def _run_stages(state: _Run, model: OpenModel) -> list[dict[str, Any]]:
         found = work.read_stage(folder)
         if found is None:
             break
-        records.append({**found, "resumed": True})
+        found["resumed"] = True
+        records.append(found)
     if records:
         _resume(model, folders[len(records) - 1], len(records), state.progress)
     for index in range(len(records), len(recipe.stages)):
         records.append(
             _run_stage(state, model, recipe.stages[index], calibration, keys[index], folders[index])
         )
-    return [{key: value for key, value in item.items() if key not in ("files", "key")} for item in records]
+    return [{key: value for key, value in item.items() if key != "files"} for item in records]
 
 
 def _resume(model: OpenModel, folder: Path, count: int, progress: Progress) -> None:

@@ -18,8 +18,8 @@ class Progress(Protocol):
     def advance(self, units: int = 1, detail: str = "") -> None:
         """Finish `units` of the innermost step; `detail` names what is being worked on."""
 
-    def finish(self) -> None:
-        """End the innermost step."""
+    def finish(self, completed: bool = True) -> None:
+        """End the innermost step; `completed` is false when an error ended it."""
 
     def note(self, message: str) -> None:
         """Tell something that the user should see but that is no error."""
@@ -37,7 +37,7 @@ class SilentProgress:
     def advance(self, units: int = 1, detail: str = "") -> None:
         """Ignore."""
 
-    def finish(self) -> None:
+    def finish(self, completed: bool = True) -> None:
         """Ignore."""
 
     def note(self, message: str) -> None:
@@ -51,10 +51,12 @@ class SilentProgress:
 def step(progress: Progress, label: str, total: int | None = None) -> Iterator[Progress]:
     """Open a step and close it however the body ends."""
     progress.start(label, total)
+    completed = False
     try:
         yield progress
+        completed = True
     finally:
-        progress.finish()
+        progress.finish(completed)
 
 
 def track(progress: Progress, label: str, items: Iterable[T], total: int | None = None) -> Iterator[T]:

@@ -102,7 +102,7 @@ class WorkDirectory:
                 for path in sorted(temporary.rglob("*"))
                 if path.is_file()
             }
-            text = json.dumps({**record, "files": files}, indent=1, sort_keys=True)
+            text = json.dumps({**record, "files": files}, indent=1)
             (temporary / RECORD).write_text(text + "\n", encoding="utf-8")
 
 

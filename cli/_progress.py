@@ -74,10 +74,10 @@ class PlainProgress:
         path = " > ".join(item.label for item in self._steps)
         self._line(f"{path}: {count}{left}{' - ' + detail if detail else ''}")
 
-    def finish(self) -> None:
-        """End the innermost step."""
+    def finish(self, completed: bool = True) -> None:
+        """End the innermost step; an outermost one that was completed writes a line."""
         step = self._steps.pop()
-        if not self._steps:
+        if completed and not self._steps:
             self._line(f"{step.label}: done in {duration(self._clock() - step.started)}")
 
     def note(self, message: str) -> None:
@@ -129,12 +129,14 @@ class RichProgress:
         if self._steps:
             self._bars.update(self._steps[-1][1], advance=units, detail=detail)
 
-    def finish(self) -> None:
-        """End the innermost step; an outermost one leaves a line."""
+    def finish(self, completed: bool = True) -> None:
+        """End the innermost step; an outermost one that was completed leaves a line."""
         label, task, started = self._steps.pop()
         self._bars.remove_task(task)
         if not self._steps:
             self._bars.stop()
+            if not completed:
+                return
             self._print(f"{label}  {duration(time.monotonic() - started)}", "green")
 
     def note(self, message: str) -> None:

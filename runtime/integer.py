@@ -4,10 +4,13 @@ A token's row x [K] becomes integers q_x with one scale s_x; weights are integer
 s_w per output channel (or per group of input channels). The product of the integers is exact in
 int32, so y = s_x s_w (sum q_x q_w + z_w sum q_x + ...) differs from the fake-quantized reference by
 float rounding alone. Grids: arXiv 2406.02540.
+
+What is here runs on every device and under `torch.compile`; `prepacked` is the faster way on CPUs.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -16,15 +19,21 @@ from torch.nn import functional as F
 
 _TINY = 1e-30
 _CUDA_MULTIPLE = 8
-_CACHE_ELEMENTS = 2**18
 _CUDA_ROWS = 17
+_CACHE_ELEMENTS = 2**17
+"""Float32 values, of which a core's second-level cache holds the ones read and the ones written."""
+_ROUNDER = 1.5 * 2**23
+"""Float32 whose last digit is 1: added to a small number it rounds half to even, and the lowest byte
+of the sum is the integer in two's complement."""
+_HIGH_PART = 16
+_FEW_ROWS = 8
 
 
 class Tokens(NamedTuple):
     """Quantized rows: x ~ (q + zero) * scale.
 
     Attributes:
-        q: int8 [M, K].
+        q: int8 [M, K]; or uint8 [M, K], which is q + 128.
         scale: float32 [M, 1].
         zero: float32 [M, 1], None where it is part of `q` or the grid is symmetric.
         total: float32 [M, 1], sum of `q` over K, exact; None where it was not asked for.
@@ -52,61 +61,94 @@ class IntegerWeight(NamedTuple):
     sums: Tensor | None
 
 
-def _chunk_rows(width: int) -> int:
-    """Return how many rows of `width` float32 values fit the cache of a core."""
-    return max(1, _CACHE_ELEMENTS // width)
+def cache_rows(width: int, elements: int = _CACHE_ELEMENTS) -> int:
+    """Return how many rows of `width` values make `elements` for every thread, at least one."""
+    return max(1, elements * torch.get_num_threads() // width)
 
 
-def _symmetric(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return integers as floats [M, K], scale [M, 1], no zero."""
+def _largest(x: Tensor) -> Tensor:
+    """Return max|x| of each row of x [M, K]: float32 [M, 1]; NaN for a row that has one."""
+    if x.dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling():
+        # Without the sign the bits of a float are ordered as its values are, NaN above all.
+        return (x.view(torch.int16) & 0x7FFF).amax(dim=-1, keepdim=True).view(x.dtype).float()
+    high = x.amax(dim=-1, keepdim=True)
+    return torch.maximum(high, x.amin(dim=-1, keepdim=True).neg()).float()
+
+
+def _grid(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+    """Return scale and zero point of each row, float32 [M, 1]; no zero on a symmetric grid."""
     top = (1 << (bits - 1)) - 1
-    scale = (x.abs().amax(dim=-1, keepdim=True).float() / top).clamp_min(_TINY)
-    return (x / scale).round_(), scale, None
-
-
-def _asymmetric(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return integers as floats [M, K], scale [M, 1], and the zero [M, 1] where it is apart."""
-    top = (1 << (bits - 1)) - 1
+    if symmetric:
+        return (_largest(x) / top).clamp_min(_TINY), None
     low = x.amin(dim=-1, keepdim=True).float().clamp_max(0)
     high = x.amax(dim=-1, keepdim=True).float().clamp_min(0)
     scale = ((high - low) / (2 * top + 1)).clamp_min(_TINY)
-    zero = torch.round(low / scale) + (top + 1)
-    level = (x / scale).round_().sub_(zero).clamp_(-top - 1, top)
-    return (level.add_(zero), scale, None) if bits < 8 else (level, scale, zero)
+    return scale, torch.round(low / scale) + (top + 1)
 
 
 def _quantize_rows(x: Tensor, bits: int, symmetric: bool, total: bool) -> Tokens:
-    level, scale, zero = (_symmetric if symmetric else _asymmetric)(x, bits)
+    """Quantize as plain tensor expressions, for a compiler to fuse."""
+    scale, zero = _grid(x, bits, symmetric)
+    level = (x * scale.reciprocal()).round_()
+    if zero is not None:
+        top = (1 << (bits - 1)) - 1
+        level = level.sub_(zero).clamp_(-top - 1, top)
+        if bits < 8:
+            level, zero = level.add_(zero), None
     return Tokens(level.to(torch.int8), scale, zero, level.sum(dim=-1, keepdim=True) if total else None)
 
 
-def quantize_tokens(x: Tensor, bits: int, symmetric: bool, total: bool = False) -> Tokens:
+def _write_rows(x: Tensor, bits: int, symmetric: bool, q: Tensor, buffer: Tensor, rounder: Tensor) -> Tokens:
+    """Quantize x [M, K] into q [M, K] by way of a float32 buffer [M, K], in as few passes as there are."""
+    scale, zero = _grid(x, bits, symmetric)
+    if x.dtype != torch.float32:
+        x = buffer.copy_(x)
+    if zero is None:
+        torch.addcmul(rounder, x, scale.reciprocal(), out=buffer)
+    else:
+        top = (1 << (bits - 1)) - 1
+        torch.mul(x, scale.reciprocal(), out=buffer).round_().sub_(zero).clamp_(-top - 1, top)
+        if bits < 8:
+            buffer.add_(zero)
+            zero = None
+        buffer.add_(rounder)
+    q.copy_(buffer.view(torch.int32))  # keeps the lowest byte
+    return Tokens(q, scale, zero, None)
+
+
+def quantize_tokens(
+    x: Tensor, bits: int, symmetric: bool, total: bool = False, *, unsigned: bool = False
+) -> Tokens:
     """Quantize each row of x [M, K] (any float dtype) with its own scale.
 
     Symmetric: s = max|x| / (2^(b-1) - 1). Asymmetric: s = (max(x, 0) - min(x, 0)) / (2^b - 1) with
     the zero point on the grid. Below 8 bits the zero point is added to the integers, which still
-    fit int8.
+    fit int8. Integers are x times the reciprocal of s, rounded half to even; they carry no gradient.
 
     Args:
         x: rows.
         bits: 4, 6 or 8.
         symmetric: which grid.
         total: also sum the integers of each row.
+        unsigned: store q + 128 as uint8; on a CPU, outside of `torch.compile`.
     """
-    rows = _chunk_rows(x.shape[1])
-    # A compiler fuses the passes by itself; here each run of rows stays in the cache between them.
-    if torch.compiler.is_compiling() or x.is_cuda or x.shape[0] <= rows:
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
         return _quantize_rows(x, bits, symmetric, total)
-    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    parts: list[Tokens] = []
-    for target, part in zip(q.split(rows), x.split(rows), strict=True):
-        tokens = _quantize_rows(part, bits, symmetric, total)
-        target.copy_(tokens.q)
-        parts.append(tokens)
-    scale = torch.cat([part.scale for part in parts])
+    x = x.detach()
+    count, width = x.shape
+    # Parts of equal size, each of which stays in the cache from pass to pass.
+    rows = -(-count // max(1, -(-count // cache_rows(width))))
+    q = torch.empty(x.shape, dtype=torch.uint8 if unsigned else torch.int8)
+    buffer = torch.empty(rows, width)
+    rounder = torch.full((width,), _ROUNDER + 128 if unsigned else _ROUNDER)
+    parts = [
+        _write_rows(part, bits, symmetric, target, buffer[: part.shape[0]], rounder)
+        for part, target in zip(x.split(max(1, rows)), q.split(max(1, rows)), strict=True)
+    ]
+    scale = parts[0].scale if len(parts) == 1 else torch.cat([part.scale for part in parts])
     zeros = [part.zero for part in parts if part.zero is not None]
-    totals = [part.total for part in parts if part.total is not None]
-    return Tokens(q, scale, torch.cat(zeros) if zeros else None, torch.cat(totals) if totals else None)
+    sums = q.sum(dim=-1, keepdim=True, dtype=torch.int32).float() if total else None
+    return Tokens(q, scale, torch.cat(zeros) if zeros else None, sums)
 
 
 def fake_quantize_tokens(x: Tensor, bits: int, symmetric: bool) -> Tensor:
@@ -142,13 +184,37 @@ def integer_weight(
     return IntegerWeight(q.contiguous(), scale.float().t().contiguous(), offset, sums)
 
 
+@lru_cache(maxsize=1)
+def _probe_products() -> bool:
+    q = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(q, q.t()) == 64 * 127 * 127).all())
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def cpu_products_are_exact() -> bool:
+    """Tell whether this CPU's int8 products add up exactly.
+
+    Without VNNI instructions, products of 8-bit integers are added in pairs to 16 bits, saturating.
+    """
+    return _probe_products()
+
+
+def _cpu_matmul(a: Tensor, b: Tensor) -> Tensor:
+    if cpu_products_are_exact():
+        return torch._int_mm(a, b.t())
+    # Two products with few enough bits that no sum of a pair leaves 16 bits.
+    high = torch.div(b, _HIGH_PART, rounding_mode="floor")
+    low = b - high * _HIGH_PART
+    return torch._int_mm(a, high.t()).mul_(_HIGH_PART).add_(torch._int_mm(a, low.t()))
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Multiply int8 a [M, K] by the transpose of int8 b [N, K]: exact int32 [M, N].
 
     CUDA's kernel needs more than 16 rows and multiples of 8: both sides are padded with zeros.
     """
     if not a.is_cuda:
-        return torch._int_mm(a, b.t())
+        return _cpu_matmul(a, b)
     rows, columns = a.shape
     outputs = b.shape[0]
     more_rows = max(_CUDA_ROWS - rows, 0)
@@ -159,6 +225,18 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     if more_columns or more_outputs:
         b = F.pad(b, (0, more_columns, 0, more_outputs))
     return torch._int_mm(a, b.t())[:rows, :outputs]
+
+
+def float_linear(x: Tensor, q: Tensor) -> Tensor:
+    """Return x q^T for float rows x [M, K] and int8 q [N, K]: float32 [M, N], rounded as floats are.
+
+    The weight becomes floats for this call; for few rows piece by piece, which stay in the cache.
+    """
+    few = x.shape[0] <= _FEW_ROWS
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or not (few or x.dtype == torch.float32):
+        return F.linear(x, q.to(x.dtype)).float()
+    x = x.float()
+    return torch.cat([F.linear(x, part.float()) for part in q.split(cache_rows(q.shape[1]))], dim=-1)
 
 
 def _corrected(
@@ -173,31 +251,13 @@ def _corrected(
     return level
 
 
-def _rows_of(tokens: Tokens, start: int, stop: int) -> Tokens:
-    zero = None if tokens.zero is None else tokens.zero[start:stop]
-    total = None if tokens.total is None else tokens.total[start:stop]
-    return Tokens(tokens.q[start:stop], tokens.scale[start:stop], zero, total)
-
-
-def _finish(accumulated: Tensor, tokens: Tokens, weight: IntegerWeight, bias: Tensor | None) -> Tensor:
-    """Turn int32 [M, N] into s_x s_w (sum + corrections) + bias, float32."""
-    level = accumulated * tokens.scale if weight.zero is None and tokens.zero is None else None
-    if level is None:
+def _per_channel(tokens: Tokens, weight: IntegerWeight, bias: Tensor | None) -> Tensor:
+    accumulated = matmul(tokens.q, weight.q)
+    if weight.zero is None and tokens.zero is None:
+        level = accumulated * tokens.scale
+    else:
         level = _corrected(accumulated.float(), tokens, weight, 0, tokens.total).mul_(tokens.scale)
     return level * weight.scale[0] if bias is None else torch.addcmul(bias.float(), level, weight.scale[0])
-
-
-def _per_channel(tokens: Tokens, weight: IntegerWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    accumulated = matmul(tokens.q, weight.q)
-    rows = _chunk_rows(accumulated.shape[1])
-    count = accumulated.shape[0]
-    if torch.compiler.is_compiling() or accumulated.is_cuda or count <= rows:
-        return _finish(accumulated, tokens, weight, bias).to(dtype)
-    y = torch.empty(accumulated.shape, dtype=dtype)
-    for start in range(0, count, rows):
-        part = slice(start, start + rows)
-        y[part] = _finish(accumulated[part], _rows_of(tokens, start, start + rows), weight, bias)
-    return y
 
 
 def _per_group(tokens: Tokens, weight: IntegerWeight, bias: Tensor | None) -> Tensor:
@@ -222,6 +282,5 @@ def linear(tokens: Tokens, weight: IntegerWeight, bias: Tensor | None, dtype: to
     One product for a weight with one scale per output channel, else one per group of input channels,
     summed in float32. `tokens.total` must be there where a per-channel weight has a zero.
     """
-    if weight.scale.shape[0] == 1:
-        return _per_channel(tokens, weight, bias, dtype)
-    return _per_group(tokens, weight, bias).to(dtype)
+    each = _per_channel if weight.scale.shape[0] == 1 else _per_group
+    return each(tokens, weight, bias).to(dtype)

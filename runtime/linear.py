@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import integer, packing
+from . import integer, packing, prepacked
 from .manifest import QuantizedModule
 from .rotation import Rotation
 
@@ -109,6 +109,7 @@ class QuantizedLinear(nn.Module):
     def _forget(self) -> None:
         """Drop what is derived from the buffers; it is derived again when needed."""
         self._weight: integer.IntegerWeight | None = None
+        self._packed: prepacked.PackedWeight | None = None
         self._rotation: Rotation | None = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
@@ -127,7 +128,7 @@ class QuantizedLinear(nn.Module):
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_weight": None, "_rotation": None}
+        return {**self.__dict__, "_weight": None, "_packed": None, "_rotation": None}
 
     def levels(self) -> Tensor:
         """Return the stored integers q: int8 [out, in]."""
@@ -195,24 +196,45 @@ class QuantizedLinear(nn.Module):
             y = y + self._low_rank(x.reshape(-1, self.in_features).float())
         return y.view(*x.shape[:-1], self.out_features)
 
+    def _lay_out(self) -> integer.IntegerWeight:
+        activation = self.scheme.activation
+        token_zero = activation is not None and activation.bits == 8 and not activation.symmetric
+        return integer.integer_weight(
+            self.levels(), self.scale, self.zero_point, self.scheme.bits, token_zero
+        )
+
     def _laid_out(self) -> integer.IntegerWeight:
         if self._weight is None:
-            activation = self.scheme.activation
-            token_zero = activation is not None and activation.bits == 8 and not activation.symmetric
-            self._weight = integer.integer_weight(
-                self.levels(), self.scale, self.zero_point, self.scheme.bits, token_zero
-            )
+            self._weight = self._lay_out()
         return self._weight
 
+    def _prepacked(self, x: Tensor) -> prepacked.PackedWeight | None:
+        """Return the weight in the layout that is fastest for x [M, in]; None where there is none."""
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or self.scale.shape[1] > 1:
+            return None
+        if self._packed is None and prepacked.is_available():
+            self._packed = prepacked.pack(self._lay_out(), self.bias)
+        return self._packed
+
     def _weight_only(self, rows: Tensor) -> Tensor:
-        """Multiply by a weight that is turned into floats for this call alone: [M, out]."""
+        """Multiply by a weight that is turned into floats for this call alone: float32 [M, out]."""
         weight = self._laid_out()
         if weight.scale.shape[0] > 1:
             return F.linear(rows.float(), self.dequantized_weight(), None)
-        y = F.linear(rows, weight.q.to(rows.dtype)).float()
+        y = integer.float_linear(rows, weight.q)
         if weight.zero is not None:
-            y = y + rows.sum(dim=-1, keepdim=True, dtype=torch.float32) * weight.zero
-        return y * weight.scale
+            y.addcmul_(rows.sum(dim=-1, keepdim=True, dtype=torch.float32), weight.zero)
+        return y.mul_(weight.scale)
+
+    def _integer(self, rows: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> Tensor:
+        """Quantize rows [M, in] and multiply: [M, out] in `dtype`."""
+        packed = self._prepacked(rows)
+        if packed is not None:
+            return prepacked.linear(rows, packed, bits, symmetric, dtype)
+        weight = self._laid_out()
+        total = weight.zero is not None and weight.scale.shape[0] == 1
+        tokens = integer.quantize_tokens(rows, bits, symmetric, total)
+        return integer.linear(tokens, weight, self.bias, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute with integer products.
@@ -231,10 +253,8 @@ class QuantizedLinear(nn.Module):
             if self.bias is not None:
                 y = y + self.bias
         else:
-            weight = self._laid_out()
-            total = weight.zero is not None and weight.scale.shape[0] == 1
-            tokens = integer.quantize_tokens(rows, activation.bits, activation.symmetric, total)
-            y = integer.linear(tokens, weight, self.bias, torch.float32 if self.scheme.low_rank else x.dtype)
+            dtype = torch.float32 if self.scheme.low_rank else x.dtype
+            y = self._integer(rows, activation.bits, activation.symmetric, dtype)
         if self.low_rank_down is not None:
             y = y + self._low_rank(raw)
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)

@@ -304,12 +304,13 @@ def test_interrupted_run_says_how_to_go_on(folder):
         [sys.executable, "-m", "compress", "run", "recipe.yaml"],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    while process.poll() is None and not (folder / ".compress" / "events.jsonl").is_file():
+    events = folder / ".compress" / "events.jsonl"
+    while process.poll() is None and not (events.is_file() and '"stage"' in events.read_text()):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 130, text
-    assert "resume" in text
+    assert "continues where this run stopped" in text
     assert "Traceback" not in text
     assert not (folder / "out").exists()
 
