@@ -77,7 +77,7 @@ def _largest(x: Tensor) -> Tensor:
 
 def _grid(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
     """Return scale and zero point of each row, float32 [M, 1]; no zero on a symmetric grid."""
-    top = (1 << (bits - 1)) - 1
+    top = float((1 << (bits - 1)) - 1)
     if symmetric:
         return (_largest(x) / top).clamp_min(_TINY), None
     low = x.amin(dim=-1, keepdim=True).float().clamp_max(0)
