@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import SourceError, StageError
+from ..errors import StageError
 from ..models.base import OpenModel
 from ..models.headers import read_header
 from ..models.scan import hash_file
@@ -24,12 +22,15 @@ from ..progress import Progress, step
 from ..runtime.atomic import atomic_file, sweep_partials
 from .base import Observer
 from .conditions import Conditions, conditions_for
+from .content import content_key, is_intact, read_index
+from .inputs import by_content
 from .sampler import denoise_batch, make_scheduler, place
 
 if TYPE_CHECKING:
     from ..recipes.schema import CalibrationSettings
 
 FORMAT_VERSION = 1
+INDEX_FILE = "index.json"
 _INPUT_PREFIX = "inputs/"
 
 
@@ -131,12 +132,19 @@ def _module(model: OpenModel, name: str) -> nn.Module:
 
 
 def record(
-    model: OpenModel, settings: CalibrationSettings, *, seed: int, cache: Path | None, progress: Progress
+    model: OpenModel,
+    settings: CalibrationSettings,
+    *,
+    seed: int,
+    cache: Path | None,
+    progress: Progress,
+    fresh: bool = False,
 ) -> DiffusionCalibration:
     """Sample with the original model and keep what the denoiser is fed.
 
     Batches that the cache holds already are not computed again, so a stopped recording continues, and
-    a finished one costs nothing. No more than one batch of trajectories is in memory.
+    a finished one costs a read: the SHA-256 of every batch is held against the index, and a damaged
+    one is recorded again. No more than one batch of trajectories is in memory.
 
     Args:
         model: as it was opened, before any stage.
@@ -145,6 +153,7 @@ def record(
         cache: folder for recordings, shared between runs; None: a temporary folder that lives as long
             as the returned object.
         progress: gets one step, in denoiser calls.
+        fresh: record every batch anew; each replaces a kept one when it is finished.
 
     Raises:
         StageError: a stage has already changed the model.
@@ -160,13 +169,21 @@ def record(
     sweep_partials(folder)
     starts = range(0, settings.samples, settings.batch_size)
     files = tuple(folder / f"batch-{index:05d}.safetensors" for index in range(len(starts)))
-    missing = [(path, start) for path, start in zip(files, starts, strict=True) if not _is_whole(path)]
+    hashes = read_index(folder / INDEX_FILE) or {}
+    missing = [
+        (path, start)
+        for path, start in zip(files, starts, strict=True)
+        if fresh or not is_intact(path, hashes.get(path.name))
+    ]
     if missing:
         conditions = conditions_for(model, settings, settings.samples, seed)
         scheduler = make_scheduler(model, settings.scheduler)
         with step(progress, "recording calibration", len(missing) * settings.steps):
             for path, start in missing:
-                _record_batch(model, scheduler, conditions, start, settings, seed, path, progress)
+                hashes[path.name] = _record_batch(
+                    model, scheduler, conditions, start, settings, seed, path, progress
+                )
+                _write_index(folder / INDEX_FILE, hashes)
     return DiffusionCalibration(seed, key, files, guided, settings.samples, keeper)
 
 
@@ -178,49 +195,13 @@ def recording_key(model: OpenModel, settings: CalibrationSettings, seed: int) ->
     Raises:
         SourceError: a file with prompts or embeddings cannot be read.
     """
-    chosen = settings.model_dump(mode="json", exclude={"prompts", "embeddings"})
-    for name in ("prompts", "embeddings"):
-        path = getattr(settings, name)
-        chosen[name] = None if path is None else _hash_input(Path(path))
-    reference = next(model.module.parameters())
-    parts = {
-        "format": FORMAT_VERSION,
-        "weights": dict(model.source.hashes) or _hash_weights(model.module),
-        "config": dict(model.config),
-        "dtype": str(reference.dtype),
-        "device": reference.device.type,
-        "scheduler": None if model.scheduler is None else dict(model.scheduler.config),
-        "settings": chosen,
-        "seed": seed,
-        "versions": {name: version(name) for name in ("torch", "diffusers")},
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return content_key(model, {"format": FORMAT_VERSION, "calibration": by_content(settings), "seed": seed})
 
 
-def _hash_input(path: Path) -> str:
-    try:
-        return hash_file(path)
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _hash_weights(module: nn.Module) -> str:
-    """Hash the weights of a model that did not come from files."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _is_whole(path: Path) -> bool:
-    """Tell whether a batch is there and its data complete; a damaged one is recorded again."""
-    if not path.is_file():
-        return False
-    try:
-        return {"hidden_states", "timesteps"} <= set(read_header(path))
-    except SourceError:
-        return False
+def _write_index(path: Path, hashes: dict[str, str]) -> None:
+    """Write file name -> SHA-256. A batch that a kill kept out of it is recorded again."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(hashes, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _record_batch(
@@ -232,7 +213,8 @@ def _record_batch(
     seed: int,
     path: Path,
     progress: Progress,
-) -> None:
+) -> str:
+    """Record one batch and return the SHA-256 of its file."""
     stop = min(start + settings.batch_size, settings.samples)
     guided = settings.guidance_scale > 1
     states: list[Tensor] = []
@@ -250,6 +232,7 @@ def _record_batch(
     tensors = {"hidden_states": torch.stack(states), "timesteps": torch.stack(times), **inputs}
     with atomic_file(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        return hash_file(temporary)
 
 
 def _flat(inputs: dict[str, Any], prefix: str) -> dict[str, Tensor]:

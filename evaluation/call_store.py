@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _OUTPUT = "output"
+_CALL = "call"
 _TENSOR = "__tensor__"
 
 
@@ -91,7 +92,8 @@ class CallWriter:
         else:
             constant = [name for name, tensor in tensors.items() if self._is_first(name, tensor)]
         stored = {name: tensor for name, tensor in tensors.items() if name not in constant}
-        metadata = {"kwargs": json.dumps(skeleton), "constant": json.dumps(constant)}
+        # One key: safetensors orders several at random, and equal calls are to be equal files.
+        metadata = {_CALL: json.dumps({"kwargs": skeleton, "constant": constant})}
         save_file(stored, self._folder / f"{self.count:05d}.safetensors", metadata)
         self.count += 1
 
@@ -112,14 +114,13 @@ class CallReader:
     def __getitem__(self, index: int) -> tuple[dict[str, Any], Tensor]:
         """Return (kwargs, output) of one call, on the CPU."""
         with safe_open(self._files[index], "pt") as stream:
-            metadata = stream.metadata()
+            call = json.loads(stream.metadata()[_CALL])
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-        constant = json.loads(metadata["constant"])
-        if constant:
+        if call["constant"]:
             with safe_open(self._files[0], "pt") as stream:
-                tensors |= {name: stream.get_tensor(name) for name in constant}
+                tensors |= {name: stream.get_tensor(name) for name in call["constant"]}
         output = tensors.pop(_OUTPUT)
-        return _unflatten(json.loads(metadata["kwargs"]), tensors), output
+        return _unflatten(call["kwargs"], tensors), output
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for index in range(len(self._files)):

@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..calibration.content import content_key
+from ..calibration.inputs import by_content
 from ..calibration.sampler import ClassConditions, Conditions, OnCall, conditions_for, sample
 from ..models.base import OpenModel
 from ..models.builtin.classifier import Scorer, load_scorer
@@ -29,7 +31,7 @@ from .call_store import CallWriter, take, to_device
 from .layers import Powers, compare_layers, record_layers
 from .metrics import powers, psnr_db, ssim
 from .quality import balanced_classes, judge, why_not
-from .reference import CALLS, IMAGES_FILE, LAYERS, Reference, content_key, recorded
+from .reference import CALLS, IMAGES_FILE, LAYERS, VERSION, Reference, recorded
 from .size import linear_inventory
 
 FIDELITY_SEED = 1_000_000
@@ -88,13 +90,19 @@ class Evaluator:
         self._sources = conditions or CalibrationSettings()
         self._chosen: Conditions | None = None
 
-    def reference(self, model: OpenModel, cache: Path | None, progress: Progress) -> Reference:
+    def reference(
+        self, model: OpenModel, cache: Path | None, progress: Progress, *, fresh: bool = False
+    ) -> Reference:
         """Record the original.
 
         Args:
             model: before any stage.
             cache: folder that keeps recordings by content hash; None keeps nothing.
             progress: told about the sampling.
+            fresh: record anew also where a recording is kept, and replace that.
+
+        Raises:
+            SourceError: prompts or embeddings are missing or cannot be read.
         """
         scorer = load_scorer() if self._settings.quality is not None else None
 
@@ -102,15 +110,13 @@ class Evaluator:
             with step(progress, "record the original"):
                 return self._record(model, scorer, folder, progress)
 
-        key = content_key(
-            model,
-            {
-                "evaluate": self._settings.model_dump(mode="json"),
-                "conditions": self._sources.model_dump(mode="json"),
-                "seed": self._seed,
-            },
-        )
-        return recorded(cache, key, record)
+        settings = {
+            "version": VERSION,
+            "evaluate": self._settings.model_dump(mode="json"),
+            "conditions": by_content(self._sources),
+            "seed": self._seed,
+        }
+        return recorded(cache, content_key(model, settings), record, fresh=fresh)
 
     def compare(self, model: OpenModel, reference: Reference, progress: Progress) -> Evaluation:
         """Measure the model as it is now against the recording.

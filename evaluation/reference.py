@@ -6,25 +6,22 @@ recorded call at a time.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..models.base import OpenModel
-from ..runtime.atomic import atomic_folder, temporary_beside
+from ..calibration.content import is_intact, read_index
+from ..models.scan import hash_file
+from ..runtime.atomic import commit_folder, replace_folder, scratch_folder
 from .call_store import CallReader
 
-VERSION = 1
+VERSION = 2
 """Raise it when the same settings record something else."""
 
 INDEX_FILE = "reference.json"
@@ -60,66 +57,37 @@ class Reference:
         return {int(path.stem): path for path in sorted((self.folder / LAYERS).glob("*.safetensors"))}
 
 
-def content_key(model: OpenModel, settings: Mapping[str, Any]) -> str:
-    """Return the hash of everything that a recording depends on.
-
-    Args:
-        model: the original.
-        settings: of the evaluation, with seeds and conditions; JSON values.
-    """
-    weights = dict(model.source.hashes) or _hash_weights(model)
-    scheduler = dict(model.scheduler.config) if model.scheduler is not None else None
-    content = {
-        "version": VERSION,
-        "weights": weights,
-        "config": model.config,
-        "dtype": str(model.spec.dtype),
-        "device": str(next(model.module.parameters()).device.type),
-        "scheduler": scheduler,
-        "settings": settings,
-        "libraries": {name: metadata.version(name) for name in ("torch", "diffusers")},
-    }
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _hash_weights(model: OpenModel) -> dict[str, str]:
-    hashes = {}
-    for name, tensor in sorted(model.module.state_dict().items()):
-        raw = tensor.detach().cpu().contiguous().flatten().view(dtype=torch.uint8).numpy().tobytes()
-        hashes[name] = hashlib.sha256(raw).hexdigest()
-    return hashes
-
-
-def _files(folder: Path) -> dict[str, int]:
-    return {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in sorted(folder.rglob("*.safetensors"))
-    }
+def _paths(folder: Path) -> dict[str, Path]:
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.safetensors"))}
 
 
 def _index(folder: Path) -> dict[str, Any] | None:
-    """Return a recording's index, or None where its files are not those that it lists."""
-    path = folder / INDEX_FILE
-    if not path.is_file():
+    """Return a recording's index, or None where its files are not those that it lists, byte by byte."""
+    index = read_index(folder / INDEX_FILE)
+    hashes = index.get("files") if index is not None else None
+    paths = _paths(folder)
+    if not isinstance(hashes, dict) or set(hashes) != set(paths):
         return None
-    index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return index if index["files"] == _files(folder) else None
+    return index if all(is_intact(path, hashes[name]) for name, path in paths.items()) else None
 
 
-def recorded(cache: Path | None, key: str, record: Callable[[Path], dict[str, Any]]) -> Reference:
-    """Return the recording with `key`, made now unless it is kept.
+def recorded(
+    cache: Path | None, key: str, record: Callable[[Path], dict[str, Any]], *, fresh: bool = False
+) -> Reference:
+    """Return the recording with `key`, made now unless it is kept and undamaged.
 
     Args:
         cache: folder of recordings; None: a temporary folder that lives as long as the result.
         key: content hash.
         record: fills an empty folder and returns the index.
+        fresh: make it now in any case; a kept one is replaced when the new one is finished.
     """
 
     def fill(folder: Path) -> dict[str, Any]:
         index = record(folder)
         # Through JSON, so that a recording made now and one found again read the same.
-        text = json.dumps({**index, "files": _files(folder)}, indent=1, sort_keys=True)
+        hashes = {name: hash_file(path) for name, path in _paths(folder).items()}
+        text = json.dumps({**index, "files": hashes}, indent=1, sort_keys=True)
         (folder / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
         again: dict[str, Any] = json.loads(text)
         return again
@@ -129,13 +97,14 @@ def recorded(cache: Path | None, key: str, record: Callable[[Path], dict[str, An
         folder = Path(temporary_folder.name)
         return Reference(folder, fill(folder), temporary_folder)
     folder = cache / f"reference-{key[:32]}"
-    if folder.exists():
-        index = _index(folder)
-        if index is not None:
-            return Reference(folder, index)
-        aside = temporary_beside(folder)
-        folder.rename(aside)
-        shutil.rmtree(aside)
-    with atomic_folder(folder) as temporary:
+    if not fresh and folder.exists():
+        kept = _index(folder)
+        if kept is not None:
+            return Reference(folder, kept)
+    with scratch_folder(folder) as temporary:
         index = fill(temporary)
+        if folder.exists():
+            replace_folder(temporary, folder)
+        else:
+            commit_folder(temporary, folder)
     return Reference(folder, index)

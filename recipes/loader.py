@@ -110,12 +110,18 @@ def _validate(tree: Tree) -> Recipe:
 
 
 def _find_beside(recipe: Recipe, file: Path | None) -> Recipe:
-    """Let calibration data that is not in the current directory be found beside the recipe."""
+    """Let calibration data that is not where the recipe says be found beside the recipe.
+
+    By its path from there or by its base name alone: an exported folder has copies of both.
+    """
     moved = {}
     for name in ("prompts", "embeddings"):
         path: Path | None = getattr(recipe.calibration, name)
-        if file is not None and path is not None and not path.exists() and (file.parent / path).is_file():
-            moved[name] = file.parent / path
+        if file is None or path is None or path.exists():
+            continue
+        beside = [found for found in (file.parent / path, file.parent / path.name) if found.is_file()]
+        if beside:
+            moved[name] = beside[0]
     if not moved:
         return recipe
     return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=moved)})

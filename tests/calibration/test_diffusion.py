@@ -111,7 +111,7 @@ def test_a_hit_computes_nothing(model, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in two.files} == before
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "partial name"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "one byte", "partial name"])
 def test_a_stopped_recording_resumes_with_the_same_vectors(model, tmp_path, damage):
     names = ["transformer_blocks.0.ff.net.2", "transformer_blocks.1.attn1.to_out.0"]
     whole = record(model, SETTINGS, seed=0, cache=tmp_path, progress=QUIET)
@@ -120,15 +120,18 @@ def test_a_stopped_recording_resumes_with_the_same_vectors(model, tmp_path, dama
     last = whole.files[-1]
     if damage == "truncated":
         last.write_bytes(last.read_bytes()[:-10])
+    elif damage == "one byte":
+        last.write_bytes(last.read_bytes()[:-1] + bytes([last.read_bytes()[-1] ^ 1]))
     else:
         last.unlink()
     if damage == "partial name":
-        (last.parent / f".{last.name}.partial-999999999-abc").write_bytes(b"half")
+        (last.parent / f".{last.name}.partial-999999999-0123abcd").write_bytes(b"half")
     counting = Counting()
     again = record(model, SETTINGS, seed=0, cache=tmp_path, progress=counting)
     assert counting.units == 3  # one batch of the two
     assert [path.read_bytes() for path in again.files] == bytes_before
-    assert sorted(path.name for path in last.parent.iterdir()) == [path.name for path in again.files]
+    left = sorted(path.name for path in last.parent.iterdir())
+    assert left == [*(path.name for path in again.files), "index.json"]
     found = channel_maxima(again, model, names)
     assert all(torch.equal(found[name], expected[name]) for name in names)
 
@@ -145,7 +148,31 @@ def test_an_interrupted_recording_leaves_whole_batches(model, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         record(model, SETTINGS, seed=0, cache=tmp_path / "cache", progress=Stop())
     (folder,) = (tmp_path / "cache").iterdir()
-    assert [path.name for path in folder.iterdir()] == ["batch-00000.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["batch-00000.safetensors", "index.json"]
+    counting = Counting()
+    record(model, SETTINGS, seed=0, cache=tmp_path / "cache", progress=counting)
+    assert counting.units == 3
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}"])
+def test_without_an_index_nothing_is_trusted(model, tmp_path, text):
+    kept = record(model, SETTINGS, seed=0, cache=tmp_path, progress=QUIET)
+    (kept.files[0].parent / "index.json").write_text(text)
+    counting = Counting()
+    record(model, SETTINGS, seed=0, cache=tmp_path, progress=counting)
+    assert counting.units == 6
+
+
+def test_a_fresh_recording_reuses_nothing_and_replaces(model, tmp_path):
+    kept = record(model, SETTINGS, seed=0, cache=tmp_path, progress=QUIET)
+    before = {path: (path.stat().st_ino, path.read_bytes()) for path in kept.files}
+    counting = Counting()
+    again = record(model, SETTINGS, seed=0, cache=tmp_path, progress=counting, fresh=True)
+    assert (again.key, again.files, counting.units) == (kept.key, kept.files, 6)
+    for path in again.files:
+        inode, content = before[path]
+        assert path.stat().st_ino != inode
+        assert path.read_bytes() == content
 
 
 def test_the_key_depends_on_what_matters(model, make_tiny, tmp_path):

@@ -1,6 +1,7 @@
 """The evaluator on tiny real models: identity, noise, determinism, the cache, what does not fit."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from compress.evaluation.metrics import PERFECT_DB, powers
 from compress.progress import SilentProgress
 from compress.recipes.gates import METRICS
 from compress.recipes.schema import EvaluateSettings
+from safetensors.torch import load_file, save_file
 
 CLASSES = ("DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel")
 FIDELITY = {"samples": 3, "steps": 4, "guidance_scale": 2.0, "batch_size": 2}
@@ -125,12 +127,54 @@ def test_anything_else_is_recorded_anew(open_tiny, tmp_path, change):
     assert evaluator.reference(model, cache, SILENT).folder != first.folder
 
 
-def test_a_damaged_recording_is_made_again(open_tiny, tmp_path):
+def test_conditions_count_by_their_content(open_tiny, conditions_of, tmp_path):
+    class_name = "SD3Transformer2DModel"
+    model, conditions = open_tiny(class_name), conditions_of(class_name)
+    cache = tmp_path / "cache"
+    first = _evaluator(conditions).reference(model, cache, SILENT)
+    moved = tmp_path / "moved.safetensors"
+    shutil.copy(conditions.embeddings, moved)
+    elsewhere = conditions.model_copy(update={"embeddings": moved})
+    assert _evaluator(elsewhere).reference(model, cache, SILENT).folder == first.folder
+    tensors = load_file(moved)
+    tensors["prompt_embeds"] += 1
+    save_file(tensors, moved)
+    assert _evaluator(elsewhere).reference(model, cache, SILENT).folder != first.folder
+
+
+@pytest.mark.parametrize("damage", ["missing", "one byte", "index"])
+def test_a_damaged_recording_is_made_again(open_tiny, tmp_path, damage):
     model = open_tiny()
     first = _evaluator().reference(model, tmp_path, SILENT)
-    (first.folder / "calls" / "00001.safetensors").unlink()
+    victim = first.folder / "calls" / "00001.safetensors"
+    content = victim.read_bytes()
+    if damage == "missing":
+        victim.unlink()
+    elif damage == "one byte":
+        victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        (first.folder / "reference.json").write_text("{")
     again = _evaluator().reference(model, tmp_path, SILENT)
     assert len(again.calls()) == 8
+    assert again.folder == first.folder
+    assert all(tensor.isfinite().all() for tensor in load_file(victim).values())
+    assert victim.read_bytes()[-1] == content[-1]
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_a_fresh_reference_replaces_the_kept_one(open_tiny, tmp_path, monkeypatch):
+    model, cache = open_tiny(), tmp_path / "cache"
+    first = _evaluator().reference(model, cache, SILENT)
+    inode = first.folder.stat().st_ino
+    again = _evaluator().reference(model, cache, SILENT, fresh=True)
+    assert again.folder == first.folder
+    assert again.index == first.index
+    assert again.folder.stat().st_ino != inode
+    monkeypatch.setattr("compress.evaluation.evaluator.sample", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        _evaluator().reference(model, cache, SILENT, fresh=True)
+    assert _evaluator().reference(model, cache, SILENT).index == first.index  # the old one stays usable
+    assert list(cache.iterdir()) == [first.folder]
 
 
 def test_no_partial_recording_stays_behind(open_tiny, tmp_path, monkeypatch):

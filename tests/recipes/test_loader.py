@@ -346,6 +346,15 @@ def test_prompts_are_found_beside_the_recipe(tmp_path, monkeypatch):
     assert load(tmp_path, text).recipe.calibration.prompts == Path("p.txt")
 
 
+@pytest.mark.parametrize("key", ["prompts", "embeddings"])
+@pytest.mark.parametrize("path", ["../data/p.txt", "/nowhere/data/p.txt"])
+def test_a_copied_recipe_finds_the_files_that_were_copied_with_it(tmp_path, key, path):
+    text = HEAD + STAGES + f"calibration: {{{key}: {path}}}\n"
+    assert getattr(load(tmp_path, text).recipe.calibration, key) == Path(path)
+    (tmp_path / "p.txt").write_text("a cat\n")
+    assert getattr(load(tmp_path, text).recipe.calibration, key) == tmp_path / "p.txt"
+
+
 def test_a_python_value():
     value = {"model": "builtin:dit", "stages": [{"rtn": {}}], "export": {"path": Path("o")}}
     loaded = load_recipe(value)

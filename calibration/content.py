@@ -1,0 +1,68 @@
+"""What a recording depends on, as one hash; and whether the files of a kept one are still its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models.base import OpenModel
+from ..models.scan import hash_file
+
+
+def content_key(model: OpenModel, settings: Mapping[str, Any]) -> str:
+    """Return the content hash of a recording, 64 hexadecimal digits.
+
+    Args:
+        model: the original.
+        settings: everything else that the recording depends on; JSON values, files by their content
+            (`inputs.by_content`).
+    """
+    reference = next(model.module.parameters())
+    content = {
+        "weights": dict(model.source.hashes) or _hash_weights(model.module),
+        "config": dict(model.config),
+        "dtype": str(reference.dtype),
+        "device": reference.device.type,
+        "scheduler": None if model.scheduler is None else dict(model.scheduler.config),
+        "settings": settings,
+        "versions": {name: version(name) for name in ("torch", "diffusers")},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _hash_weights(module: nn.Module) -> str:
+    """Hash the weights of a model that did not come from files."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def read_index(path: Path) -> dict[str, Any] | None:
+    """Return a recording's index; None where there is none that can be read: the recording is not kept."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return index if isinstance(index, dict) else None
+
+
+def is_intact(path: Path, sha256: str | None) -> bool:
+    """Tell whether a recorded file holds what was written to it; one that cannot be read does not.
+
+    Args:
+        path: the file.
+        sha256: as the index has it; None: the index does not know the file.
+    """
+    try:
+        return sha256 is not None and hash_file(path) == sha256
+    except OSError:
+        return False

@@ -1,0 +1,50 @@
+"""The files that samples are conditioned on: which they are, whether they are there. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import SourceError
+from ..models.scan import hash_file
+
+if TYPE_CHECKING:
+    from ..recipes.schema import CalibrationSettings
+
+FILE_KEYS = ("prompts", "embeddings")
+"""Keys of `calibration` that name a file."""
+
+
+def condition_files(settings: CalibrationSettings) -> list[Path]:
+    """Return the files with prompts or embeddings that the settings name, in the order of `FILE_KEYS`.
+
+    A recipe beside which they lie under their own base names finds them there, wherever they were
+    before; so a copied recipe stays usable with copies of these.
+    """
+    return [Path(path) for name in FILE_KEYS if (path := getattr(settings, name)) is not None]
+
+
+def missing_files(settings: CalibrationSettings) -> list[Path]:
+    """Return those of `condition_files` that are no files: to be refused before a model is read."""
+    return [path for path in condition_files(settings) if not path.is_file()]
+
+
+def by_content(settings: CalibrationSettings) -> dict[str, Any]:
+    """Return the settings as JSON values, with the SHA-256 of each file in place of its path.
+
+    Raises:
+        SourceError: a file with prompts or embeddings cannot be read.
+    """
+    values = settings.model_dump(mode="json")
+    for name in FILE_KEYS:
+        path = getattr(settings, name)
+        if path is not None:
+            values[name] = _hash(Path(path))
+    return values
+
+
+def _hash(path: Path) -> str:
+    try:
+        return hash_file(path)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None

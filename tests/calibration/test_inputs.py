@@ -1,0 +1,32 @@
+"""The files that a recipe's conditions come from."""
+
+import subprocess
+import sys
+
+import pytest
+from compress.calibration.inputs import by_content, condition_files, missing_files
+from compress.errors import SourceError
+from compress.recipes.schema import CalibrationSettings
+
+
+@pytest.mark.parametrize("key", ["prompts", "embeddings"])
+def test_files_are_listed_and_missed(tmp_path, key):
+    path = tmp_path / "conditions"
+    settings = CalibrationSettings.model_validate({key: path})
+    assert condition_files(settings) == missing_files(settings) == [path]
+    with pytest.raises(SourceError, match="cannot be read"):
+        by_content(settings)
+    path.write_text("a cat")
+    assert condition_files(settings) == [path]
+    assert missing_files(settings) == []
+
+
+def test_classes_need_no_file():
+    settings = CalibrationSettings(classes=(1, 2))
+    assert condition_files(settings) == missing_files(settings) == []
+    assert by_content(settings) == settings.model_dump(mode="json")
+
+
+def test_the_check_needs_no_torch():
+    code = "import sys, compress.calibration.inputs; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
