@@ -7,6 +7,7 @@ branches are multiplied into the weight. The dtype is the model's own.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -67,6 +68,11 @@ def linear_tensors(name: str, scheme: QuantizedModule, dtype: torch.dtype) -> li
 def in_memory(model: OpenModel) -> nn.Module:
     """Return the module that the exported folder must reproduce bit for bit."""
     return replaced(model.module, lambda name, layer: _weight(layer, model.spec.dtype))
+
+
+def as_shipped(model: OpenModel) -> OpenModel:
+    """Return the model that the folder holds; see `formats.as_shipped`."""
+    return replace(model, module=in_memory(model), quantization={})
 
 
 def _weight(layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:

@@ -106,6 +106,22 @@ def write(
     return ExportInfo(format, files, size, list(layout.loads_with), layout.notes)
 
 
+def as_shipped(model: OpenModel, format: str) -> OpenModel:
+    """Return the model that computes what the exported folder computes, to be measured or compared.
+
+    `compress` stores the very layers that run here, so the model itself comes back. The layers of
+    `torchao` and `dequantized` are replaced; every other tensor is shared with `model`, so change
+    neither afterwards. `quantization` then says what the file holds. For `sdnq` the model itself
+    comes back too: the integers are equal, but the arithmetic of the package sdnq may differ.
+
+    Raises:
+        PlanError: the format cannot express the model's layers.
+    """
+    found: Any = _module(format)
+    convert: Callable[[OpenModel], OpenModel] | None = getattr(found, "as_shipped", None)
+    return model if convert is None or not model.quantization else convert(model)
+
+
 def predict_bytes(spec: ModelSpec, format: str, *, max_shard_size: int = DEFAULT_SHARD_BYTES) -> int:
     """Return the bytes of the tensor files, headers and index included, that `write` will write.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import VerifyError
+from ..errors import CompressError
 from ..models.base import OpenModel
 from ..progress import Progress, step
 from ..runtime.modules import name_of
 from ..runtime.validate import QUANT_METHOD, open_folder
+from .formats import as_shipped
+from .sdnq_format import check_written
 
 _WORKER = Path(__file__).with_name("verify_worker.py")
 _BATCH = 2
@@ -29,107 +31,149 @@ _TIMEOUT_SECONDS = 1800
 _OTHER_SEED = 0x5EED
 
 
+NOT_EXECUTED = "written and decoded back to the model's integers; not executed, because sdnq is not installed"
+# Equal integers under other rules for activations stay above 20 dB; one wrong layer is far below.
+_SAME_INTEGERS_DB = 10.0
+
+
 @dataclass(frozen=True)
 class Verification:
     """What a fresh process computed.
 
     Attributes:
-        verified: every way of loading gave exactly the expected outputs.
-        max_abs_error: largest difference over all ways; 0.0 when verified.
-        ways: way of loading -> its largest absolute difference.
+        verified: every way of loading was executed and gave the expected outputs: the same bits,
+            or under the package sdnq, whose arithmetic is its own, the same up to rounding.
+        executed: every way of loading gave an output.
+        max_abs_error: largest difference over all ways; None where a way has no finite one.
+        ways: way of loading -> its largest absolute difference, None where there is none.
         loads_with: the Python expressions that were tried.
+        failure: what speaks against the folder, in one sentence. None if nothing does, also where
+            nothing could be executed because an optional package is not installed.
         runtime_sqnr_db: the exported model against our own integer runtime, where the format
             computes differently (torchao, sdnq, dequantized); None where it must be equal.
+        notes: for the report and the card; a failure is among them.
     """
 
     verified: bool
-    max_abs_error: float
-    ways: dict[str, float]
+    executed: bool
+    max_abs_error: float | None
+    ways: dict[str, float | None]
     loads_with: list[str]
+    failure: str | None = None
     runtime_sqnr_db: float | None = None
     notes: tuple[str, ...] = field(default_factory=tuple)
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """What the fresh process said: outputs by way, errors by way, packages it does not have."""
+
+    outputs: dict[str, Tensor]
+    errors: dict[str, str]
+    missing: list[str]
+
+
 def verify_export(
-    model: OpenModel, folder: Path, *, seed: int, progress: Progress, threads: int | None = None
+    model: OpenModel,
+    folder: Path,
+    *,
+    seed: int,
+    progress: Progress,
+    threads: int | None = None,
+    shipped: OpenModel | None = None,
 ) -> Verification:
     """Load `folder` in a fresh process every documented way and compare outputs.
 
-    The process draws from another global seed, so that nothing may depend on it.
+    The process draws from another global seed, so that nothing may depend on it. A folder that does
+    not load or computes something else is no exception but a result with a `failure`.
 
     Args:
         model: what was exported, in memory.
         folder: what was written.
         seed: of the inputs.
         threads: CPU threads of both processes' arithmetic; None: as many as this one uses.
-
-    Raises:
-        VerifyError: a way does not load, or its outputs differ in any bit.
+        shipped: `formats.as_shipped` of the model where the caller has it; None: made here.
     """
-    stored = open_folder(folder)
-    if stored.quant_method == "sdnq":
-        return _decode(model, folder)
-    dense = stored.quant_method is None
-    ways, reference, loads_with = _ways(model, stored.quant_method)
-    device = next(reference.parameters()).device
+    try:
+        stored = open_folder(folder)
+        if stored.quant_method == "sdnq":
+            check_written(model, folder)
+    except CompressError as error:
+        return _failed(f"{folder} does not open: {error.message}")
+    format_ = stored.quant_method or "dequantized"
+    ways, loads_with = _ways(model, format_)
+    shipped = shipped or as_shipped(model, format_)
+    device = next(shipped.module.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     inputs = model.family.example_inputs(model.module, _BATCH, generator)
+    request = {
+        "folder": str(Path(folder).resolve()), "class_name": stored.class_name,
+        "dtype": name_of(model.spec.dtype), "device": str(device), "seed": seed ^ _OTHER_SEED,
+        "threads": threads or torch.get_num_threads(), "ways": ways,
+        "needs": ["sdnq"] if format_ == "sdnq" else [],
+    }  # fmt: skip
     with step(progress, "verify in a fresh process", len(ways)) as bar:
-        expected = _run(reference, inputs, threads)
-        own = expected if reference is model.module else _run(model.module, inputs, threads)
-        request = {
-            "folder": str(Path(folder).resolve()), "class_name": stored.class_name,
-            "dtype": name_of(model.spec.dtype), "device": str(device),
-            "threads": threads or torch.get_num_threads(), "seed": seed ^ _OTHER_SEED, "ways": ways,
-        }  # fmt: skip
-        outputs = _ask_fresh_process(request, inputs)
+        answer = _ask_fresh_process(request, inputs)
+        if answer.missing:
+            return Verification(False, False, None, {}, [], notes=(NOT_EXECUTED,))
+        expected = _run(shipped.module, inputs, threads)
+        own = expected if shipped is model else _run(model.module, inputs, threads)
         bar.advance(len(ways))
-    errors = {way: _difference(outputs[way], expected) for way in ways}
-    different = [way for way in ways if not torch.equal(outputs[way], expected)]
-    if different:
-        raise VerifyError(
-            f"{folder}: loaded the {different[0]!r} way in a fresh process, the outputs differ from the "
-            f"model in memory by up to {errors[different[0]]:.3g}",
-            hint="the folder is kept for inspection; this is a defect of the export",
-        )
-    sqnr = None if reference is model.module or dense and not model.quantization else _sqnr_db(expected, own)
-    return Verification(True, max(errors.values()), errors, loads_with, sqnr)
+    return _judge(answer, ways, loads_with, expected, own, format_)
 
 
-def _decode(model: OpenModel, folder: Path) -> Verification:
-    """Verify a folder that only a package we never import can run: by its integers."""
-    from .sdnq_format import check_written
-
-    check_written(model, folder)
-    note = "sdnq is not installed" if find_spec("sdnq") is None else "sdnq is never imported here"
+def _judge(
+    answer: _Answer, ways: list[str], loads_with: list[str], expected: Tensor, own: Tensor, format_: str
+) -> Verification:
+    """Hold the outputs of the fresh process against those of the model in memory."""
+    errors: dict[str, float | None] = {}
+    failures = []
+    sqnr = None if own is expected else _sqnr_db(expected, own)
+    for way in ways:
+        output = answer.outputs.get(way)
+        errors[way] = None if output is None else _difference(output, expected)
+        if output is None:
+            failures.append(f"does not load the {way!r} way in a fresh process: {answer.errors[way]}")
+        elif format_ == "sdnq":
+            sqnr = _sqnr_db(output, expected) if errors[way] is not None else -math.inf
+            if not sqnr >= _SAME_INTEGERS_DB:
+                failures.append(f"loaded the {way!r} way, the outputs are {sqnr:.1f} dB from our runtime's")
+        elif not torch.equal(output, expected):
+            size = "in shape or by values that are not finite"
+            if errors[way] is not None:
+                size = f"by up to {errors[way]:.3g}"
+            failures.append(
+                f"loaded the {way!r} way in a fresh process, the outputs differ from the model's in"
+                f" memory {size}"
+            )
+    known = [error for error in errors.values() if error is not None]
+    failure = "; ".join(failures) or None
     return Verification(
-        True,
-        0.0,
-        {"decoded": 0.0},
-        [],
-        notes=(
-            f"{note}: the file was read back and decodes to the model's integers; no output was computed",
-        ),
+        verified=failure is None,
+        executed=len(answer.outputs) == len(ways),
+        max_abs_error=max(known) if len(known) == len(ways) else None,
+        ways=errors,
+        loads_with=loads_with,
+        failure=failure,
+        runtime_sqnr_db=sqnr if sqnr is not None and math.isfinite(sqnr) else None,
+        notes=() if failure is None else (failure,),
     )
 
 
-def _ways(model: OpenModel, quant_method: str | None) -> tuple[list[str], nn.Module, list[str]]:
-    """Return the ways of loading, the module that must be reproduced, and the ways as Python."""
+def _failed(failure: str) -> Verification:
+    return Verification(False, False, None, {}, [], failure, notes=(failure,))
+
+
+def _ways(model: OpenModel, format_: str) -> tuple[list[str], list[str]]:
+    """Return the ways of loading for the worker, and as Python."""
     name = type(model.module).__name__
     stock = f"diffusers.{name}.from_pretrained(path, torch_dtype=torch.{name_of(model.spec.dtype)})"
-    if quant_method == QUANT_METHOD:
+    if format_ == QUANT_METHOD:
         registered = f"import compress; diffusers.{name}.from_pretrained(path)"
-        return ["registered", "compress"], model.module, ["compress.load(path)", registered]
-    loads_with = [stock, "compress.load(path)"]
-    if quant_method == "torchao":
-        from .torchao_format import in_memory
-
-        return ["stock", "compress"], in_memory(model), loads_with
-    if model.quantization:
-        from .dequantized_format import in_memory as dequantized
-
-        return ["stock", "compress"], dequantized(model), loads_with
-    return ["stock", "compress"], model.module, loads_with
+        return ["registered", "compress"], ["compress.load(path)", registered]
+    if format_ == "sdnq":
+        return ["stock"], [stock]
+    return ["stock", "compress"], [stock, "compress.load(path)"]
 
 
 def _run(module: nn.Module, inputs: Mapping[str, Any], threads: int | None) -> Tensor:
@@ -158,7 +202,7 @@ def _flat(inputs: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor
     return tensors, constants
 
 
-def _ask_fresh_process(request: dict[str, Any], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+def _ask_fresh_process(request: dict[str, Any], inputs: Mapping[str, Any]) -> _Answer:
     tensors, constants = _flat(inputs)
     with tempfile.TemporaryDirectory(prefix="compress-verify-") as name:
         place = Path(name)
@@ -166,6 +210,7 @@ def _ask_fresh_process(request: dict[str, Any], inputs: Mapping[str, Any]) -> di
         request = {
             **request, "constants": constants,
             "inputs": str(place / "inputs.safetensors"), "outputs": str(place / "outputs.safetensors"),
+            "answer": str(place / "answer.json"),
         }  # fmt: skip
         (place / "request.json").write_text(json.dumps(request), encoding="utf-8")
         # The package may be imported from a checkout; the process must find the same one, but a
@@ -182,20 +227,25 @@ def _ask_fresh_process(request: dict[str, Any], inputs: Mapping[str, Any]) -> di
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise VerifyError(f"{request['folder']}: no answer within {_TIMEOUT_SECONDS} seconds") from None
+            return _no_answer(request, f"no answer within {_TIMEOUT_SECONDS} seconds")
         if done.returncode != 0:
             lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-            raise VerifyError(
-                f"{request['folder']} does not load in a fresh process: {lines[-1]}",
-                hint="run `compress verify` on the folder, or load it by hand to see the whole error",
-            )
-        return load_file(place / "outputs.safetensors")
+            return _no_answer(request, f"the process ended with {done.returncode}: {lines[-1]}")
+        answer = json.loads((place / "answer.json").read_text(encoding="utf-8"))
+        outputs = load_file(place / "outputs.safetensors") if not answer["missing"] else {}
+        return _Answer(outputs, answer["errors"], answer["missing"])
 
 
-def _difference(actual: Tensor, expected: Tensor) -> float:
+def _no_answer(request: Mapping[str, Any], why: str) -> _Answer:
+    return _Answer({}, dict.fromkeys(request["ways"], why), [])
+
+
+def _difference(actual: Tensor, expected: Tensor) -> float | None:
+    """Return the largest absolute difference; None for other shapes or values that are not finite."""
     if actual.shape != expected.shape:
-        return float("inf")
-    return float((actual.double() - expected.double()).abs().max())
+        return None
+    largest = float((actual.double() - expected.double()).abs().max())
+    return largest if math.isfinite(largest) else None
 
 
 def _sqnr_db(actual: Tensor, reference: Tensor) -> float:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -87,6 +88,22 @@ def in_memory(model: OpenModel) -> nn.Module:
     """Return the torchao module that the exported folder must reproduce bit for bit."""
     check(model.quantization)
     return replaced(model.module, lambda name, layer: _int8_tensor(layer, model.spec.dtype))
+
+
+def as_shipped(model: OpenModel) -> OpenModel:
+    """Return the model that the folder holds; see `formats.as_shipped`.
+
+    Raises:
+        PlanError: as `layout`.
+    """
+    schemes = {name: _stored(scheme) for name, scheme in model.quantization.items()}
+    return replace(model, module=in_memory(model), quantization=schemes)
+
+
+def _stored(scheme: QuantizedModule) -> QuantizedModule:
+    """Return the scheme of a layer in the file: always one symmetric int8 grid per output channel."""
+    how = scheme.decided_by if scheme.bits == 8 else f"{scheme.decided_by}, in an int8 container"
+    return scheme.model_copy(update={"bits": 8, "symmetric": True, "decided_by": how})
 
 
 def check(quantization: Mapping[str, QuantizedModule]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 
 import compress
 import pytest
 import torch
 from compress.errors import PlanError, SourceError, VerifyError
+from compress.exporters import fresh_process
 from compress.exporters.formats import write
 from compress.exporters.fresh_process import verify_export
 from compress.exporters.sdnq_format import check_written, pack_flat, unpack_flat
@@ -95,13 +97,52 @@ def test_it_decodes_to_the_model(exported):
         check_written(model, out)
 
 
-def test_verification_says_what_was_run(exported):
+def test_without_sdnq_nothing_is_called_verified(exported):
+    if importlib.util.find_spec("sdnq") is not None:
+        pytest.skip("sdnq is installed")
     model, out, _ = exported
     verification = verify_export(model, out, seed=0, progress=SilentProgress())
-    assert verification.verified
-    if importlib.util.find_spec("sdnq") is None:
-        assert list(verification.ways) == ["decoded"]
-        assert "not installed" in verification.notes[0]
+    assert not verification.verified
+    assert not verification.executed
+    assert verification.failure is None
+    assert verification.max_abs_error is None
+    assert verification.loads_with == []
+    assert verification.notes == (
+        "written and decoded back to the model's integers; not executed, because sdnq is not installed",
+    )
+
+
+def test_other_integers_are_a_failure(exported):
+    model, out, _ = exported
+    model.module.get_submodule("transformer_blocks.1.ff.net.0.proj").qweight[0, 0] ^= 1
+    verification = verify_export(model, out, seed=0, progress=SilentProgress())
+    assert not verification.verified
+    assert "does not decode" in verification.failure
+
+
+@pytest.mark.parametrize(("scale", "verified"), [(1.01, True), (3.0, False)])
+def test_outputs_of_sdnq_are_compared_in_decibels(exported, outputs_of, monkeypatch, scale, verified):
+    model, out, _ = exported
+    answer = fresh_process._Answer({"stock": outputs_of(model.module) * scale}, {}, [])
+    monkeypatch.setattr(fresh_process, "_ask_fresh_process", lambda request, inputs: answer)
+    verification = verify_export(model, out, seed=0, progress=SilentProgress())
+    assert verification.executed
+    assert verification.verified is verified
+    assert verification.max_abs_error > 0
+    assert verification.runtime_sqnr_db == pytest.approx(-20 * math.log10(scale - 1), abs=0.5)
+    assert (verification.failure is None) == verified
+
+
+def test_an_installed_sdnq_is_used(exported, monkeypatch, tmp_path):
+    """A package that cannot be imported is an error of its way, not a missing one."""
+    model, out, _ = exported
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "sdnq.py").write_text("raise RuntimeError('this sdnq is broken')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+    verification = verify_export(model, out, seed=0, progress=SilentProgress())
+    assert not verification.verified
+    assert "'stock' way" in verification.failure
+    assert "this sdnq is broken" in verification.failure
 
 
 def test_loading_without_sdnq_says_what_is_missing(exported):

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from compress.errors import VerifyError
+from compress.exporters import fresh_process
 from compress.exporters.formats import write
 from compress.exporters.fresh_process import verify_export
 from compress.exporters.verify import FolderError, verify_folder
@@ -54,6 +54,9 @@ def test_a_fresh_process_gives_equal_bits(exported, name, format):
     model, out = exported(name, format)
     verification = verify_export(model, out, seed=3, progress=SilentProgress())
     assert verification.verified
+    assert verification.executed
+    assert verification.failure is None
+    assert verification.notes == ()
     assert verification.max_abs_error == 0.0
     assert len(verification.ways) == 2 == len(verification.loads_with)
     if format in ("torchao", "dequantized"):
@@ -68,8 +71,14 @@ def test_a_changed_weight_is_found(exported):
     layer = model.module.get_submodule("transformer_blocks.0.attn1.to_q")
     layer.scale *= 2
     layer._forget()
-    with pytest.raises(VerifyError, match="outputs differ"):
-        verify_export(model, out, seed=0, progress=SilentProgress())
+    verification = verify_export(model, out, seed=0, progress=SilentProgress())
+    assert not verification.verified
+    assert verification.executed
+    assert verification.max_abs_error > 0
+    assert set(verification.ways) == {"registered", "compress"}
+    for way in verification.ways:
+        assert f"loaded the '{way}' way in a fresh process, the outputs differ" in verification.failure
+    assert verification.notes == (verification.failure,)
 
 
 @pytest.mark.slow
@@ -80,8 +89,62 @@ def test_a_folder_that_does_not_load_is_found(exported):
     config["norm_type"] = "nonsense"
     (out / "config.json").write_text(json.dumps(config))
     assert path.is_file()
-    with pytest.raises(VerifyError, match="does not load in a fresh process"):
-        verify_export(model, out, seed=0, progress=SilentProgress())
+    verification = verify_export(model, out, seed=0, progress=SilentProgress())
+    assert not verification.verified
+    assert not verification.executed
+    assert verification.max_abs_error is None
+    assert verification.ways == {"registered": None, "compress": None}
+    for way in verification.ways:
+        assert f"does not load the '{way}' way in a fresh process" in verification.failure
+    assert "nonsense" in verification.failure
+
+
+def test_one_way_that_fails_does_not_hide_the_other(exported, monkeypatch):
+    model, out = exported("w4a8", "compress")
+    expected = fresh_process._run(
+        model.module, model.family.example_inputs(model.module, 2, torch.Generator().manual_seed(0)), None
+    )
+    answer = fresh_process._Answer({"compress": expected}, {"registered": "OSError: no"}, [])
+    monkeypatch.setattr(fresh_process, "_ask_fresh_process", lambda request, inputs: answer)
+    verification = verify_export(model, out, seed=0, progress=SilentProgress())
+    assert not verification.verified
+    assert verification.ways == {"registered": None, "compress": 0.0}
+    assert verification.max_abs_error is None
+    assert verification.failure == "does not load the 'registered' way in a fresh process: OSError: no"
+
+
+def test_a_damaged_folder_is_a_result(exported):
+    model, out = exported("w4a8", "compress")
+    truncate(out)
+    verification = verify_export(model, out, seed=0, progress=SilentProgress())
+    assert not verification.verified
+    assert verification.max_abs_error is None
+    assert "does not open" in verification.failure
+    assert "diffusion_pytorch_model.safetensors" in verification.failure
+
+
+def test_a_process_that_dies_is_a_result(exported, monkeypatch):
+    model, out = exported("w4a8", "compress")
+    monkeypatch.setattr(fresh_process, "_WORKER", out / "absent.py")
+    verification = verify_export(model, out, seed=0, progress=SilentProgress())
+    assert not verification.verified
+    assert verification.max_abs_error is None
+    assert "the process ended with 2" in verification.failure
+
+
+@pytest.mark.parametrize("damage", ["shape", "nan"])
+def test_outputs_without_a_finite_difference_are_a_failure(exported, monkeypatch, damage):
+    model, out = exported("w4a8", "compress")
+
+    def answer(request, inputs):
+        output = torch.zeros(1) if damage == "shape" else torch.full((2, 8, 8, 8), float("nan"))
+        return fresh_process._Answer(dict.fromkeys(request["ways"], output), {}, [])
+
+    monkeypatch.setattr(fresh_process, "_ask_fresh_process", answer)
+    verification = verify_export(model, out, seed=0, progress=SilentProgress())
+    assert not verification.verified
+    assert verification.max_abs_error is None
+    assert "not finite" in verification.failure
 
 
 def test_records_of_a_sound_folder(exported):
