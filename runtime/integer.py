@@ -10,6 +10,7 @@ What is here runs on every device and under `torch.compile`; `prepacked` is the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -66,29 +67,36 @@ def cache_rows(width: int, elements: int = _CACHE_ELEMENTS) -> int:
     return max(1, elements * torch.get_num_threads() // width)
 
 
-def _largest(x: Tensor) -> Tensor:
-    """Return max|x| of each row of x [M, K]: float32 [M, 1]; NaN for a row that has one."""
-    if x.dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling():
+def _extremes(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return least and greatest value of each row of the parts together: [M, 1]; NaN for a row with one."""
+    pairs = [(part.amin(dim=-1, keepdim=True), part.amax(dim=-1, keepdim=True)) for part in parts]
+    return torch.cat([low for low, _ in pairs]), torch.cat([high for _, high in pairs])
+
+
+def _largest(parts: Sequence[Tensor]) -> Tensor:
+    """Return the greatest absolute value of each row: float32 [M, 1]; NaN for a row that has one."""
+    if parts[0].dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling():
         # Without the sign the bits of a float are ordered as its values are, NaN above all.
-        return (x.view(torch.int16) & 0x7FFF).amax(dim=-1, keepdim=True).view(x.dtype).float()
-    high = x.amax(dim=-1, keepdim=True)
-    return torch.maximum(high, x.amin(dim=-1, keepdim=True).neg()).float()
+        bits = [(part.view(torch.int16) & 0x7FFF).amax(dim=-1, keepdim=True) for part in parts]
+        return torch.cat(bits).view(parts[0].dtype).float()
+    low, high = _extremes(parts)
+    return torch.maximum(high, low.neg()).float()
 
 
-def _grid(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+def _grid(parts: Sequence[Tensor], bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
     """Return scale and zero point of each row, float32 [M, 1]; no zero on a symmetric grid."""
     top = float((1 << (bits - 1)) - 1)
     if symmetric:
-        return (_largest(x) / top).clamp_min(_TINY), None
-    low = x.amin(dim=-1, keepdim=True).float().clamp_max(0)
-    high = x.amax(dim=-1, keepdim=True).float().clamp_min(0)
+        return (_largest(parts) / top).clamp_min(_TINY), None
+    low, high = _extremes(parts)
+    low, high = low.float().clamp_max(0), high.float().clamp_min(0)
     scale = ((high - low) / (2 * top + 1)).clamp_min(_TINY)
     return scale, torch.round(low / scale) + (top + 1)
 
 
-def _quantize_rows(x: Tensor, bits: int, symmetric: bool, total: bool) -> Tokens:
+def _quantize_whole(x: Tensor, bits: int, symmetric: bool, total: bool) -> Tokens:
     """Quantize as plain tensor expressions, for a compiler to fuse."""
-    scale, zero = _grid(x, bits, symmetric)
+    scale, zero = _grid((x,), bits, symmetric)
     level = (x * scale.reciprocal()).round_()
     if zero is not None:
         top = (1 << (bits - 1)) - 1
@@ -98,22 +106,36 @@ def _quantize_rows(x: Tensor, bits: int, symmetric: bool, total: bool) -> Tokens
     return Tokens(level.to(torch.int8), scale, zero, level.sum(dim=-1, keepdim=True) if total else None)
 
 
-def _write_rows(x: Tensor, bits: int, symmetric: bool, q: Tensor, buffer: Tensor, rounder: Tensor) -> Tokens:
-    """Quantize x [M, K] into q [M, K] by way of a float32 buffer [M, K], in as few passes as there are."""
-    scale, zero = _grid(x, bits, symmetric)
+def _round_part(
+    x: Tensor, inverse: Tensor, zero: Tensor | None, bits: int, rounder: Tensor, buffer: Tensor
+) -> Tensor:
+    """Return integers in the lowest bytes of an int32 view of `buffer` [rows, K], which is float32."""
     if x.dtype != torch.float32:
         x = buffer.copy_(x)
     if zero is None:
-        torch.addcmul(rounder, x, scale.reciprocal(), out=buffer)
+        torch.addcmul(rounder, x, inverse, out=buffer)
     else:
         top = (1 << (bits - 1)) - 1
-        torch.mul(x, scale.reciprocal(), out=buffer).round_().sub_(zero).clamp_(-top - 1, top)
-        if bits < 8:
-            buffer.add_(zero)
-            zero = None
-        buffer.add_(rounder)
-    q.copy_(buffer.view(torch.int32))  # keeps the lowest byte
-    return Tokens(q, scale, zero, None)
+        torch.mul(x, inverse, out=buffer).round_().sub_(zero).clamp_(-top - 1, top)
+        buffer.add_(rounder if bits == 8 else rounder + zero)
+    return buffer.view(torch.int32)
+
+
+def _quantize_parts(x: Tensor, bits: int, symmetric: bool, unsigned: bool) -> Tokens:
+    """Quantize with few passes over memory: every part stays in the cache from one to the next."""
+    count, width = x.shape
+    rows = max(1, -(-count // max(1, -(-count // cache_rows(width)))))
+    parts = x.split(rows)
+    scale, zero = _grid(parts, bits, symmetric)
+    inverses = scale.reciprocal().split(rows)
+    zeros = [None] * len(parts) if zero is None else zero.split(rows)
+    q = torch.empty(x.shape, dtype=torch.uint8 if unsigned else torch.int8)
+    buffer = torch.empty(rows, width)
+    rounder = torch.full((width,), _ROUNDER + 128 if unsigned else _ROUNDER)
+    for part, inverse, offset, target in zip(parts, inverses, zeros, q.split(rows), strict=True):
+        space = buffer if part.shape[0] == rows else buffer[: part.shape[0]]
+        target.copy_(_round_part(part, inverse, offset, bits, rounder, space))
+    return Tokens(q, scale, zero if bits == 8 else None, None)
 
 
 def quantize_tokens(
@@ -130,25 +152,14 @@ def quantize_tokens(
         bits: 4, 6 or 8.
         symmetric: which grid.
         total: also sum the integers of each row.
-        unsigned: store q + 128 as uint8; on a CPU, outside of `torch.compile`.
+        unsigned: store q + 128 as uint8; on a CPU, outside of `torch.compile`, without `total`.
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu":
-        return _quantize_rows(x, bits, symmetric, total)
-    x = x.detach()
-    count, width = x.shape
-    # Parts of equal size, each of which stays in the cache from pass to pass.
-    rows = -(-count // max(1, -(-count // cache_rows(width))))
-    q = torch.empty(x.shape, dtype=torch.uint8 if unsigned else torch.int8)
-    buffer = torch.empty(rows, width)
-    rounder = torch.full((width,), _ROUNDER + 128 if unsigned else _ROUNDER)
-    parts = [
-        _write_rows(part, bits, symmetric, target, buffer[: part.shape[0]], rounder)
-        for part, target in zip(x.split(max(1, rows)), q.split(max(1, rows)), strict=True)
-    ]
-    scale = parts[0].scale if len(parts) == 1 else torch.cat([part.scale for part in parts])
-    zeros = [part.zero for part in parts if part.zero is not None]
-    sums = q.sum(dim=-1, keepdim=True, dtype=torch.int32).float() if total else None
-    return Tokens(q, scale, torch.cat(zeros) if zeros else None, sums)
+        return _quantize_whole(x, bits, symmetric, total)
+    tokens = _quantize_parts(x.detach(), bits, symmetric, unsigned)
+    if not total:
+        return tokens
+    return tokens._replace(total=tokens.q.sum(dim=-1, keepdim=True, dtype=torch.int32).float())
 
 
 def fake_quantize_tokens(x: Tensor, bits: int, symmetric: bool) -> Tensor:

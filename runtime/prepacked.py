@@ -15,8 +15,7 @@ from torch import Tensor
 from .integer import IntegerWeight, Tokens, cache_rows, quantize_tokens
 
 _OFFSET = 128
-_PRODUCT_ELEMENTS = 2**20
-_PRODUCT_ROWS = 256
+_FINISH_ELEMENTS = 2**19
 _SUM_COLUMNS = 16
 
 
@@ -92,9 +91,8 @@ def pack(weight: IntegerWeight, bias: Tensor | None) -> PackedWeight:
     )
 
 
-def _finished(tokens: Tokens, weight: PackedWeight, total: Tensor | None, part: slice) -> Tensor:
-    """Return a run of rows of the layer's output, float32."""
-    y = _product(tokens.q[part], weight.q, weight.scale, weight.no_zeros)
+def _finish(y: Tensor, tokens: Tokens, total: Tensor | None, weight: PackedWeight, part: slice) -> Tensor:
+    """Turn products y [rows, N], those of the tokens of `part`, into the layer's output, in place."""
     if total is not None and weight.zero is not None:
         y.addcmul_(total[part], weight.zero)
     if tokens.zero is not None and weight.sums is not None:
@@ -121,12 +119,15 @@ def linear(x: Tensor, weight: PackedWeight, bits: int, symmetric: bool, dtype: t
     if weight.ones is not None:
         unit, no_zeros = torch.ones(_SUM_COLUMNS), torch.zeros(_SUM_COLUMNS, dtype=torch.int64)
         total = _product(tokens.q, weight.ones, unit, no_zeros)[:, :1]
-    count, outputs = x.shape[0], weight.scale.shape[0]
-    rows = max(cache_rows(outputs, _PRODUCT_ELEMENTS), _PRODUCT_ROWS)
-    if dtype == torch.float32 or count <= rows:
-        return _finished(tokens, weight, total, slice(None)).to(dtype)
-    y = torch.empty(count, outputs, dtype=dtype)
+    product = _product(tokens.q, weight.q, weight.scale, weight.no_zeros)
+    count, outputs = product.shape
+    rows = cache_rows(outputs, _FINISH_ELEMENTS)
+    if count <= rows:
+        return _finish(product, tokens, total, weight, slice(None)).to(dtype)
+    y = product if dtype == torch.float32 else torch.empty(count, outputs, dtype=dtype)
     for start in range(0, count, rows):
         part = slice(start, start + rows)
-        y[part] = _finished(tokens, weight, total, part)
+        finished = _finish(product[part], tokens, total, weight, part)
+        if y is not product:
+            y[part] = finished
     return y
