@@ -72,13 +72,16 @@ def run(
     """
     loaded = _as_loaded(recipe)
     export = loaded.recipe.export
-    preflight.check_target(Path(export.path), overwrite=export.overwrite if overwrite is None else overwrite)
+    overwrite = export.overwrite if overwrite is None else overwrite
+    preflight.check_target(Path(export.path), overwrite=overwrite)
     preflight.check_writable(Path(work_dir))
     preflight.check_stages(loaded, checkpoints.preflight(loaded.recipe.model))
     from .execution import execute
 
     work = WorkDirectory(Path(work_dir))
-    return execute(loaded, work, fresh=fresh, strict=strict, progress=progress or SilentProgress())
+    return execute(
+        loaded, work, fresh=fresh, overwrite=overwrite, strict=strict, progress=progress or SilentProgress()
+    )
 
 
 def evaluate(

@@ -6,6 +6,7 @@ from the recipe, the folder names, the config and the safetensors headers is che
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,21 +26,38 @@ def check_target(target: Path, *, overwrite: bool) -> None:
     """Refuse an output folder that exists or cannot be written.
 
     Raises:
-        UsageError: it exists and `overwrite` is false, or it is no folder that we wrote.
+        UsageError: it is a link; it exists and `overwrite` is false, or holds what we did not write.
         PlanError: its parent cannot be written.
     """
+    if target.is_symlink():
+        raise UsageError(f"{target}: is a symbolic link", hint=f"name the folder itself: {target.resolve()}")
     if target.exists():
         if not overwrite:
             raise UsageError(
                 f"{target}: the output folder exists", hint="pass --overwrite, or another --output"
             )
-        ours = target.is_dir() and ((target / "report.json").is_file() or not any(target.iterdir()))
-        if not ours:
+        foreign = not_ours(target)
+        if foreign is not None:
             raise UsageError(
-                f"{target}: exists and was not written by compress (it has no report.json)",
+                f"{target}: holds {foreign}, which compress did not write",
                 hint="choose another --output, or remove it yourself",
             )
     check_writable(target.parent)
+
+
+def not_ours(folder: Path) -> str | None:
+    """Return the name of something in `folder` that its report.json does not list, or None."""
+    if not folder.is_dir():
+        return "a file"
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    if not names:
+        return None
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        listed = {row["name"] for row in report["export"]["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{min(names)} and no report of a run"
+    return min(names - listed - {"report.json"}, default=None)
 
 
 def check_writable(folder: Path) -> None:
@@ -48,13 +66,19 @@ def check_writable(folder: Path) -> None:
     Raises:
         PlanError: naming the nearest existing parent.
     """
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    existing = nearest_existing(folder)
     if not existing.is_dir():
         raise PlanError(f"{existing}: is a file, so {folder} cannot be a folder", hint="choose another path")
     if not os.access(existing, os.W_OK | os.X_OK) or os.statvfs(existing).f_flag & os.ST_RDONLY:
         raise PlanError(f"{existing}: not writable", hint="choose another path, or change its permissions")
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return the path itself or the nearest parent that is there."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
 
 
 def linear_names(checkpoint: Checkpoint) -> list[str]:

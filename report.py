@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import resource
@@ -12,10 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from .errors import SourceError
 from .recipes.gates import Gate
 
+if TYPE_CHECKING:
+    from .models.base import ModelSpec
+
+FILE_NAME = "report.json"
 TOP_KEYS = ("recipe", "model", "stages", "evaluation", "gates", "export", "environment")
 TIMING_KEYS = frozenset({"seconds", "cpu_seconds", "peak_rss_bytes", "resumed", "finished_at"})
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "torchao", "scipy")
@@ -115,3 +121,37 @@ def without_timings(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_timings(item) for item in value]
     return value
+
+
+def describe_model(spec: ModelSpec) -> dict[str, Any]:
+    """Describe the source and its size: the report's `model`."""
+    return {
+        "id": spec.source.id,
+        "revision": spec.source.revision,
+        "class": spec.config.get("_class_name"),
+        "family": spec.family.name,
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "hashes": dict(spec.source.hashes),
+        **spec.size().to_json(),
+    }
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """Read the report of an exported folder.
+
+    Raises:
+        SourceError: there is none, or it is not one of ours.
+    """
+    path = folder / FILE_NAME
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        complete = all(isinstance(document[key], dict) for key in ("model", "export"))
+    except OSError:
+        raise SourceError(
+            f"{folder}: holds no {FILE_NAME}", hint="name a folder that `compress run` wrote"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise SourceError(f"{path}: not a report of a run: {error}") from None
+    if not complete:
+        raise SourceError(f"{path}: not a report of a run")
+    return document

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import StageError
-from .runtime.atomic import atomic_folder, sweep_partials
+from .runtime.atomic import atomic_folder, remove_folder, sweep_partials
 
 RECORD = "stage.json"
 
@@ -104,14 +104,3 @@ class WorkDirectory:
             }
             text = json.dumps({**record, "files": files}, indent=1)
             (temporary / RECORD).write_text(text + "\n", encoding="utf-8")
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder so that at no moment a part of it stands under its name."""
-    import shutil
-
-    from .runtime.atomic import temporary_beside
-
-    aside = temporary_beside(folder)
-    folder.rename(aside)
-    shutil.rmtree(aside)

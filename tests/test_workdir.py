@@ -2,7 +2,7 @@ import json
 
 import pytest
 from compress.errors import StageError
-from compress.workdir import WorkDirectory, digest, remove_folder
+from compress.workdir import WorkDirectory, digest
 
 
 @pytest.fixture
@@ -67,10 +67,3 @@ def test_the_journal_is_json_lines(work):
 def test_digest_depends_on_content_and_not_on_order():
     assert digest({"a": 1, "b": [2, 3]}) == digest({"b": [2, 3], "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})
-
-
-def test_remove_folder_takes_everything(tmp_path):
-    folder = tmp_path / "x"
-    (folder / "y").mkdir(parents=True)
-    remove_folder(folder)
-    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,9 +27,9 @@ export: {path: out}
 KILLS = 10
 
 
-def _start(folder: Path) -> subprocess.Popen:
+def _start(folder: Path, *options: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "compress", "run", "recipe.yaml", "--json"],
+        [sys.executable, "-m", "compress", "run", "recipe.yaml", "--json", *options],
         cwd=folder,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -42,8 +43,8 @@ def _prepare(folder: Path) -> Path:
     return folder
 
 
-def _finish(folder: Path) -> None:
-    process = _start(folder)
+def _finish(folder: Path, *options: str) -> None:
+    process = _start(folder, *options)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
 
@@ -59,34 +60,52 @@ def _hashes(out: Path) -> dict[str, str]:
     return found
 
 
+def _kill_after(folder: Path, seconds: float, *options: str) -> bool:
+    """Start a run and kill it with signal 9; False where it ended by itself before."""
+    process = _start(folder, *options)
+    try:
+        process.wait(timeout=seconds)
+        return False
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        return True
+    finally:
+        assert process.stderr is not None
+        process.stderr.close()
+
+
 @pytest.mark.slow
 def test_kill_at_ten_random_moments(tmp_path):
+    """Every second run replaces an older result: at any moment that one or the new one is there."""
+    older = _prepare(tmp_path / "older")
+    (older / "recipe.yaml").write_text(RECIPE.replace("seed: 3", "seed: 4"))
+    _finish(older)
     whole = _prepare(tmp_path / "whole")
     started = time.monotonic()
     _finish(whole)
     seconds = time.monotonic() - started
-    expected = _hashes(whole / "out")
+    before, expected = _hashes(older / "out"), _hashes(whole / "out")
     assert "diffusion_pytorch_model.safetensors" in expected
+    assert before != expected
 
     moments = random.Random(20261121)
     killed = 0
     for index in range(KILLS):
         folder = _prepare(tmp_path / f"killed-{index}")
-        process = _start(folder)
-        try:
-            process.wait(timeout=moments.uniform(0.05, 0.98) * seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            killed += 1
-        if process.stderr:
-            process.stderr.close()
         out = folder / "out"
-        assert not out.exists() or _hashes(out) == expected, "a partial folder under the final name"
-        if not out.exists():
-            _finish(folder)
+        replaces = index % 2 == 1
+        options = ("--overwrite",) if replaces else ()
+        if replaces:
+            shutil.copytree(older / "out", out)
+        killed += _kill_after(folder, moments.uniform(0.05, 0.98) * seconds, *options)
+        assert out.exists() or not replaces, "the older result is gone before the new one is there"
+        whole_states = (before, expected) if replaces else (expected,)
+        assert not out.exists() or _hashes(out) in whole_states, "a partial folder under the final name"
+        if not out.exists() or _hashes(out) != expected:
+            _finish(folder, *options)
         assert _hashes(out) == expected
-        leftovers = [entry.name for entry in folder.iterdir() if entry.name.startswith(".out")]
+        leftovers = [path for path in folder.rglob("*") if ".partial-" in path.name]
         assert leftovers == []
     assert killed >= KILLS - 3, "the run ended before most of the kills"
 

@@ -7,9 +7,11 @@ import time
 
 import pytest
 from compress.runtime.atomic import (
-    TEMPORARY_MARK,
     atomic_file,
     atomic_folder,
+    remove_folder,
+    replace_folder,
+    scratch_folder,
     sweep_partials,
     temporary_beside,
 )
@@ -83,4 +85,47 @@ def test_sweep_removes_what_a_killed_process_left_and_keeps_what_a_living_one_wr
 def test_temporary_names_are_hidden_and_name_their_process(tmp_path):
     name = temporary_beside(tmp_path / "result").name
     assert name.startswith(".result")
-    assert f"{TEMPORARY_MARK}{os.getpid()}-" in name
+    assert f".partial-{os.getpid()}-" in name
+
+
+def test_sweep_touches_nothing_that_only_looks_like_ours(tmp_path):
+    names = ["movie.partial-1.mp4", ".thesis.partial-draft", ".other.partial-999999999-0123abcd"]
+    for name in names[:2]:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / names[2]).mkdir()
+    (tmp_path / ".out.partial-999999999-0123abcd").mkdir()
+    sweep_partials(tmp_path, "out")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(names)
+
+
+def test_a_folder_is_replaced_by_a_finished_one(tmp_path):
+    target = tmp_path / "result"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with scratch_folder(target) as temporary:
+        (temporary / "new").write_text("new")
+        replace_folder(temporary, target)
+    assert [entry.name for entry in target.iterdir()] == ["new"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result"]
+
+
+def test_the_old_folder_stays_until_the_new_one_has_its_name(tmp_path, monkeypatch):
+    """Where two names cannot be exchanged at once, a failure between the renames loses nothing."""
+    import compress.runtime.atomic as atomic
+
+    monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    target = tmp_path / "result"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with scratch_folder(target) as temporary:
+        (temporary / "new").write_text("new")
+        replace_folder(temporary, target)
+    assert [entry.name for entry in target.iterdir()] == ["new"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result"]
+
+
+def test_remove_folder_takes_everything(tmp_path):
+    folder = tmp_path / "x"
+    (folder / "y").mkdir(parents=True)
+    remove_folder(folder)
+    assert list(tmp_path.iterdir()) == []
