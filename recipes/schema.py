@@ -90,7 +90,10 @@ class CalibrationSettings(_Settings):
     samples: int = Field(32, ge=1, description="Samples whose trajectories are recorded.")
     steps: int = Field(20, ge=1, le=1000, description="Sampling steps of each of them.")
     guidance_scale: float = Field(
-        4.0, ge=0.0, description="Classifier-free guidance; above 1 both branches are recorded."
+        4.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="Classifier-free guidance; above 1 both branches are recorded.",
     )
     batch_size: int = Field(8, ge=1, description="Samples that are computed together.")
     scheduler: Literal["ddim", "dpm++"] | None = Field(
@@ -121,7 +124,7 @@ class FidelitySettings(_Settings):
 
     samples: int = Field(16, ge=1, description="Samples that both models draw from equal noise.")
     steps: int = Field(20, ge=1, le=1000, description="Sampling steps.")
-    guidance_scale: float = Field(4.0, ge=0.0, description="Classifier-free guidance.")
+    guidance_scale: float = Field(4.0, ge=0.0, allow_inf_nan=False, description="Classifier-free guidance.")
     batch_size: int = Field(16, ge=1, description="Samples that are computed together.")
 
 
@@ -130,7 +133,7 @@ class QualitySettings(_Settings):
 
     samples: int = Field(500, ge=2, description="Samples that are scored.")
     steps: int = Field(10, ge=1, le=1000, description="Sampling steps.")
-    guidance_scale: float = Field(1.5, ge=0.0, description="Classifier-free guidance.")
+    guidance_scale: float = Field(1.5, ge=0.0, allow_inf_nan=False, description="Classifier-free guidance.")
     batch_size: int = Field(100, ge=1, description="Samples that are computed together.")
 
 

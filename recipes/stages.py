@@ -5,9 +5,9 @@ A field's description is its documentation: `compress schema`, `compress methods
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 WeightBits = Literal[2, 3, 4, 6, 8]
 ActivationBits = Literal[4, 6, 8, 16]
@@ -82,6 +82,17 @@ class SmoothQuantSettings(GridSettings):
     )
 
 
+def _ordered(bounds: tuple[int, int]) -> tuple[int, int]:
+    low, high = bounds
+    if low > high:
+        raise ValueError(f"the range {low} to {high} is empty; write its lower end first")
+    return bounds
+
+
+Timestep = Annotated[int, Field(ge=0, le=1000)]
+TimestepRange = Annotated[tuple[Timestep, Timestep], AfterValidator(_ordered)]
+
+
 class ViditQSettings(GridSettings):
     """ViDiT-Q (arXiv 2406.02540): static-dynamic channel balance, then dynamic per-token quantization."""
 
@@ -97,10 +108,10 @@ class ViditQSettings(GridSettings):
         description="Randomised Hadamard rotation: full width, blocks of at most 128, or auto: block only "
         "where it lowers the layer's error enough.",
     )
-    timestep_ranges: tuple[tuple[int, int], ...] = Field(
+    timestep_ranges: tuple[TimestepRange, ...] = Field(
         (),
-        description="v1's option: inclusive timestep ranges whose per-range abs-max (EMA 0.95) gives the "
-        "activation statistic; empty: max over all steps.",
+        description="v1's option: inclusive timestep ranges, none of which overlap, whose per-range abs-max "
+        "(EMA 0.95) gives the activation statistic; empty: max over all steps.",
     )
     rounding: Literal["nearest", "gptq"] = Field(
         "nearest", description="gptq: error-compensating rounding (arXiv 2210.17323); beyond the paper."
@@ -113,8 +124,20 @@ class ViditQSettings(GridSettings):
         "arXiv 2411.05007); 0: none; beyond the paper.",
     )
 
+    @field_validator("timestep_ranges")
+    @classmethod
+    def _apart(cls, ranges: tuple[TimestepRange, ...]) -> tuple[TimestepRange, ...]:
+        ordered = sorted(ranges)
+        for first, second in zip(ordered, ordered[1:], strict=False):
+            if second[0] <= first[1]:
+                raise ValueError(
+                    f"the ranges {first[0]} to {first[1]} and {second[0]} to {second[1]} overlap;"
+                    " both ends of a range belong to it"
+                )
+        return ranges
+
     @model_validator(mode="after")
-    def _check_ranges(self) -> ViditQSettings:
+    def _check_exponent(self) -> ViditQSettings:
         if isinstance(self.act_exponent, float) and not 0.0 <= self.act_exponent <= 1.0:
             raise ValueError(f"act_exponent {self.act_exponent} is not between 0 and 1")
         return self
