@@ -49,10 +49,12 @@ class FoldGroup:
         targets: names of the linears that share the input.
         absorb: called with (module, m) where m [in_features] float multiplies the input channels
             from now on; changes the producer's weights. The caller divides the targets' columns.
+        producers: names of the linears whose weights `absorb` changes.
     """
 
     targets: tuple[str, ...]
     absorb: Callable[[nn.Module, Tensor], None]
+    producers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -146,12 +146,13 @@ def fold_into_modulation(
     absorb: Callable[[nn.Module, Tensor], None] = partial(
         _absorb_modulation, producer=producer, shift_chunk=shift_chunk, scale_chunk=scale_chunk
     )
-    return FoldGroup(tuple(targets), absorb)
+    return FoldGroup(tuple(targets), absorb, (producer,))
 
 
 def fold_into_rows(targets: Iterable[str], producers: Iterable[str]) -> FoldGroup:
     """Describe a fold into the output rows of `producers`, as attention's values allow."""
-    return FoldGroup(tuple(targets), partial(_absorb_rows, producers=tuple(producers)))
+    names = tuple(producers)
+    return FoldGroup(tuple(targets), partial(_absorb_rows, producers=names), names)
 
 
 def _absorb_modulation(

@@ -20,7 +20,7 @@ from ...runtime.rotation import Rotation
 from . import grid
 
 SWEEP = tuple(index / 20 for index in range(21))
-"""Exponents that a sweep tries, besides no scaling where that saves nothing at run time."""
+"""Exponents that a sweep tries, besides no scaling at all."""
 ROTATION_GAIN_DB = 0.5
 """A rotation costs time at every step: `auto` takes it where the error falls by at least this much."""
 _ACTIVATION_FLOOR = 1e-3

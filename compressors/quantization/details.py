@@ -63,21 +63,27 @@ def _mean_bits(rows: Sequence[Mapping[str, Any]]) -> float:
     return round(sum(row["parameters"] * row["bits"] for row in rows) / count, 4)
 
 
-def averages(rows: Sequence[Mapping[str, Any]], settings: GridSettings) -> dict[str, Any]:
+def averages(
+    rows: Sequence[Mapping[str, Any]], settings: GridSettings, shared: Mapping[str, str]
+) -> dict[str, Any]:
     """Return the label with what it hides: mean bits, and the layers above the labelled bits.
 
     Args:
         rows: of `layer_row`.
         settings: of the stage.
+        shared: copied tensor -> stored tensor; a copy stores no bits, so no average counts it.
 
     Returns:
         label, average_bits {quantized, all_linears} weighted by parameters, and the names of the
         eight_bit_layers and float_layers.
     """
     quantized = [row for row in rows if row["quantized"]]
+    stored, stored_quantized = (
+        [row for row in some if f"{row['name']}.weight" not in shared] for some in (rows, quantized)
+    )
     return {
         "label": label(settings),
-        "average_bits": {"quantized": _mean_bits(quantized), "all_linears": _mean_bits(rows)},
+        "average_bits": {"quantized": _mean_bits(stored_quantized), "all_linears": _mean_bits(stored)},
         "eight_bit_layers": [row["name"] for row in quantized if row["bits"] == 8],
         "float_layers": [row["name"] for row in rows if not row["quantized"]],
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...models.base import ModelSpec, TensorSpec
@@ -44,8 +44,13 @@ def _peak_bytes(spec: ModelSpec, choices: Sequence[Choice], compensate: bool) ->
     return spec.size().bytes + work
 
 
-def _notes(choices: Sequence[Choice], settings: GridSettings, rows: Sequence[dict[str, Any]]) -> list[str]:
-    facts = averages(rows, settings)
+def _notes(
+    choices: Sequence[Choice],
+    settings: GridSettings,
+    rows: Sequence[dict[str, Any]],
+    shared: Mapping[str, str],
+) -> list[str]:
+    facts = averages(rows, settings, shared)
     mean = facts["average_bits"]
     notes = [
         f"{facts['label']}: {mean['quantized']} bits per weight on average over the quantized layers,"
@@ -58,7 +63,13 @@ def _notes(choices: Sequence[Choice], settings: GridSettings, rows: Sequence[dic
     for rule, names in by_rule.items():
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         notes.append(f"left in floating point ({rule}): {shown}")
-    if options_of(settings).rotation == "auto":
+    options = options_of(settings)
+    if options.act_exponent == "sweep":
+        notes.append(
+            "channel scales are decided on calibration data; those that no producer absorbs are counted for"
+            " every layer that may need one"
+        )
+    if options.rotation == "auto":
         notes.append("rotation is decided on calibration data; its signs are counted for every layer")
     return notes
 
@@ -81,6 +92,6 @@ def plan_stage(spec: ModelSpec, settings: GridSettings) -> StagePlan:
         after=after.size(),
         spec=after,
         peak_memory_bytes=_peak_bytes(spec, choices, options_of(settings).compensate),
-        notes=_notes(choices, settings, rows),
+        notes=_notes(choices, settings, rows, spec.shared),
         layers=rows,
     )

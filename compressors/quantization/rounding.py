@@ -15,31 +15,37 @@ from .grid import Grid, Steps
 
 _BLOCK = 128
 _DAMPING = 0.01
+_ATTEMPTS = 8
 
 
-def _inverse_factor(gram: Tensor) -> Tensor:
+def _inverse_factor(gram: Tensor, name: str) -> Tensor:
     """Return the upper Cholesky factor of the inverse of the damped gram, float32.
 
     Raises:
-        StageError: the matrix is not finite.
+        StageError: the matrix is not finite, or no damping makes it positive definite.
     """
     if not torch.isfinite(gram).all():
-        raise StageError(
-            "the calibration inputs of a layer are not finite", hint="check the calibration data"
-        )
+        raise StageError(f"{name}: its calibration inputs are not finite", hint="check the calibration data")
     eye = torch.eye(gram.shape[0], device=gram.device)
     damping = _DAMPING * float(gram.diagonal().mean())
     damping = damping if damping > 0 else 1.0
-    while True:
+    # The last damping exceeds the mean diagonal 10^5 times: what still fails then is no Gram matrix.
+    for _ in range(_ATTEMPTS):
         lower, failed = torch.linalg.cholesky_ex(gram + damping * eye)
         if int(failed) == 0:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if int(failed) == 0:
                 return upper
         damping *= 10.0
+    raise StageError(
+        f"{name}: the correlations of its calibration inputs cannot be inverted, damped {_ATTEMPTS} times",
+        hint="set `rounding: nearest`, or calibrate on other samples",
+    )
 
 
-def round_with_compensation(weight: Tensor, gram: Tensor, steps: Steps, grid: Grid) -> Tensor:
+def round_with_compensation(
+    weight: Tensor, gram: Tensor, steps: Steps, grid: Grid, name: str = "a layer"
+) -> Tensor:
     """Round a weight so that the output error X (W - W^)^T is small.
 
     Args:
@@ -47,15 +53,16 @@ def round_with_compensation(weight: Tensor, gram: Tensor, steps: Steps, grid: Gr
         gram: float32 [in, in], X^T X of the inputs that this weight multiplies.
         steps: the weight's grid.
         grid: its kind.
+        name: of the layer, for errors.
 
     Returns:
         int8 [out, in].
 
     Raises:
-        StageError: the inputs were not finite.
+        StageError: the inputs were not finite, or their Gram matrix cannot be inverted.
     """
     order = torch.argsort(gram.diagonal(), descending=True, stable=True)
-    upper = _inverse_factor(gram[order][:, order])
+    upper = _inverse_factor(gram[order][:, order], name)
     columns = weight.shape[1]
     group = (order // (grid.group_size or columns)).tolist()
     scale = steps.scale.float().t().contiguous()

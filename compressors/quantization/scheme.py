@@ -207,7 +207,7 @@ def choose(
             f"{options.method}: no linear layer is left to quantize",
             hint="`keep` covers all of them; take out a pattern or the stage",
         )
-    groups = _groups(family.folds(module), names, main)
+    groups = _groups(family.folds(module), names, main, set(select(settings.keep, names)))
     folded = {name for group in groups if group.fold for name in group.targets}
 
     choices: list[Choice] = []
@@ -239,15 +239,17 @@ def _float_rules(family: Family, sites: Sequence[LinearSite], keep: Sequence[str
     return rules
 
 
-def _groups(folds: Sequence[FoldGroup], names: Sequence[str], quantized: set[str]) -> list[Group]:
+def _groups(
+    folds: Sequence[FoldGroup], names: Sequence[str], quantized: set[str], kept: set[str]
+) -> list[Group]:
     """Group quantized linears by shared input, in forward order.
 
-    A fold whose targets are not all quantized would change a layer that must stay as it is, so its
-    quantized targets are scaled when the model runs instead.
+    A fold whose targets are not all quantized, or one of whose producers the recipe keeps, would
+    change a layer that must stay as it is: its quantized targets are scaled when the model runs.
     """
     by_name: dict[str, Group] = {}
     for fold in folds:
-        whole = all(target in quantized for target in fold.targets)
+        whole = quantized.issuperset(fold.targets) and kept.isdisjoint(fold.producers)
         members = tuple(target for target in fold.targets if target in quantized)
         if members:
             group = Group(members, fold if whole else None)

@@ -22,7 +22,7 @@ class SmoothQuant:
 
     method: ClassVar[str] = SmoothQuantSettings.method
     families: ClassVar[frozenset[str]] = SmoothQuantSettings.families
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def plan(self, spec: ModelSpec, settings: SmoothQuantSettings) -> StagePlan:
         """Predict tensors, bytes and memory; see `planning.plan_stage`."""

@@ -83,7 +83,7 @@ class _Stage:
                 for index in portion:
                     self._quantize_block(blocks[index], grams)
         rows = [self.rows[choice.site.name] for choice in self.choices]
-        return {**averages(rows, self.settings), "layers": rows}
+        return {**averages(rows, self.settings, self.model.spec.shared), "layers": rows}
 
     def _check_finite(self) -> None:
         for name, maximum in self.inputs.maximum.items():
@@ -130,18 +130,18 @@ class _Stage:
         assert isinstance(linear, nn.Linear)
         return linear
 
-    def _question(self, group: Group, columns: int, device: torch.device) -> balance.Question:
+    def _question(self, name: str, columns: int, device: torch.device) -> balance.Question:
         asked, kind = self.options.act_exponent, self.options.rotation
         exponents: tuple[float | None, ...] = (None,)
         if asked == "sweep":
-            exponents = (*((None,) if group.fold else ()), *balance.SWEEP)
+            exponents = (None, *balance.SWEEP)
         elif asked is not None:
             exponents = (float(asked),)
         blocks: tuple[int | None, ...] = (rotation_block("block" if kind == "auto" else kind, columns),)
         if kind == "auto":
             wide = (blocks[0] or 0) >= _LEAST_AUTO_BLOCK
             blocks = (None, *blocks) if wide else (None,)
-        sign = random_signs(columns, generator_for(self.calibration.seed, "rotation", group.targets[0]))
+        sign = random_signs(columns, generator_for(self.calibration.seed, "rotation", name))
         return balance.Question(exponents, blocks, sign.to(device))
 
     def _balance(self, group: Group) -> None:
@@ -151,7 +151,7 @@ class _Stage:
         sources = list(dict.fromkeys(self.sources[name] for name in group.targets))
         weight_max = torch.stack([weight.abs().amax(dim=0).float() for weight in weights]).amax(dim=0)
         transform = balance.choose_transform(
-            self._question(group, weights[0].shape[1], weights[0].device),
+            self._question(group.targets[0], weights[0].shape[1], weights[0].device),
             torch.stack([self.inputs.maximum[name] for name in sources]).amax(dim=0),
             weight_max,
             [
@@ -174,7 +174,7 @@ class _Stage:
         rotation = RotationScheme(block=transform.block) if transform.block else None
         scheme = planned.model_copy(update={"input_scale": online, "rotation": rotation})
         weight = linear.weight.detach().float()
-        tensors = self._tensors(scheme, weight, transform, online, gram)
+        tensors = self._tensors(name, scheme, weight, transform, online, gram)
         if linear.bias is not None:
             tensors["bias"] = linear.bias.detach()
         layer = QuantizedLinear.from_tensors(scheme, linear.weight.dtype, tensors)
@@ -191,6 +191,7 @@ class _Stage:
 
     def _tensors(
         self,
+        name: str,
         scheme: QuantizedModule,
         weight: Tensor,
         transform: balance.Transform,
@@ -217,7 +218,7 @@ class _Stage:
             tensors["input_scale"] = transform.scale
         kind = grid_of(self.settings, scheme)
         gram = None if gram is None else transform.on_gram(gram)
-        q, steps = _round(weight, kind, gram)
+        q, steps = _round(name, weight, kind, gram)
         tensors["qweight"] = q if scheme.bits == 8 else packing.pack(q, scheme.bits)
         tensors["scale"] = steps.scale
         if steps.zero is not None:
@@ -225,13 +226,13 @@ class _Stage:
         return tensors
 
 
-def _round(weight: Tensor, kind: Grid, gram: Tensor | None) -> Any:
+def _round(name: str, weight: Tensor, kind: Grid, gram: Tensor | None) -> Any:
     """Find the grid and round: to nearest, or with compensation where there is a Gram matrix."""
     if gram is None:
         steps = find_steps(weight, kind)
         return round_to_nearest(weight, steps, kind), steps
     steps = find_steps(weight, kind, gram.diagonal())
-    return round_with_compensation(weight, gram, steps, kind), steps
+    return round_with_compensation(weight, gram, steps, kind, name), steps
 
 
 def _sqnr_db(exact: Tensor, rounded: Tensor) -> float:

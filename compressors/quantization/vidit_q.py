@@ -29,7 +29,7 @@ class ViditQ:
 
     method: ClassVar[str] = ViditQSettings.method
     families: ClassVar[frozenset[str]] = ViditQSettings.families
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def plan(self, spec: ModelSpec, settings: ViditQSettings) -> StagePlan:
         """Predict tensors, bytes and memory; see `planning.plan_stage`."""

@@ -67,6 +67,15 @@ def test_inputs_that_are_not_finite_are_refused():
         )
 
 
+def test_correlations_that_cannot_be_inverted_name_the_layer():
+    weight, _, _ = problem()
+    grid = Grid(4, True, "minmax")
+    with pytest.raises(StageError, match=r"blocks\.3\.to_q: .* cannot be inverted"):
+        round_with_compensation(
+            weight, -3e38 * torch.eye(160), find_steps(weight, grid), grid, "blocks.3.to_q"
+        )
+
+
 @pytest.mark.parametrize("shape", [(40, 64), (64, 40)])
 def test_the_branch_is_the_truncated_svd(shape):
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(2))
