@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SourceError
+from .config import check_config
 from .manifest import FILE_NAME, MAX_BYTES, VERSION, Manifest, QuantizedModule
 
 CONFIG_NAME = "config.json"
@@ -30,7 +31,6 @@ ITEM_BYTES: Mapping[str, int] = {
 }  # fmt: skip
 DTYPE_CODES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 MAX_HEADER_BYTES = 100 * 2**20
-MAX_CONFIG_INTEGER = 2**20
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 
 
@@ -333,7 +333,7 @@ def open_folder(folder: Path) -> StoredCheckpoint:
             f"{folder / CONFIG_NAME}: no _class_name", hint="give the folder of the model itself"
         )
     tensors, metadata = read_headers(folder)
-    _check_config_numbers(config, len(tensors), folder / CONFIG_NAME)
+    _check_config(config, tensors, folder / CONFIG_NAME)
     manifest = Manifest.read(folder)
     section = config.get("quantization_config")
     method = str(section.get("quant_method")) if isinstance(section, dict) else None
@@ -362,13 +362,9 @@ def _check_same(manifest: Manifest, stated: Manifest, folder: Path) -> None:
     )
 
 
-def _check_config_numbers(config: Mapping[str, Any], stored: int, where: Path) -> None:
-    """Refuse sizes that no checkpoint has before a module of that size is built."""
-    for key, value in config.items():
-        if key != "quantization_config" and type(value) is int and abs(value) > MAX_CONFIG_INTEGER:
-            raise SourceError(
-                f"{where}: {key} {value} is out of range", hint="the config was changed by hand"
-            )
+def _check_config(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], where: Path) -> None:
+    """Refuse sizes that this checkpoint cannot have before a module of that size is built."""
     layers = config.get("num_layers")
-    if type(layers) is int and layers > stored:
-        raise SourceError(f"{where}: num_layers {layers} with only {stored} stored tensors")
+    if type(layers) is int and layers > len(tensors):
+        raise SourceError(f"{where}: num_layers {layers} with only {len(tensors)} stored tensors")
+    check_config(config, sum(entry.bytes for entry in tensors.values()), str(where))
