@@ -183,6 +183,8 @@ def _is_safetensors_full_disk(error: BaseException) -> bool:
 
 
 def _is_network(error: BaseException) -> bool:
+    if isinstance(error, BrokenPipeError):  # a ConnectionError too, but of a pipe between processes
+        return False
     home = type(error).__module__.split(".")[0]
     return isinstance(error, ConnectionError | TimeoutError) or home in (
         "huggingface_hub",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect as inspect_module
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ._errors import INTERRUPTED, USAGE, classify
+from ._errors import DEFECT, INTERRUPTED, USAGE, classify
 from ._output import Output
 from .doctor import doctor
 from .evaluate import evaluate
@@ -79,5 +80,12 @@ def invoke(arguments: Sequence[str], output: Output) -> int:
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    sys.exit(invoke(sys.argv[1:], Output()))
+    """Entry point of the console script; ends quietly where the reader of its output is gone."""
+    try:
+        code = invoke(sys.argv[1:], Output())
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at its end, and would complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = DEFECT
+    sys.exit(code)

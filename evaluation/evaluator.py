@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..calibration.content import content_key
@@ -294,10 +294,8 @@ def _record_layers(model: OpenModel, folder: Path) -> None:
     reference = Reference(folder, {})
     calls = reference.calls()
     device = next(model.module.parameters()).device
-    (folder / LAYERS).mkdir()
     for index in sorted({int(place) for place in torch.linspace(0, len(calls) - 1, _LAYER_CALLS).round()}):
-        tensors = record_layers(model, _first_items(calls[index][0], device))
-        save_file(tensors, folder / LAYERS / f"{index:05d}.safetensors")
+        record_layers(model, _first_items(calls[index][0], device), folder / LAYERS / f"{index:05d}")
 
 
 def _layer_rows(model: OpenModel, reference: Reference) -> list[dict[str, Any]]:
@@ -306,7 +304,7 @@ def _layer_rows(model: OpenModel, reference: Reference) -> list[dict[str, Any]]:
     calls = reference.calls()
     device = next(model.module.parameters()).device
     for index, path in reference.layers().items():
-        compare_layers(model, _first_items(calls[index][0], device), load_file(path), sums)
+        compare_layers(model, _first_items(calls[index][0], device), path, sums)
     roles = {site.name: site for site in model.linears()}
     blocks = {name: index for index, (name, _) in enumerate(model.family.blocks(model.module))}
     rows = []

@@ -12,9 +12,11 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..models.base import OpenModel
@@ -108,82 +110,93 @@ def _output_hook(name: str, see: Callable[[str, Any], None]) -> Callable[..., No
     return hook
 
 
-class _Recorder:
-    """Keeps on the CPU what `_Comparer` needs."""
+def _file(folder: Path, block: str) -> Path:
+    return folder / f"{block}.safetensors"
 
-    def __init__(self) -> None:
-        self.found: dict[str, Tensor] = {}
+
+class _Recorder:
+    """Writes what `_Comparer` needs, block by block; memory holds the tensors of one block.
+
+    ``in|STREAM`` and ``out`` [batch, tokens, channels], ``rows|LINEAR`` [batch, <= 64, out_features].
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._found: dict[str, Tensor] = {}
 
     def _keep(self, name: str, tensor: Tensor) -> None:
-        self.found[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        self._found[name] = tensor.detach().to("cpu", copy=True).contiguous()
 
     def block_input(self, name: str, arguments: dict[str, Any]) -> None:
         for stream in STREAMS:
             if isinstance(arguments.get(stream), Tensor):
-                self._keep(f"{name}|in|{stream}", arguments[stream])
+                self._keep(f"in|{stream}", arguments[stream])
 
     def block_output(self, name: str, output: Tensor | tuple[Tensor, ...]) -> None:
-        self._keep(f"{name}|out", _image_stream(output))
+        self._keep("out", _image_stream(output))
         if isinstance(output, Tensor):  # the text is a condition here, no stream of its own
-            self.found.pop(f"{name}|in|{STREAMS[1]}", None)
+            self._found.pop(f"in|{STREAMS[1]}", None)
+        save_file(self._found, _file(self._folder, name))
+        self._found = {}
 
     def linear_output(self, name: str, output: Tensor) -> None:
-        self._keep(f"{name}|rows", _rows(output))
+        self._keep(f"rows|{name}", _rows(output))
 
 
 class _Comparer:
-    """Replaces block inputs by the original's and adds up signal and noise."""
+    """Replaces block inputs by the original's and adds up signal and noise, reading block by block."""
 
-    def __init__(self, recorded: Mapping[str, Tensor], sums: dict[str, Powers]) -> None:
-        self._recorded = recorded
+    def __init__(self, folder: Path, sums: dict[str, Powers]) -> None:
+        self._folder = folder
+        self._recorded: dict[str, Tensor] = {}
         self._sums = sums
 
     def block_input(self, name: str, arguments: dict[str, Any]) -> None:
+        self._recorded = load_file(_file(self._folder, name))
         for stream in STREAMS:
-            original = self._recorded.get(f"{name}|in|{stream}")
+            original = self._recorded.get(f"in|{stream}")
             if original is not None:
                 arguments[stream] = original.to(arguments[stream])
 
     def block_output(self, name: str, output: Tensor | tuple[Tensor, ...]) -> None:
-        wanted = self._recorded[f"{name}|out"]
-        update = wanted.double() - self._recorded[f"{name}|in|{STREAMS[0]}"].double()
-        noise = powers(wanted, _image_stream(output).cpu())[1]
-        self._sums.setdefault(name, Powers()).add(float(update.square().sum()), noise)
+        found = self._sums.setdefault(name, Powers())
+        wanted, entered = self._recorded["out"], self._recorded[f"in|{STREAMS[0]}"]
+        # Item by item: in double precision a whole batch of a large image would be most of the memory.
+        for item, before, after in zip(wanted, entered, _image_stream(output).cpu(), strict=True):
+            update = item.double() - before.double()
+            found.add(float(update.square().sum()), powers(item, after)[1])
+        self._recorded = {}
 
     def linear_output(self, name: str, output: Tensor) -> None:
-        pair = powers(self._recorded[f"{name}|rows"], _rows(output).cpu())
+        pair = powers(self._recorded[f"rows|{name}"], _rows(output).cpu())
         self._sums.setdefault(name, Powers()).add(*pair)
 
 
 @torch.no_grad()
-def record_layers(model: OpenModel, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Run the original once and return what `compare_layers` needs.
+def record_layers(model: OpenModel, kwargs: Mapping[str, Any], folder: Path) -> None:
+    """Run the original once and write what `compare_layers` needs: one file a block.
 
     Args:
         model: before any stage.
         kwargs: keyword arguments of one denoiser call, on the model's device.
-
-    Returns:
-        ``BLOCK|in|STREAM`` and ``BLOCK|out`` [batch, tokens, channels] of every block, and
-        ``LINEAR|rows`` [batch, <= 64, out_features] of the watched linears; on the CPU.
+        folder: empty or not there yet.
     """
-    recorder = _Recorder()
-    with _watched(model, recorder):
+    folder.mkdir(parents=True, exist_ok=True)
+    with _watched(model, _Recorder(folder)):
         model.module(**kwargs)
-    return recorder.found
 
 
 @torch.no_grad()
 def compare_layers(
-    model: OpenModel, kwargs: Mapping[str, Any], recorded: Mapping[str, Tensor], sums: dict[str, Powers]
+    model: OpenModel, kwargs: Mapping[str, Any], folder: Path, sums: dict[str, Powers]
 ) -> None:
     """Run the compressed model on the original's block inputs and add up signal and noise.
 
     Args:
         model: after the stages; its blocks are those of the original.
         kwargs: those that `record_layers` had.
-        recorded: what it returned.
+        folder: that `record_layers` filled.
         sums: module name -> powers; added to, in the order of execution.
     """
-    with _watched(model, _Comparer(recorded, sums)):
+    with _watched(model, _Comparer(folder, sums)):
         model.module(**kwargs)

@@ -21,7 +21,7 @@ from ..models.scan import hash_file
 from ..runtime.atomic import commit_folder, replace_folder, scratch_folder
 from .call_store import CallReader
 
-VERSION = 2
+VERSION = 3
 """Raise it when the same settings record something else."""
 
 INDEX_FILE = "reference.json"
@@ -53,8 +53,8 @@ class Reference:
         return CallReader(self.folder / CALLS)
 
     def layers(self) -> dict[int, Path]:
-        """Return index of a call -> file with its layers' tensors."""
-        return {int(path.stem): path for path in sorted((self.folder / LAYERS).glob("*.safetensors"))}
+        """Return index of a call -> folder with its layers' tensors, a file a block."""
+        return {int(path.name): path for path in sorted((self.folder / LAYERS).glob("*"))}
 
 
 def _paths(folder: Path) -> dict[str, Path]:

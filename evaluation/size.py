@@ -36,7 +36,8 @@ def linear_inventory(model: OpenModel) -> list[dict[str, Any]]:
 
     ``bytes`` counts every tensor of the layer once: 0 for a copy that is stored under another name.
     ``weight_bits`` of a layer in floating point are those of its type; ``activation_bits`` likewise
-    where activations are not quantized.
+    where activations are not quantized. ``copy_of`` names the linear whose weight this one shares, None
+    for all others: averages over what is stored leave copies out.
     """
     shared = model.spec.shared
     rows = []
@@ -55,9 +56,11 @@ def linear_inventory(model: OpenModel) -> list[dict[str, Any]]:
             for name in ("weight", "bias")
             if (spec := model.spec.tensors.get(f"{site.name}.{name}")) and f"{site.name}.{name}" not in shared
         )
+        first = shared.get(f"{site.name}.weight")
         rows.append(
             {
                 "name": site.name,
+                "copy_of": first.removesuffix(".weight") if first else None,
                 "role": site.role,
                 "block": site.block,
                 "parameters": site.shape[0] * site.shape[1],

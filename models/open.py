@@ -85,7 +85,8 @@ def open_model(
 
 def _spec(checkpoint: Checkpoint, ref: ModelRef) -> ModelSpec:
     family = family_for(checkpoint.class_name)
-    dtype = getattr(torch, ref.dtype) if ref.dtype else _stored_dtype(checkpoint)
+    stored = _stored_dtype(checkpoint)  # refuses integers, also where the recipe wants another type
+    dtype = getattr(torch, ref.dtype) if ref.dtype else stored
     shapes = expected_shapes(checkpoint.class_name, checkpoint.config)
     tensors = {name: TensorSpec(shape, dtype) for name, shape in shapes.items()}
     shared = _copies(family, checkpoint.config)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from compress.cli._errors import classify
 from compress.recipes.schema import json_schema
 
 COMMANDS = [
@@ -101,8 +102,9 @@ def test_the_next_command_carries_the_options_over(call):
     assert result.err == f"next: {expected}\n"
 
 
-def test_a_closed_pipe_is_no_defect(tmp_path):
-    script = "import sys; sys.argv[1:] = ['methods']\nfrom compress.cli.main import main\nmain()"
+@pytest.mark.parametrize("arguments", [["methods"], ["validate", "absent.yaml", "--json"]])
+def test_a_closed_pipe_is_no_defect(tmp_path, arguments):
+    script = f"import sys; sys.argv[1:] = {arguments}\nfrom compress.cli.main import main\nmain()"
     writer = subprocess.Popen(
         [sys.executable, "-c", script],
         stdout=subprocess.PIPE,
@@ -113,7 +115,13 @@ def test_a_closed_pipe_is_no_defect(tmp_path):
     writer.stdout.close()
     error = writer.stderr.read()
     writer.wait(timeout=30)
-    assert "defect" not in error and "Traceback" not in error
+    assert all(word not in error for word in ("defect", "Traceback", "network", "BrokenPipe"))
+    assert writer.returncode == 1
+
+
+def test_a_broken_pipe_is_no_network_error():
+    assert classify(BrokenPipeError(32, "Broken pipe"), started=False).kind != "Network"
+    assert classify(ConnectionResetError("reset"), started=False).kind == "Network"
 
 
 def test_validate_tells_the_place(call):

@@ -1,7 +1,10 @@
 """Per-block and per-linear error, each block on the original's own input."""
 
+import weakref
+
 import pytest
 import torch
+from compress.evaluation import layers
 from compress.evaluation.layers import ROLES, compare_layers, record_layers
 from compress.evaluation.metrics import PERFECT_DB
 
@@ -24,12 +27,12 @@ def _hooks(model):
 
 
 @pytest.mark.parametrize("class_name", CLASSES)
-def test_an_unchanged_model_has_no_error_and_keeps_no_hooks(open_tiny, class_name):
+def test_an_unchanged_model_has_no_error_and_keeps_no_hooks(open_tiny, class_name, tmp_path):
     model = open_tiny(class_name)
     inputs = _inputs(model)
-    recorded = record_layers(model, inputs)
+    record_layers(model, inputs, tmp_path)
     sums = {}
-    compare_layers(model, inputs, recorded, sums)
+    compare_layers(model, inputs, tmp_path, sums)
     blocks = [name for name, _ in model.family.blocks(model.module)]
     linears = [site.name for site in model.linears() if site.block is not None and site.role in ROLES]
     assert set(sums) == {*blocks, *linears}
@@ -38,25 +41,25 @@ def test_an_unchanged_model_has_no_error_and_keeps_no_hooks(open_tiny, class_nam
 
 
 @pytest.mark.parametrize("class_name", CLASSES)
-def test_an_error_stays_in_its_block(open_tiny, class_name):
+def test_an_error_stays_in_its_block(open_tiny, class_name, tmp_path):
     model = open_tiny(class_name)
     inputs = _inputs(model)
-    recorded = record_layers(model, inputs)
+    record_layers(model, inputs, tmp_path)
     blocks = [name for name, _ in model.family.blocks(model.module)]
     target = next(site.name for site in model.linears() if site.block == 0 and site.role == "ff.out")
     _spoil(model, target)
     sums = {}
-    compare_layers(model, inputs, recorded, sums)
+    compare_layers(model, inputs, tmp_path, sums)
     assert sums[target].sqnr_db == pytest.approx(26.0, abs=2.0)  # 1 / 0.05^2 = 26 dB
     assert sums[blocks[0]].sqnr_db < 60
     assert sums[blocks[1]].sqnr_db == PERFECT_DB
 
 
-def test_a_folded_scale_is_no_error(open_tiny):
+def test_a_folded_scale_is_no_error(open_tiny, tmp_path):
     """What a fold changes inside a pair of layers must not look like an error of either."""
     model = open_tiny("DiTTransformer2DModel")
     inputs = _inputs(model)
-    recorded = record_layers(model, inputs)
+    record_layers(model, inputs, tmp_path)
     for fold in model.family.folds(model.module):
         first = model.module.get_submodule(fold.targets[0])
         m = torch.linspace(0.5, 2.0, first.in_features)
@@ -65,14 +68,34 @@ def test_a_folded_scale_is_no_error(open_tiny):
             for name in fold.targets:
                 model.module.get_submodule(name).weight.div_(m)
     sums = {}
-    compare_layers(model, inputs, recorded, sums)
+    compare_layers(model, inputs, tmp_path, sums)
     assert min(value.sqnr_db for value in sums.values()) > 90
 
 
-def test_hooks_are_gone_after_a_failure(open_tiny):
+def test_hooks_are_gone_after_a_failure(open_tiny, tmp_path):
     model = open_tiny("DiTTransformer2DModel")
     inputs = _inputs(model)
     inputs["hidden_states"] = inputs["hidden_states"][:, :1]
     with pytest.raises(RuntimeError):
-        record_layers(model, inputs)
+        record_layers(model, inputs, tmp_path)
     assert _hooks(model) == 0
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_memory_holds_one_block(open_tiny, class_name, tmp_path, monkeypatch):
+    """What is kept of a block is on the disk and forgotten before the next block begins."""
+    kept, live = [], []
+    keep = layers._Recorder._keep
+
+    def count(self, name, tensor):
+        keep(self, name, tensor)
+        kept.append(weakref.ref(self._found[name]))
+        live.append(sum(reference() is not None for reference in kept))
+
+    monkeypatch.setattr(layers._Recorder, "_keep", count)
+    model = open_tiny(class_name)
+    record_layers(model, _inputs(model), tmp_path / "layers")
+    blocks = [name for name, _ in model.family.blocks(model.module)]
+    assert {path.stem for path in (tmp_path / "layers").iterdir()} == set(blocks)
+    assert len(blocks) > 1
+    assert max(live) < 0.6 * len(kept)  # of two blocks, which need not be equally large

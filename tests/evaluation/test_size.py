@@ -64,6 +64,27 @@ def test_the_inventory_adds_up(open_tiny):
     assert sum(row["bytes"] for row in rows) < size_metrics(model)["bytes"]
 
 
+def _embedders(model, block):
+    return [
+        site.name for site in model.linears() if site.name.startswith(f"transformer_blocks.{block}.norm1.emb")
+    ]
+
+
+def test_copies_name_what_they_are_copies_of(open_tiny):
+    model = open_tiny()
+    shared = {
+        f"{copy}.{leaf}": f"{first}.{leaf}"
+        for copy, first in zip(_embedders(model, 1), _embedders(model, 0), strict=True)
+        for leaf in ("weight", "bias")
+    }
+    model.spec = model.spec.evolve(shared=shared)
+    rows = {row["name"]: row for row in linear_inventory(model)}
+    copies = {name: row["copy_of"] for name, row in rows.items() if row["copy_of"]}
+    assert copies == dict(zip(_embedders(model, 1), _embedders(model, 0), strict=True))
+    assert all(rows[name]["bytes"] < rows[first]["bytes"] for name, first in copies.items())
+    assert all(row["bytes"] > 0 for row in rows.values() if row["copy_of"] is None)
+
+
 def test_latencies_are_taken_in_turn():
     order = []
     minima = interleaved_minima([lambda: order.append("a"), lambda: order.append("b")], rounds=2, warm_up=1)

@@ -145,13 +145,16 @@ def test_a_mixed_checkpoint_opens_in_the_type_that_holds_most(tiny_dit):
     assert {parameter.dtype for parameter in model.module.parameters()} == {torch.bfloat16}
 
 
-def test_integer_weights_are_refused(tiny_dit):
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_integer_weights_are_refused(tiny_dit, dtype):
     tensors = load_file(tiny_dit / WEIGHTS)
     save_file(
         tensors | {"proj_out_1.weight": tensors["proj_out_1.weight"].to(torch.int8)}, tiny_dit / WEIGHTS
     )
-    with pytest.raises(SourceError, match=r"'proj_out_1\.weight' is stored as I8"):
-        read_spec(ModelRef(id=str(tiny_dit)))
+    ref = ModelRef(id=str(tiny_dit), dtype=dtype)
+    for read in (read_spec, lambda ref: open_model(ref, progress=QUIET)):
+        with pytest.raises(SourceError, match=r"'proj_out_1\.weight' is stored as I8"):
+            read(ref)
 
 
 def test_configs_alone(tiny_dit):
