@@ -6,11 +6,13 @@ times, no dates), so that a card is reproducible like the weights.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+from .fresh_process import NOT_EXECUTED
 from .layer_table import average_bits, exceptions, grouped, label_of
 
 FILE_NAME = "README.md"
@@ -97,39 +99,62 @@ def _title(document: Mapping[str, Any], label: str | None) -> Iterator[str]:
 
 
 def _loading(document: Mapping[str, Any]) -> Iterator[str]:
-    folder, class_name = _folder_name(document), document["model"]["class"]
-    format_ = document["export"]["format"]
+    export = document["export"]
     yield "## Load it"
     yield ""
-    ways = document["export"]["loads_with"]
-    if any("compress.load" in way for way in ways):
-        yield from ("```python", "import compress", f'model = compress.load("{folder}")', "```", "")
-    if any("from_pretrained" in way for way in ways):
-        yield {
-            "compress": "With the stock class, which `import compress` teaches the format:",
-            "torchao": "With stock diffusers and torchao, without compress:",
-            "sdnq": "With stock diffusers and the package sdnq, without compress:",
-            "dequantized": "With stock diffusers alone:",
-        }[format_]
-        imports = [f"import {format_}"] if format_ in ("compress", "sdnq") else []
-        load = f'model = {class_name}.from_pretrained("{folder}")'
-        yield from ("", "```python", *imports, f"from diffusers import {class_name}", load, "```", "")
+    for way in export["loads_with"]:
+        yield from (_introduction(way, export["format"]), "", "```python")
+        yield from _code(way, export["format"], _folder_name(document))
+        yield from ("```", "")
     yield "The folder holds this component and its scheduler, not a whole pipeline; pass it on as"
-    yield "`transformer=model`. " + _verified(document["export"])
+    yield "`transformer=model`. " + _verified(export)
     yield ""
+
+
+def _introduction(way: str, format_: str) -> str:
+    if "compress.load" in way:
+        return "With compress:"
+    return {
+        "compress": "With the stock class, which `import compress` teaches the format:",
+        "torchao": "With stock diffusers and torchao, without compress:",
+        "sdnq": "With stock diffusers and the package sdnq, without compress:",
+        "dequantized": "With stock diffusers alone:",
+    }[format_ if "import compress" in way or format_ != "compress" else "dequantized"]
+
+
+def _code(way: str, format_: str, folder: str) -> Iterator[str]:
+    """Yield the lines of one way of `loads_with`, with its imports and the folder for `path`."""
+    *statements, expression = way.split("; ")
+    modules = [name for name in ("compress", "diffusers", "torch") if f"{name}." in expression]
+    imports = [f"import {name}" for name in ([format_] if format_ == "sdnq" else []) + modules]
+    yield from dict.fromkeys([*statements, *imports])
+    yield "model = " + re.sub(r"\bpath\b", lambda _: json.dumps(folder, ensure_ascii=False), expression)
 
 
 def _verified(export: Mapping[str, Any]) -> str:
+    """Say what was done to verify the folder, and nothing more."""
+    error, ways = export["max_abs_error"], ", ".join(f"`{way}`" for way in export["loads_with"])
     if not export["verified"]:
+        if NOT_EXECUTED in export.get("notes", ()):
+            return f"**It was not run before it was published**: {NOT_EXECUTED}."
+        what = "it does not load, or gives other outputs" if error is None else f"the error is {error:.3g}"
+        return f"**The verification failed**: reopened in a fresh process, {what}; see the notes below."
+    done = f"Before it was published it was reopened in a fresh process with {ways}: the largest difference"
+    if export["format"] == "sdnq":
         return (
-            "**The verification failed**: reopened in a fresh process, the outputs differ by up to"
-            f" {export['max_abs_error']:.3g}."
+            f"{done} to our own integer runtime was {error:.3g}, because the arithmetic of sdnq is its own."
         )
-    ways = ", ".join(f"`{way}`" for way in export["loads_with"])
-    return (
-        f"Before it was published it was reopened in a fresh process with {ways}: the largest"
-        f" difference to the outputs of the model in memory was {export['max_abs_error']:g}."
-    )
+    return f"{done} to the outputs of the same layers in memory was {error:g}."
+
+
+def _export_notes(document: Mapping[str, Any]) -> Iterator[str]:
+    export = document["export"]
+    notes = [note for note in export.get("notes", ()) if note != NOT_EXECUTED]
+    if notes:
+        yield "## Notes on the export" if export["format"] == "compress" else "## What the format changes"
+        yield ""
+        yield from (f"- {note[0].upper()}{note[1:]}." for note in notes)
+        yield ""
 
 
 def _figures(document: Mapping[str, Any], figures: Sequence[str]) -> Iterator[str]:
@@ -239,13 +264,16 @@ def _layers(document: Mapping[str, Any]) -> Iterator[str]:
         ("linear layers", "weight bits", "activation bits", "scale per", "layers", "bytes", "decided by"),
         rows,
     )
-    if document["export"]["format"] == "compress":
-        rest = document["evaluation"]["metrics"]["bytes"] - sum(row["bytes"] for row in linears)
-        yield "Bytes count weights, scales, zero points and biases; all other tensors together have"
-        yield f"{rest:,}."
+    if document["export"]["format"] == "sdnq":
+        yield "Bytes as `compress` would pack them; the format `sdnq` stores scales in its own way, see the"
+        yield "size of the file above."
     else:
-        yield f"Bytes as `compress` would pack them; the format `{document['export']['format']}` stores them"
-        yield "in its own way, see the size of the file above."
+        rest = document["evaluation"]["metrics"]["bytes"] - sum(row["bytes"] for row in linears)
+        other = "all other tensors together have"
+        if document["export"]["format"] != "compress":
+            other = "all other tensors, stored copies and file headers together have"
+        yield f"Bytes count weights, scales, zero points and biases; {other}"
+        yield f"{rest:,}."
     yield ""
 
 
@@ -257,8 +285,6 @@ def _limits(document: Mapping[str, Any]) -> Iterator[str]:
     if format_ == "dequantized":
         yield "- This format stores the rounded weights in floating point: neither smaller nor faster than"
         yield "  the original, and activations are not quantized."
-    if format_ == "torchao" and any(row["weight_bits"] < 8 for row in linears):
-        yield "- This format keeps weights below 8 bits in 8-bit containers: the file is as large as at 8."
     if any(row["weight_bits"] < 8 for row in linears):
         yield (
             "- Weights below 8 bits make the file smaller; the product itself runs on 8-bit integers and is"
@@ -310,6 +336,7 @@ def render_card(document: Mapping[str, Any], figures: Sequence[str], recipe_text
         _metadata(document, label),
         _title(document, label),
         _loading(document),
+        _export_notes(document),
         _figures(document, figures),
         _gates(document),
         _layers(document),

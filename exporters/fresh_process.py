@@ -99,7 +99,7 @@ def verify_export(
         if stored.quant_method == "sdnq":
             check_written(model, folder)
     except CompressError as error:
-        return _failed(f"{folder} does not open: {error.message}")
+        return _failed(f"the folder does not open: {_without(Path(folder), error.message)}")
     format_ = stored.quant_method or "dequantized"
     ways, loads_with = _ways(model, format_)
     shipped = shipped or as_shipped(model, format_)
@@ -148,6 +148,11 @@ def _judge(
             )
     known = [error for error in errors.values() if error is not None]
     failure = "; ".join(failures) or None
+    if sqnr is not None and not math.isfinite(sqnr):
+        sqnr = None
+    notes = [] if failure is None else [failure]
+    if sqnr is not None:
+        notes.insert(0, f"on random inputs its outputs are {sqnr:.1f} dB from those of our integer runtime")
     return Verification(
         verified=failure is None,
         executed=len(answer.outputs) == len(ways),
@@ -155,8 +160,8 @@ def _judge(
         ways=errors,
         loads_with=loads_with,
         failure=failure,
-        runtime_sqnr_db=sqnr if sqnr is not None and math.isfinite(sqnr) else None,
-        notes=() if failure is None else (failure,),
+        runtime_sqnr_db=sqnr,
+        notes=tuple(notes),
     )
 
 
@@ -233,7 +238,13 @@ def _ask_fresh_process(request: dict[str, Any], inputs: Mapping[str, Any]) -> _A
             return _no_answer(request, f"the process ended with {done.returncode}: {lines[-1]}")
         answer = json.loads((place / "answer.json").read_text(encoding="utf-8"))
         outputs = load_file(place / "outputs.safetensors") if not answer["missing"] else {}
-        return _Answer(outputs, answer["errors"], answer["missing"])
+        errors = {way: _without(Path(request["folder"]), text) for way, text in answer["errors"].items()}
+        return _Answer(outputs, errors, answer["missing"])
+
+
+def _without(folder: Path, text: str) -> str:
+    """Leave out where the folder lies: a card is read elsewhere, and the folder gets another name."""
+    return text.replace(f"{folder}{os.sep}", "").replace(str(folder), "the folder")
 
 
 def _no_answer(request: Mapping[str, Any], why: str) -> _Answer:

@@ -11,6 +11,11 @@ Row = Mapping[str, Any]
 """One row of `evaluation.size.linear_inventory`."""
 
 
+def _stored(linears: Sequence[Row]) -> list[Row]:
+    """Leave out the copies, which are stored, and counted as parameters, under another name."""
+    return [row for row in linears if row.get("copy_of") is None]
+
+
 def label_of(linears: Sequence[Row]) -> str | None:
     """Return the short name of the scheme that most quantized parameters have, such as ``W4A8``.
 
@@ -18,16 +23,20 @@ def label_of(linears: Sequence[Row]) -> str | None:
         None where nothing is quantized. The name alone says little: print it with `average_bits`.
     """
     weights: Counter[str] = Counter()
-    for row in linears:
+    for row in _stored(linears):
         if row["method"] is not None:
             weights[f"W{row['weight_bits']}A{row['activation_bits'] or 16}"] += row["parameters"]
     return weights.most_common(1)[0][0] if weights else None
 
 
 def average_bits(linears: Sequence[Row]) -> float:
-    """Return the bits per weight of the linears, weighted by parameters, scales not counted."""
-    total = sum(row["parameters"] for row in linears)
-    return float(sum(row["parameters"] * row["weight_bits"] for row in linears) / total)
+    """Return the bits per weight of the linears, weighted by parameters, scales not counted.
+
+    A layer that is stored as a copy of another counts once, as it does in the parameters.
+    """
+    rows = _stored(linears)
+    total = sum(row["parameters"] for row in rows)
+    return float(sum(row["parameters"] * row["weight_bits"] for row in rows) / total)
 
 
 def pattern_of(name: str) -> str:

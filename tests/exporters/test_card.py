@@ -4,6 +4,7 @@ import copy
 
 import pytest
 from compress.exporters.card import render_card, write_card
+from compress.exporters.fresh_process import NOT_EXECUTED
 from compress.exporters.layer_table import average_bits, exceptions, grouped, label_of, pattern_of
 from ruamel.yaml import YAML
 
@@ -117,16 +118,63 @@ def test_the_recipe_is_verbatim(document):
     assert f"```yaml\n{RECIPE}```" in render_card(document, [], RECIPE)
 
 
-def test_loading_code_for_every_format(document):
+STOCK = "diffusers.DiTTransformer2DModel.from_pretrained(path, torch_dtype=torch.bfloat16)"
+WAYS = {
+    "compress": [
+        "compress.load(path)",
+        "import compress; diffusers.DiTTransformer2DModel.from_pretrained(path)",
+    ],
+    "torchao": [STOCK, "compress.load(path)"],
+    "sdnq": [STOCK],
+    "dequantized": ["compress.load(path)", STOCK],
+}
+
+
+def _blocks(card):
+    """Return the Python blocks of a card."""
+    return [part.split("```")[0] for part in card.split("```python\n")[1:]]
+
+
+@pytest.mark.parametrize("format", WAYS)
+def test_loading_code_for_every_format(document, format):
+    document["export"] |= {"format": format, "loads_with": WAYS[format]}
+    blocks = _blocks(render_card(document, [], RECIPE))
+    assert len(blocks) == len(WAYS[format])
+    for block, way in zip(blocks, WAYS[format], strict=True):
+        compile(block, "card", "exec")
+        expression = way.split("; ")[-1].replace("path", '"out/dit-w4a8"')
+        *imports, last = block.splitlines()
+        assert last == f"model = {expression}"
+        assert [f"import {name}" in imports for name in ("compress", "diffusers", "torch", "sdnq")] == [
+            "compress" in way, "diffusers." in way, "torch." in way, format == "sdnq",
+        ]  # fmt: skip
+
+
+def test_what_a_format_changes_is_listed(document):
+    notes = ["activations follow another rule", "2 layers were rounded to a symmetric one"]
+    document["export"] |= {"format": "torchao", "loads_with": WAYS["torchao"], "notes": notes}
     card = render_card(document, [], RECIPE)
-    assert 'import compress\nmodel = compress.load("out/dit-w4a8")' in card
-    assert 'model = DiTTransformer2DModel.from_pretrained("out/dit-w4a8")' in card
+    section = card.split("## What the format changes\n\n")[1].split("\n\n")[0]
+    assert section == "- Activations follow another rule.\n- 2 layers were rounded to a symmetric one."
+
+
+def test_a_folder_that_nothing_could_run_is_not_called_verified(document):
     document["export"] |= {
-        "format": "torchao", "loads_with": ["diffusers.DiTTransformer2DModel.from_pretrained(path)"],
+        "format": "sdnq", "loads_with": WAYS["sdnq"], "verified": False, "max_abs_error": None,
+        "notes": ["sdnq has a rule of its own", NOT_EXECUTED],
     }  # fmt: skip
     card = render_card(document, [], RECIPE)
-    assert "compress.load(" not in card
-    assert "8-bit containers" in card
+    assert f"**It was not run before it was published**: {NOT_EXECUTED}." in card
+    assert card.count(NOT_EXECUTED) == 1
+    assert "reopened" not in card
+    assert "The verification failed" not in card
+    assert "import sdnq\n" in card
+
+
+def test_a_run_by_sdnq_is_not_called_equal(document):
+    document["export"] |= {"format": "sdnq", "loads_with": WAYS["sdnq"], "max_abs_error": 0.0125}
+    card = render_card(document, [], RECIPE)
+    assert "the largest difference to our own integer runtime was 0.0125" in card
 
 
 def test_an_absolute_path_is_not_published(document):
@@ -173,9 +221,15 @@ def test_a_card_without_measurements(document, tmp_path):
     assert "required" not in card
 
 
-def test_a_failed_verification_is_said(document):
-    document["export"] |= {"verified": False, "max_abs_error": 0.25}
-    assert "**The verification failed**" in render_card(document, [], RECIPE)
+@pytest.mark.parametrize(
+    ("error", "words"), [(0.25, "the error is 0.25"), (None, "it does not load, or gives other outputs")]
+)
+def test_a_failed_verification_is_said(document, error, words):
+    notes = ["does not load the 'compress' way in a fresh process: OSError: no"]
+    document["export"] |= {"verified": False, "max_abs_error": error, "notes": notes}
+    card = render_card(document, [], RECIPE)
+    assert f"**The verification failed**: reopened in a fresh process, {words}; see the notes" in card
+    assert "- Does not load the 'compress' way in a fresh process: OSError: no.\n" in card
 
 
 def test_label_is_that_of_most_parameters():
@@ -184,6 +238,14 @@ def test_label_is_that_of_most_parameters():
     assert label_of(LINEARS[3:]) is None
     assert average_bits(LINEARS[:2]) == 4
     assert exceptions(LINEARS[:2], "W4A8") == ["Every linear layer has 4-bit weights."]
+
+
+def test_a_stored_copy_counts_once():
+    copy_ = LINEARS[2] | {"name": "blocks.1.norm1.linear", "copy_of": "blocks.0.norm1.linear", "bytes": 0}
+    original = [row | {"copy_of": None} for row in LINEARS]
+    assert average_bits([*original, copy_]) == average_bits(LINEARS)
+    wide = {**copy_, "parameters": 10**6}
+    assert label_of([*original, wide]) == "W4A8"
 
 
 def test_layers_are_grouped_by_what_they_are_stored_in():

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from compress.exporters import fresh_process
-from compress.exporters.formats import write
+from compress.exporters.formats import as_shipped, write
 from compress.exporters.fresh_process import verify_export
 from compress.exporters.verify import FolderError, verify_folder
 from compress.progress import SilentProgress
@@ -56,13 +56,24 @@ def test_a_fresh_process_gives_equal_bits(exported, name, format):
     assert verification.verified
     assert verification.executed
     assert verification.failure is None
-    assert verification.notes == ()
     assert verification.max_abs_error == 0.0
     assert len(verification.ways) == 2 == len(verification.loads_with)
     if format in ("torchao", "dequantized"):
         assert verification.runtime_sqnr_db > 20
+        assert f"{verification.runtime_sqnr_db:.1f} dB from those of our integer" in verification.notes[0]
     else:
         assert verification.runtime_sqnr_db is None
+        assert verification.notes == ()
+
+
+def test_the_shipped_model_is_not_made_twice(exported, monkeypatch, outputs_of):
+    model, out = exported("w4a8", "dequantized")
+    shipped = as_shipped(model, "dequantized")
+    monkeypatch.setattr(fresh_process, "as_shipped", lambda model, format: pytest.fail("made again"))
+    answer = fresh_process._Answer(dict.fromkeys(["stock", "compress"], outputs_of(shipped.module)), {}, [])
+    monkeypatch.setattr(fresh_process, "_ask_fresh_process", lambda request, inputs: answer)
+    verification = verify_export(model, out, seed=0, progress=SilentProgress(), shipped=shipped)
+    assert verification.verified
 
 
 @pytest.mark.slow
@@ -81,14 +92,12 @@ def test_a_changed_weight_is_found(exported):
     assert verification.notes == (verification.failure,)
 
 
-@pytest.mark.slow
-def test_a_folder_that_does_not_load_is_found(exported):
+def test_a_way_that_does_not_load_is_found(exported, monkeypatch, tmp_path):
     model, out = exported("w4a8", "compress")
-    path = out / "diffusion_pytorch_model.safetensors"
-    config = json.loads((out / "config.json").read_text())
-    config["norm_type"] = "nonsense"
-    (out / "config.json").write_text(json.dumps(config))
-    assert path.is_file()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "diffusers.py").write_text(f"raise RuntimeError('no such file: {out}/absent')")
+    monkeypatch.setenv("PYTHONPATH", str(broken))
     verification = verify_export(model, out, seed=0, progress=SilentProgress())
     assert not verification.verified
     assert not verification.executed
@@ -96,6 +105,18 @@ def test_a_folder_that_does_not_load_is_found(exported):
     assert verification.ways == {"registered": None, "compress": None}
     for way in verification.ways:
         assert f"does not load the '{way}' way in a fresh process" in verification.failure
+    assert "RuntimeError: no such file: absent" in verification.failure
+
+
+def test_a_changed_config_is_found(exported):
+    model, out = exported("w4a8", "compress")
+    config = json.loads((out / "config.json").read_text())
+    config["norm_type"] = "nonsense"
+    (out / "config.json").write_text(json.dumps(config))
+    verification = verify_export(model, out, seed=0, progress=SilentProgress())
+    assert not verification.verified
+    assert not verification.executed
+    assert verification.max_abs_error is None
     assert "nonsense" in verification.failure
 
 
@@ -121,6 +142,7 @@ def test_a_damaged_folder_is_a_result(exported):
     assert verification.max_abs_error is None
     assert "does not open" in verification.failure
     assert "diffusion_pytorch_model.safetensors" in verification.failure
+    assert str(out) not in verification.failure
 
 
 def test_a_process_that_dies_is_a_result(exported, monkeypatch):
@@ -168,6 +190,12 @@ def truncate(out):
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def add_files(out):
+    (out / "more").mkdir()
+    (out / "more/pytorch_model.bin").write_bytes(b"x")
+    (out / "zero").symlink_to(out / "more")
+
+
 def leave_the_folder(out):
     report = json.loads((out / "report.json").read_text())
     report["export"]["files"][0]["name"] = "../x"
@@ -179,8 +207,13 @@ def leave_the_folder(out):
     [
         (flip_a_byte, ["files"], "another SHA-256"),
         (truncate, ["files", "tensors"], "bytes, the report says"),
-        (lambda out: (out / "compress.json").unlink(), ["files"], "compress.json is missing"),
+        (lambda out: (out / "compress.json").unlink(), ["files"], "'compress.json' is missing"),
         (leave_the_folder, ["files"], "not a file of this folder"),
+        (
+            add_files,
+            ["files"],
+            r"'more/pytorch_model\.bin' and 1 more is in the folder, but not in the report",
+        ),
         (lambda out: (out / "report.json").write_text("{"), ["report", "files"], "no readable export.files"),
         (lambda out: (out / "report.json").unlink(), ["report", "files"], "report.json is missing"),
     ],
