@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..errors import CompressError, SourceError, VerifyError
+from ..runtime.strict_json import parse_object
 from ..runtime.validate import open_folder
 
 REPORT_NAME = "report.json"
@@ -59,16 +59,18 @@ def _check(name: str, body: Callable[[], str]) -> dict[str, Any]:
         return {"name": name, "ok": True, "detail": body()}
     except CompressError as error:
         return {"name": name, "ok": False, "detail": error.message}
+    except OSError as error:
+        return {"name": name, "ok": False, "detail": f"{error.filename}: {error.strerror}"}
 
 
 def _listed_files(folder: Path) -> list[dict[str, Any]]:
     path = folder / REPORT_NAME
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["export"]["files"]
+        files = parse_object(path.read_bytes(), REPORT_NAME)["export"]["files"]
         return [{"name": str(f["name"]), "bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for f in files]
     except OSError:
         raise VerifyError(f"{REPORT_NAME} is missing") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (SourceError, ValueError, KeyError, TypeError, OverflowError):
         raise VerifyError(f"{REPORT_NAME} has no readable export.files") from None
 
 
@@ -84,14 +86,28 @@ def _check_files(folder: Path) -> str:
             raise VerifyError(f"{name!r} is not a file of this folder")
         path = folder / name
         if not path.is_file():
-            raise VerifyError(f"{name} is missing")
+            raise VerifyError(f"{name!r} is missing")
         if path.stat().st_size != entry["bytes"]:
-            raise VerifyError(f"{name} has {path.stat().st_size} bytes, the report says {entry['bytes']}")
+            raise VerifyError(f"{name!r} has {path.stat().st_size} bytes, the report says {entry['bytes']}")
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                raise VerifyError(f"{name} has another SHA-256 than the report says")
+                raise VerifyError(f"{name!r} has another SHA-256 than the report says")
         total += entry["bytes"]
+    extra = _unlisted(folder, {entry["name"] for entry in _listed_files(folder)})
+    if extra:
+        more = f", nor are {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise VerifyError(f"{extra[0]!r} is not in the report{more}")
     return f"{total} bytes match their SHA-256"
+
+
+def _unlisted(folder: Path, listed: set[str]) -> list[str]:
+    """Return what lies in the folder besides the listed files and the report, links to folders included."""
+    names = {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
+    return sorted(names - listed - {REPORT_NAME})
 
 
 def _check_tensors(folder: Path) -> str:

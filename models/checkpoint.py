@@ -7,7 +7,6 @@ transformer/ and scheduler/ below). Only safetensors are read; pickles can run c
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SourceError
+from ..runtime.strict_json import parse_object
 from . import scan
 from .headers import TensorHeader, merge_headers
 from .hub import fetch_configs, fetch_weights
@@ -164,14 +164,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise SourceError(f"{path}: {path.stat().st_size} bytes; a config has at most {MAX_JSON_BYTES}")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_bytes(), str(path))
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise SourceError(f"{path}: not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise SourceError(f"{path}: not a JSON object")
-    return data
 
 
 def _some(kind: str, names: list[str]) -> str:
@@ -228,7 +223,10 @@ def _component(root: Path, subfolder: str | None, ref_id: str) -> tuple[Path, Pa
 
 
 def _class_name(raw: Mapping[str, Any], where: Path) -> str:
-    given = raw.get("_class_name") or next(iter(raw.get("architectures") or ()), None)
+    given = raw.get("_class_name")
+    architectures = raw.get("architectures")
+    if not given and isinstance(architectures, list) and architectures:
+        given = architectures[0]
     class_name = stock_class_name(given, raw)
     if class_name is None:
         shown = f"{given!r}" if given else "a class that the config does not name"

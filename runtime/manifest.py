@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import SourceError
+from .strict_json import parse_object
 
 FILE_NAME = "compress.json"
 VERSION = 1
@@ -112,17 +113,22 @@ class Manifest(_Strict):
         return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
 
     @classmethod
-    def parse(cls, text: str, where: str) -> Manifest:
-        """Parse the file's text.
+    def parse(cls, data: bytes, where: str) -> Manifest:
+        """Parse the file's bytes.
 
         Raises:
             SourceError: naming `where` and the first thing that is wrong.
         """
-        try:
-            data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise SourceError(f"{where}: not JSON: {error}") from None
-        version = data.get("version") if isinstance(data, dict) else None
+        return cls.check(parse_object(data, where), where)
+
+    @classmethod
+    def check(cls, data: dict[str, Any], where: str) -> Manifest:
+        """Check the file's JSON value.
+
+        Raises:
+            SourceError: naming `where` and the first thing that is wrong.
+        """
+        version = data.get("version")
         if isinstance(version, int) and version != VERSION:
             raise SourceError(
                 f"{where}: manifest version {version}; this release reads version {VERSION}",
@@ -145,4 +151,4 @@ class Manifest(_Strict):
             return None
         if path.stat().st_size > MAX_BYTES:
             raise SourceError(f"{path}: {path.stat().st_size} bytes; a manifest has at most {MAX_BYTES}")
-        return cls.parse(path.read_text(encoding="utf-8"), str(path))
+        return cls.parse(path.read_bytes(), str(path))

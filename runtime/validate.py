@@ -8,47 +8,26 @@ nor be given a layer whose tensors do not fit its scheme.
 
 from __future__ import annotations
 
-import json
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..errors import SourceError
 from .config import check_config
+from .headers import ITEM_BYTES, TensorEntry, read_header
 from .manifest import FILE_NAME, MAX_BYTES, VERSION, Manifest, QuantizedModule
+from .strict_json import parse_object
+
+__all__ = ["ITEM_BYTES", "TensorEntry", "read_header"]
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = WEIGHTS_NAME + ".index.json"
 QUANT_METHOD = "compress"
-ITEM_BYTES: Mapping[str, int] = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
-}  # fmt: skip
 DTYPE_CODES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-MAX_HEADER_BYTES = 100 * 2**20
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where a tensor lies.
-
-    Attributes:
-        dtype: safetensors code, such as "BF16".
-        start: first byte, counted from the beginning of the file.
-        bytes: length of its data.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -98,69 +77,7 @@ def read_json(path: Path, limit: int = MAX_BYTES) -> dict[str, Any]:
         )
     if path.stat().st_size > limit:
         raise SourceError(f"{path}: {path.stat().st_size} bytes; at most {limit} are read")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise SourceError(f"{path}: a JSON object is expected, not {type(data).__name__}")
-    return data
-
-
-def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """Read and check the header of a safetensors file.
-
-    Returns:
-        name -> entry in file order, and the file's metadata.
-
-    Raises:
-        SourceError: truncated, overlapping, or sizes that do not fit the shapes.
-    """
-    if not path.is_file():
-        raise SourceError(f"{path} does not exist", hint="the folder is incomplete; fetch it again")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > min(size - 8, MAX_HEADER_BYTES):
-            raise SourceError(f"{path}: truncated or not a safetensors file", hint="fetch the file again")
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
-            raise SourceError(f"{path}: damaged header: {error}", hint="fetch the file again") from None
-    if not isinstance(header, dict):
-        raise SourceError(f"{path}: damaged header: not a JSON object")
-    metadata = header.pop("__metadata__", None) or {}
-    entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
-    ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].bytes)))
-    position = 8 + length
-    for name, entry in ordered.items():
-        if entry.start != position:
-            raise SourceError(f"{path}: tensor {name} does not begin where the one before it ends")
-        position += entry.bytes
-    if position != size:
-        raise SourceError(
-            f"{path}: the header describes {position} bytes, the file has {size}",
-            hint="the file is truncated or damaged; fetch it again",
-        )
-    return ordered, {str(key): str(value) for key, value in metadata.items()}
-
-
-def _entry(path: Path, name: str, value: Any, base: int) -> TensorEntry:
-    try:
-        dtype, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
-        numbers = [*shape, start, end]
-    except (KeyError, TypeError, ValueError):
-        raise SourceError(f"{path}: tensor {name}: damaged header entry") from None
-    if any(type(number) is not int or number < 0 for number in numbers):
-        raise SourceError(f"{path}: tensor {name}: shape and offsets must be natural numbers")
-    if dtype not in ITEM_BYTES:
-        raise SourceError(f"{path}: tensor {name}: dtype {dtype!r} is not supported")
-    if prod(shape) * ITEM_BYTES[dtype] != end - start:
-        raise SourceError(
-            f"{path}: tensor {name}: shape {shape} of {dtype} does not fill its {end - start} bytes"
-        )
-    return TensorEntry(dtype, tuple(shape), path, base + start, end - start)
+    return parse_object(path.read_bytes(), str(path))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -266,7 +183,7 @@ def parse_section(section: Mapping[str, Any], where: str) -> Manifest:
     unknown = sorted(set(section) - known)
     if unknown:
         raise SourceError(f"{where}: quantization_config has the unknown key {unknown[0]!r}")
-    if section.get("dtype") not in DTYPE_CODES:
+    if section.get("dtype") not in list(DTYPE_CODES):  # a list compares with values that have no hash
         known_dtypes = ", ".join(DTYPE_CODES)
         raise SourceError(
             f"{where}: quantization_config.dtype {section.get('dtype')!r} is not one of {known_dtypes}"
@@ -277,7 +194,7 @@ def parse_section(section: Mapping[str, Any], where: str) -> Manifest:
         "quantization": section.get("modules", {}),
         "shared": section.get("shared", {}),
     }
-    return Manifest.parse(json.dumps(document), f"{where}: quantization_config")
+    return Manifest.check(document, f"{where}: quantization_config")
 
 
 def check_quantized(manifest: Manifest, dtype: str, tensors: Mapping[str, TensorEntry], where: str) -> None:

@@ -212,7 +212,7 @@ def leave_the_folder(out):
         (
             add_files,
             ["files"],
-            r"'more/pytorch_model\.bin' and 1 more is in the folder, but not in the report",
+            r"'more/pytorch_model\.bin' is not in the report, nor are 1 more",
         ),
         (lambda out: (out / "report.json").write_text("{"), ["report", "files"], "no readable export.files"),
         (lambda out: (out / "report.json").unlink(), ["report", "files"], "report.json is missing"),
