@@ -7,8 +7,8 @@ load we store its signs; clamping is to the integer range. `timestep_ranges` is 
 range is kept, but one weight is stored, so the ranges are joined by their maximum.
 
 The faithful mode is `clip: minmax, rounding: nearest, rotation: hadamard, act_exponent: <number>,
-weight_symmetric: false, low_rank: 0`; `mse`, `gptq`, `low_rank`, `group_size` and the sweep per layer
-group go beyond the paper.
+weight_symmetric: false, low_rank: 0`, as in the recipe `dit_w4a8_faithful` (exponent 0.5); `mse`,
+`gptq`, `low_rank`, `group_size` and the sweep per layer group go beyond the paper.
 """
 
 from __future__ import annotations
