@@ -168,8 +168,16 @@ def synthetic():
 @pytest.mark.slow
 @pytest.mark.parametrize("row", EXPECTED)
 def test_a6_the_table_is_reproduced(synthetic, row):
-    # 1 dB, and half a digit of the expected figures. One scale for all tokens hangs on the single largest
-    # of 10240 log-normal tokens, which no other draw repeats: that row is only held to 1.6 dB.
+    """Six rows within 1 dB, the static row within 1.6 dB, on one seed of our own.
+
+    The expected figures come from one draw that is not published: neither its seed nor the order in
+    which weight, outlier channels and tokens were drawn. Two deviations follow. One seed is compared,
+    the benchmark's: where the 18 outlier channels meet large or small weights moves whole rows by some
+    dB, so no agreement within 1 dB is claimed for other seeds. And the static row is not within 1 dB
+    (13.7, 7.3, 10.1 and 1.6 dB here): its one scale for all tokens hangs on the single largest entry of
+    10240 log-normal tokens. The order of the methods, checked below, is what must hold for any draw.
+    """
+    # 0.05 dB beside the decibel: the expected figures have one digit behind the point.
     tolerance = 1.6 if row.startswith("static") else 1.05
     assert synthetic[row] == pytest.approx(EXPECTED[row], abs=tolerance)
 

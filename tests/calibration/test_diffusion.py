@@ -41,7 +41,7 @@ class Counting(SilentProgress):
 
 
 def test_channel_maxima_cover_all_steps_and_both_halves(model, tmp_path):
-    """The brief's A8: against inputs that an independent run of the sampler shows."""
+    """Acceptance A8 of ViDiT-Q: against inputs that an independent run of the sampler shows."""
     names = [site.name for site in model.linears()]
     seen = {name: [] for name in names}
     handles = [
