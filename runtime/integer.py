@@ -22,10 +22,9 @@ _TINY = 1e-30
 _CUDA_MULTIPLE = 8
 _CUDA_ROWS = 17
 _CACHE_ELEMENTS = 2**17
-"""Float32 values, of which a core's second-level cache holds the ones read and the ones written."""
+"""Float32 values, read and written, that a core's second-level cache holds."""
 _ROUNDER = 1.5 * 2**23
-"""Float32 whose last digit is 1: added to a small number it rounds half to even, and the lowest byte
-of the sum is the integer in two's complement."""
+"""A float32 that rounds half to even what is added to it; the sum's lowest byte is that integer."""
 _HIGH_PART = 16
 _FEW_ROWS = 8
 
@@ -67,10 +66,14 @@ def cache_rows(width: int, elements: int = _CACHE_ELEMENTS) -> int:
     return max(1, elements * torch.get_num_threads() // width)
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _extremes(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return least and greatest value of each row of the parts together: [M, 1]; NaN for a row with one."""
     pairs = [(part.amin(dim=-1, keepdim=True), part.amax(dim=-1, keepdim=True)) for part in parts]
-    return torch.cat([low for low, _ in pairs]), torch.cat([high for _, high in pairs])
+    return _joined([low for low, _ in pairs]), _joined([high for _, high in pairs])
 
 
 def _largest(parts: Sequence[Tensor]) -> Tensor:
@@ -78,7 +81,7 @@ def _largest(parts: Sequence[Tensor]) -> Tensor:
     if parts[0].dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling():
         # Without the sign the bits of a float are ordered as its values are, NaN above all.
         bits = [(part.view(torch.int16) & 0x7FFF).amax(dim=-1, keepdim=True) for part in parts]
-        return torch.cat(bits).view(parts[0].dtype).float()
+        return _joined(bits).view(parts[0].dtype).float()
     low, high = _extremes(parts)
     return torch.maximum(high, low.neg()).float()
 
@@ -203,10 +206,7 @@ def _probe_products() -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def cpu_products_are_exact() -> bool:
-    """Tell whether this CPU's int8 products add up exactly.
-
-    Without VNNI instructions, products of 8-bit integers are added in pairs to 16 bits, saturating.
-    """
+    """Tell whether this CPU adds int8 products up exactly: without VNNI, pairs saturate at 16 bits."""
     return _probe_products()
 
 

@@ -17,6 +17,7 @@ from .integer import IntegerWeight, Tokens, cache_rows, quantize_tokens
 _OFFSET = 128
 _FINISH_ELEMENTS = 2**19
 _SUM_COLUMNS = 16
+_FEW_ELEMENTS = 2**17
 
 
 class PackedWeight(NamedTuple):
@@ -91,6 +92,14 @@ def pack(weight: IntegerWeight, bias: Tensor | None) -> PackedWeight:
     )
 
 
+def _totals(q: Tensor, ones: Tensor) -> Tensor:
+    """Return the exact sums of q - 128 over the rows of q [M, K]: float32 [M, 1]."""
+    if q.numel() <= _FEW_ELEMENTS:
+        return q.sum(dim=-1, keepdim=True, dtype=torch.int32).sub_(_OFFSET * q.shape[1]).float()
+    no_zeros = torch.zeros(_SUM_COLUMNS, dtype=torch.int64)
+    return _product(q, ones, torch.ones(_SUM_COLUMNS), no_zeros)[:, :1]
+
+
 def _finish(y: Tensor, tokens: Tokens, total: Tensor | None, weight: PackedWeight, part: slice) -> Tensor:
     """Turn products y [rows, N], those of the tokens of `part`, into the layer's output, in place."""
     if total is not None and weight.zero is not None:
@@ -115,10 +124,7 @@ def linear(x: Tensor, weight: PackedWeight, bits: int, symmetric: bool, dtype: t
         dtype: of the result.
     """
     tokens = quantize_tokens(x, bits, symmetric, unsigned=True)
-    total = None
-    if weight.ones is not None:
-        unit, no_zeros = torch.ones(_SUM_COLUMNS), torch.zeros(_SUM_COLUMNS, dtype=torch.int64)
-        total = _product(tokens.q, weight.ones, unit, no_zeros)[:, :1]
+    total = None if weight.ones is None else _totals(tokens.q, weight.ones)
     product = _product(tokens.q, weight.q, weight.scale, weight.no_zeros)
     count, outputs = product.shape
     rows = cache_rows(outputs, _FINISH_ELEMENTS)
