@@ -7,9 +7,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from ..errors import SourceError
 from ..runtime.fetch import fetch
 from ..runtime.manifest import QuantizedModule
-from ..runtime.validate import ITEM_BYTES, StoredCheckpoint, TensorEntry, expected_tensors, open_folder
+from ..runtime.validate import (
+    ITEM_BYTES,
+    QUANT_METHOD,
+    StoredCheckpoint,
+    TensorEntry,
+    expected_tensors,
+    open_folder,
+)
 
 _TORCHAO_PART = "._weight_"
 
@@ -32,9 +40,7 @@ def inspect(path: str | Path, *, revision: str | None = None, subfolder: str | N
     folder = fetch(path, revision=revision, subfolder=subfolder)
     stored = open_folder(folder)
     files = sorted({entry.file for entry in stored.tensors.values()})
-    layers = _layers(stored)
-    once = sum(_parameters(stored, stored.tensors))
-    copies = sum(_parameters(stored, stored.manifest.shared))
+    layers, once, copies = _count(stored)
     tensor_bytes = sum(entry.bytes for entry in stored.tensors.values())
     return {
         "path": str(path),
@@ -52,6 +58,24 @@ def inspect(path: str | Path, *, revision: str | None = None, subfolder: str | N
         "layers": layers,
         "history": [entry.model_dump(mode="json") for entry in stored.manifest.history],
     }
+
+
+def _count(stored: StoredCheckpoint) -> tuple[list[dict[str, Any]], int, int]:
+    """Return the rows of the layers, and the parameters stored once and as copies."""
+    try:
+        return (
+            _layers(stored),
+            sum(_parameters(stored, stored.tensors)),
+            sum(_parameters(stored, stored.manifest.shared)),
+        )
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        # Our own sections were checked when the folder was opened; those of other libraries are not.
+        if stored.quant_method in (None, QUANT_METHOD):
+            raise
+        raise SourceError(
+            f"{stored.folder}: config and tensors are not what {stored.quant_method} writes: {error!r}",
+            hint="the folder was changed by hand or damaged; fetch it again",
+        ) from error
 
 
 def _layers(stored: StoredCheckpoint) -> list[dict[str, Any]]:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SourceError
+from .config import DEFAULTS, SPARE_TABLE_BYTES
 from .fetch import fetch
 from .manifest import Manifest
 from .modules import dtype_of, exact_names, name_of, swap_linears
-from .validate import QUANT_METHOD, StoredCheckpoint, TensorEntry, open_folder
+from .validate import CONFIG_NAME, QUANT_METHOD, StoredCheckpoint, TensorEntry, open_folder
 
 _TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -89,14 +90,20 @@ def model_class(stored: StoredCheckpoint) -> Any:
 
 def _load_stock(stored: StoredCheckpoint, dtype: str | torch.dtype | None) -> nn.Module:
     target = dtype_of(dtype or stored.dtype)
+    _check_tables(stored, target)
     try:
         module, info = model_class(stored).from_pretrained(
-            str(stored.folder), torch_dtype=target, output_loading_info=True
+            str(stored.folder), torch_dtype=target, output_loading_info=True, use_safetensors=True
         )
     except ImportError as error:
         raise SourceError(
             f"{stored.folder} is in {stored.quant_method} format, which another package loads: {error}",
             hint=f"install {stored.quant_method}, or export with format: compress",
+        ) from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SourceError(
+            f"{stored.folder}: the loader of {stored.quant_method} format refuses it: {error}",
+            hint="the folder was changed by hand or damaged; fetch it again",
         ) from error
     wrong = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]]
     if wrong:
@@ -109,20 +116,53 @@ def skeleton(stored: StoredCheckpoint, dtype: torch.dtype) -> nn.Module:
     """Build the module without memory for its weights; the buffers that it computes are real.
 
     Raises:
-        SourceError: the config does not build, or the manifest's layers do not fit it.
+        SourceError: the config does not build, asks for larger tables than its weights can need, or
+            the manifest's layers do not fit it.
     """
     from accelerate import init_empty_weights
 
+    _check_tables(stored, dtype)
+    with init_empty_weights():
+        module = _from_config(stored, dtype)
+    swap_linears(module, stored.manifest.quantization, dtype)
+    return module
+
+
+def _from_config(stored: StoredCheckpoint, dtype: torch.dtype) -> nn.Module:
     config = {key: value for key, value in stored.config.items() if key != "quantization_config"}
     cls = model_class(stored)
     try:
-        with _default_dtype(dtype), init_empty_weights():
+        with _default_dtype(dtype):
             module: nn.Module = cls.from_config(config)
-    except (TypeError, ValueError, ZeroDivisionError, RuntimeError, NotImplementedError) as error:
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        ZeroDivisionError,
+    ) as error:
         where = stored.folder / "config.json"
         raise SourceError(f"{where}: {stored.class_name} refuses it: {error}") from error
-    swap_linears(module, stored.manifest.quantization, dtype)
     return module
+
+
+def _check_tables(stored: StoredCheckpoint, dtype: torch.dtype) -> None:
+    """Learn what a class computes before it does, where the torch-free limits know nothing of it."""
+    if stored.class_name in DEFAULTS:
+        return
+    with torch.device("meta"):
+        module = _from_config(stored, dtype)
+    needed = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
+    available = sum(entry.bytes for entry in stored.tensors.values())
+    if needed > available + SPARE_TABLE_BYTES:
+        raise SourceError(
+            f"{stored.folder / CONFIG_NAME}: {stored.class_name} would compute tables of {needed} bytes, "
+            f"but the weights have only {available}",
+            hint="the config was changed by hand, or belongs to other weights",
+        )
 
 
 @contextmanager

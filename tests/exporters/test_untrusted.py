@@ -149,6 +149,18 @@ def test_every_reader_names_the_file(exported, name):
         verify_folder(exported)
 
 
+@pytest.mark.parametrize("kinds", [[1], {"int4": 5}, "x"])
+def test_a_section_of_another_library_edited_by_hand(exported, kinds):
+    def change(config):
+        config["quantization_config"] = {"quant_method": "sdnq", "modules_dtype_dict": kinds}
+
+    in_json("config.json", change)(exported)
+    (exported / "compress.json").unlink()
+    in_header(lambda header: header.update({"proj_out_1.scale": header.pop("proj_out_1.bias")}))(exported)
+    with pytest.raises(SourceError, match="config and tensors are not what sdnq writes"):
+        inspect(exported)
+
+
 @pytest.mark.parametrize(
     "text",
     [

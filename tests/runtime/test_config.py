@@ -84,6 +84,18 @@ def test_position_tables_may_be_as_large_as_the_weights():
         check_config(config, 1000, "config.json")
 
 
+def test_tables_of_other_classes_are_foreseen(exported):
+    path = exported / "config.json"
+    config = json.loads(path.read_text())
+    config.update(_class_name="Transformer2DModel", sample_size=8192)  # the former name of the same class
+    del config["patch_size"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(
+        SourceError, match=r"config\.json: Transformer2DModel would compute tables of \d+"
+    ):
+        compress.load(exported)
+
+
 def test_a_class_without_known_defaults():
     config = {"_class_name": "SanaTransformer2DModel", "sample_size": 128, "patch_size": 1}
     check_config(config, 0, "config.json")

@@ -388,6 +388,37 @@ def test_a_class_that_diffusers_does_not_have(exported):
         compress.load(out)
 
 
+def foreign(out, **section):
+    """Make the folder one of another library, with nothing of ours in it."""
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"] = section
+    (out / "config.json").write_text(json.dumps(config))
+    (out / "compress.json").unlink()
+
+
+def test_a_foreign_format_is_never_read_from_a_pickle(exported, monkeypatch):
+    _, out = exported
+    foreign(out, quant_method="other")
+    seen = {}
+
+    class Stock:
+        @staticmethod
+        def from_pretrained(folder, **options):
+            seen.update(options)
+            return torch.nn.Identity(), {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+
+    monkeypatch.setattr("compress.runtime.load.model_class", lambda stored: Stock)
+    compress.load(out)
+    assert seen["use_safetensors"] is True
+
+
+def test_a_foreign_format_that_its_loader_refuses(exported):
+    _, out = exported
+    foreign(out, quant_method="other")
+    with pytest.raises(SourceError, match="the loader of other format refuses it"):
+        compress.load(out)
+
+
 def test_subfolders_stay_inside(exported):
     _, out = exported
     with pytest.raises(SourceError, match="outside"):
