@@ -40,7 +40,7 @@ def layout(model: OpenModel) -> Layout:
     config = stock_config(model)
     load = f"diffusers.{config['_class_name']}.from_pretrained(path, torch_dtype=torch.{name_of(dtype)})"
     manifest = Manifest(history=tuple(model.history))
-    notes = ("weights are stored as floats, and activations are not quantized: as large as the original",)
+    notes = ("weights are stored as floats, and activations are not quantized: no smaller than the original",)
     return Layout(
         tensors, config, METADATA, ["compress.load(path)", load], {FILE_NAME: manifest.to_json()}, notes
     )

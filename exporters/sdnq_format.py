@@ -63,7 +63,7 @@ def layout(model: OpenModel) -> Layout:
     manifest = Manifest(history=tuple(model.history))
     notes = (
         f"loading needs the package sdnq (GPL-3.0), written for its layout of version {SDNQ_VERSION}",
-        "sdnq quantizes activations by its own rule, and not at all below 32 tokens",
+        "the package quantizes activations by its own rule, and not at all below 32 tokens",
     )
     return Layout(tensors, config, METADATA, [load], {FILE_NAME: manifest.to_json()}, notes)
 
