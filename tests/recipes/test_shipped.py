@@ -29,6 +29,19 @@ def test_shipped_recipe(name, monkeypatch, tmp_path):
     assert str(recipe.export.path) == f"out/{name.replace('_', '-')}"
 
 
+def test_the_faithful_recipe_takes_nothing_from_beyond_the_paper():
+    (stage,) = load_recipe("dit_w4a8_faithful").recipe.stages
+    settings = stage.settings.model_dump()
+    assert isinstance(settings["act_exponent"], float)
+    assert (settings["clip"], settings["rounding"], settings["rotation"]) == ("minmax", "nearest", "hadamard")
+    assert (settings["group_size"], settings["low_rank"], settings["weight_symmetric"]) == (None, 0, False)
+
+
+def test_the_xl_recipe_runs_one_product_per_layer():
+    (stage,) = load_recipe("dit_xl_w4a8").recipe.stages
+    assert stage.settings.group_size is None
+
+
 def test_descriptions():
     for item in shipped():
         assert len(item.does) > 20 and item.needs.startswith("Needs ")
