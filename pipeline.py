@@ -75,6 +75,7 @@ def run(
     overwrite = export.overwrite if overwrite is None else overwrite
     preflight.check_target(Path(export.path), overwrite=overwrite)
     preflight.check_writable(Path(work_dir))
+    preflight.check_calibration(loaded)
     preflight.check_stages(loaded, checkpoints.preflight(loaded.recipe.model))
     from .execution import execute
 

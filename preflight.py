@@ -11,7 +11,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import PlanError, UsageError
+from .calibration.inputs import missing_files
+from .errors import PlanError, SourceError, UsageError
 from .models.registry import FAMILY_NAMES
 from .models.shapes import expected_shapes
 from .recipes import patterns
@@ -79,6 +80,20 @@ def nearest_existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
+
+
+def check_calibration(loaded: LoadedRecipe) -> None:
+    """Refuse a recipe whose prompts or embeddings are not there.
+
+    Raises:
+        SourceError: naming the file and the recipe.
+    """
+    missing = missing_files(loaded.recipe.calibration)
+    if missing:
+        raise SourceError(
+            f"{missing[0]}: no such file; calibration of {loaded.file or 'the recipe'} names it",
+            hint="a relative path is looked up in the current directory, then beside the recipe",
+        )
 
 
 def linear_names(checkpoint: Checkpoint) -> list[str]:

@@ -178,6 +178,11 @@ def test_class_that_is_not_supported(folder, model):
     refused(folder, 4, "LlamaForCausalLM", "DiTTransformer2DModel")
 
 
+def test_prompts_that_are_not_there(folder):
+    recipe(folder, "samples: 2, steps: 2, batch_size: 2", "samples: 2, prompts: nowhere.txt")
+    refused(folder, 4, "nowhere.txt", "recipe.yaml")
+
+
 def test_folder_without_config(folder, model):
     (model / "config.json").unlink()
     recipe(folder, model="model")
