@@ -174,6 +174,36 @@ def test_unsupported_class(tiny_dit):
     refused(tiny_dit, "'Transformer2DModel' is not supported")
 
 
+@pytest.mark.parametrize("value", [5, [], {"a": 1}, [["DiTTransformer2DModel"]]])
+def test_architectures_that_name_nothing(tiny_dit, value):
+    edit_config(tiny_dit, _class_name=None, architectures=value)
+    refused(tiny_dit, "is not supported")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'{"sample_size": ' + b"9" * 5000 + b"}", "an integer of 5000 digits"),
+        (b'{"sample_size": "\xff"}', "is not UTF-8"),
+        (b'{"x": ' * 400 + b"1" + b"}" * 400, "levels deep"),
+    ],
+)
+def test_json_that_only_a_hand_writes(tiny_dit, text, message):
+    (tiny_dit / "config.json").write_bytes(text)
+    refused(tiny_dit, message)
+
+
+def test_metadata_that_is_no_object(tiny_dit):
+    path = tiny_dit / WEIGHTS
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = ["x"]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    refused(tiny_dit, "__metadata__")
+
+
 def test_already_quantized(tiny_dit):
     edit_config(tiny_dit, quantization_config={"quant_method": "compress"})
     refused(tiny_dit, "already quantized", "checkpoint it was made from")
