@@ -93,8 +93,9 @@ def _run_locked(state: Run, device: str) -> dict[str, Any]:
     reference = evaluator.reference(model, state.work.reference, progress, fresh=state.fresh)
     stages = _run_stages(state, model)
     # What is measured is what is shipped: some formats compute otherwise than our own runtime.
-    evaluation = evaluator.compare(as_shipped(model, recipe.export.format), reference, progress)
-    return publish(state, model, evaluation, described, stages, device)
+    shipped = as_shipped(model, recipe.export.format)
+    evaluation = evaluator.compare(shipped, reference, progress)
+    return publish(state, model, shipped, evaluation, described, stages, device)
 
 
 def _stage_keys(recipe: Recipe, model: OpenModel, calibration_key: str) -> list[tuple[str, str]]:

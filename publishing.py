@@ -68,6 +68,7 @@ class Run:
 def publish(
     state: Run,
     model: OpenModel,
+    shipped: OpenModel,
     evaluation: Evaluation,
     described: dict[str, Any],
     stages: list[dict[str, Any]],
@@ -78,6 +79,7 @@ def publish(
     Args:
         state: the run.
         model: after its last stage.
+        shipped: what the exported folder computes; see `formats.as_shipped`.
         evaluation: of the model as shipped; gets the metrics that only the folder has.
         described: the report's `model`.
         stages: the report's `stages`.
@@ -92,7 +94,7 @@ def publish(
     target = Path(state.recipe.export.path)
     sweep_partials(target.parent, target.name)
     with scratch_folder(target) as folder:
-        parts, failure = _export(state, model, folder, evaluation)
+        parts, failure = _export(state, model, shipped, folder, evaluation)
         parts["model"], parts["stages"] = described, stages
         parts["environment"] = report.environment(
             state.recipe.seed, device, torch.get_num_threads(), state.started
@@ -104,7 +106,7 @@ def publish(
 
 
 def _export(
-    state: Run, model: OpenModel, folder: Path, evaluation: Evaluation
+    state: Run, model: OpenModel, shipped: OpenModel, folder: Path, evaluation: Evaluation
 ) -> tuple[dict[str, Any], str | None]:
     """Write the weights, reopen them in a fresh process, and judge the gates.
 
@@ -119,9 +121,11 @@ def _export(
             shutil.copyfile(path, folder / path.name)
     # What a format unpacks or rounds back takes more room than the module does in memory.
     stored = None if recipe.export.format == "compress" else info.bytes
-    evaluation.metrics.update(size_metrics(model, stored))
+    evaluation.metrics.update(size_metrics(shipped, stored))
     with step(state.progress, "verify in a fresh process"):
-        verification = verify_export(model, folder, seed=recipe.seed, progress=state.progress)
+        verification = verify_export(
+            model, folder, seed=recipe.seed, progress=state.progress, shipped=shipped
+        )
     if verification.max_abs_error is not None:
         evaluation.metrics["max_abs_error"] = verification.max_abs_error
     if not verification.executed and verification.failure is None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..models.base import OpenModel
+from ..models.base import OpenModel, tensor_bytes
 
 _BFLOAT16_BYTES = 2
 
@@ -25,7 +25,7 @@ def linear_bytes(model: OpenModel) -> tuple[int, int]:
         if scheme is None or site.block is None or site.role in ("adaln", "embedder"):
             continue
         tensors = model.module.get_submodule(site.name).state_dict().values()
-        stored += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        stored += sum(tensor_bytes(tensor) for tensor in tensors)
         rows, columns = scheme.shape
         dense += _BFLOAT16_BYTES * (rows * columns + (rows if scheme.bias else 0))
     return stored, dense
@@ -47,7 +47,7 @@ def linear_inventory(model: OpenModel) -> list[dict[str, Any]]:
         bits = scheme.bits if scheme else _float_bits(module)
         activation = scheme.activation.bits if scheme and scheme.activation else None
         stored = sum(
-            tensor.numel() * tensor.element_size()
+            tensor_bytes(tensor)
             for name, tensor in module.state_dict().items()
             if f"{site.name}.{name}" not in shared
         )

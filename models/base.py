@@ -164,6 +164,13 @@ class TensorSpec:
         return count * self.dtype.itemsize
 
 
+def tensor_bytes(tensor: Tensor) -> int:
+    """Return the bytes of a tensor as stored; those of its parts for a tensor made of several."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """A model known by its shapes alone.
@@ -233,7 +240,7 @@ class OpenModel:
     def size(self) -> Size:
         """Return the size of the module as it would be stored now."""
         stored = sum(
-            tensor.numel() * tensor.element_size()
+            tensor_bytes(tensor)
             for name, tensor in self.module.state_dict().items()
             if name not in self.spec.shared
         )
