@@ -179,7 +179,7 @@ def tracked_files() -> list[Path]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder `shared` beside the checkout: briefs and data sets; skips where there is none."""
+    """The folder `shared` beside the checkout: data sets; skips where there is none."""
     folder = REPOSITORY.parent / "shared"
     if not (folder / "data").is_dir():
         pytest.skip("no folder `shared` beside the checkout")
