@@ -111,6 +111,7 @@ class QuantizedLinear(nn.Module):
         self._weight: integer.IntegerWeight | None = None
         self._packed: prepacked.PackedWeight | None = None
         self._rotation: Rotation | None = None
+        self._scaled_sign: Tensor | None = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         # `.half()` and `.to(dtype)` reach every floating buffer; the grids must stay what they are.
@@ -128,7 +129,8 @@ class QuantizedLinear(nn.Module):
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_weight": None, "_packed": None, "_rotation": None}
+        derived = {"_weight": None, "_packed": None, "_rotation": None, "_scaled_sign": None}
+        return {**self.__dict__, **derived}
 
     def levels(self) -> Tensor:
         """Return the stored integers q: int8 [out, in]."""
@@ -164,11 +166,12 @@ class QuantizedLinear(nn.Module):
 
     def _transform(self, x: Tensor) -> Tensor:
         """Scale and rotate x [M, in]; float32 if either is done, else untouched."""
-        if self.input_scale is not None:
-            x = x * self.input_scale
-        if self.scheme.rotation is not None:
-            x = self._rotate()(x.float())
-        return x
+        if self.scheme.rotation is None:
+            return x if self.input_scale is None else x * self.input_scale
+        rotation = self._rotate()
+        if self._scaled_sign is None and self.input_scale is not None:
+            self._scaled_sign = rotation.sign * self.input_scale
+        return rotation(x, self._scaled_sign)
 
     def _low_rank(self, x: Tensor) -> Tensor:
         """Return the floating-point branch of x [M, in]: [M, out]."""

@@ -135,9 +135,15 @@ class Rotation:
     def _shaped(self, x: Tensor) -> Tensor:
         return x.reshape(-1, self.block // self.right.shape[0], self.right.shape[0])
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Rotate the rows of x [..., columns]."""
-        y = self._shaped(x * self.sign)
+    def __call__(self, x: Tensor, scaled_sign: Tensor | None = None) -> Tensor:
+        """Rotate the rows of x [..., columns].
+
+        Args:
+            x: rows.
+            scaled_sign: [columns], `sign` times a scale of every channel, which x is to have first;
+                the product by both is one pass.
+        """
+        y = self._shaped(x * (self.sign if scaled_sign is None else scaled_sign))
         y = y @ self.right
         if self.left is not None:
             y = self.left.t() @ y

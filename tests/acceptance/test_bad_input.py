@@ -250,7 +250,7 @@ def test_a_folder_that_we_did_not_write_is_never_replaced(folder):
     recipe(folder)
     (folder / "out").mkdir()
     (folder / "out" / "thesis.tex").write_text("years of work")
-    refused(folder, 2, "out", "report.json", arguments=("run", "recipe.yaml", "--overwrite"))
+    refused(folder, 2, "thesis.tex", "did not write", arguments=("run", "recipe.yaml", "--overwrite"))
 
 
 def _mounted(path, options):
