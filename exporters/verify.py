@@ -101,13 +101,13 @@ def _check_files(folder: Path) -> str:
 
 
 def _unlisted(folder: Path, listed: set[str]) -> list[str]:
-    """Return what lies in the folder besides the listed files and the report, links to folders included."""
-    names = {
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_symlink() or not path.is_dir()
-    }
-    return sorted(names - listed - {REPORT_NAME})
+    """Return what lies in the folder besides the listed files and the report, links to folders included.
+
+    Hidden names do not count: downloads leave some (.cache, .gitattributes), and nothing loads them.
+    """
+    found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    names = {path.relative_to(folder).as_posix() for path in found}
+    return sorted(name for name in names - listed - {REPORT_NAME} if not name.startswith("."))
 
 
 def _check_tensors(folder: Path) -> str:
