@@ -33,6 +33,10 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 # Test runners import the root of a checkout once more, under the name of its folder; the classes of
 # that second copy must not be the ones that diffusers gets to know.
 if __name__ == "compress":

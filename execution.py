@@ -34,6 +34,7 @@ from .workdir import WorkDirectory, digest
 
 # Room for what is neither weights nor statistics: the interpreter and the libraries.
 _PROCESS_BYTES = 600 * 2**20
+_PLAN_SLACK = 0.02
 
 
 def resolve_device(name: str) -> str:
@@ -199,6 +200,33 @@ def _run_stage(
     return record_
 
 
+def check_size_gates(recipe: Recipe, before: ModelSpec, after: ModelSpec) -> None:
+    """Refuse gates on size that the plan shows to be out of reach.
+
+    Raises:
+        PlanError: naming the gate, and the smallest value that it could ask for.
+    """
+    if recipe.export.format != "compress":  # other containers: their bytes are measured at the end
+        return
+    size = after.size()
+    predicted = {
+        "size_ratio": size.bytes / before.size().bytes,
+        "bytes": float(size.bytes),
+        "bits_per_weight": size.bits_per_weight,
+    }
+    for name, value in predicted.items():
+        gate = recipe.require.get(name)
+        if gate is None or gate.operator not in ("<=", "<"):
+            continue
+        # What is decided on data (rotations, run-time scales) is counted at its largest: leave it room.
+        least = value * (1.0 - _PLAN_SLACK)
+        if not gate.holds(least):
+            raise PlanError(
+                f"require.{name}: {gate} cannot be reached; the plan predicts {value:.4g}",
+                hint="use fewer bits for more layers, or relax the gate",
+            )
+
+
 def plan_document(loaded: LoadedRecipe, progress: Progress) -> dict[str, Any]:
     """Return the plan document of a recipe that has passed the preflight."""
     recipe = loaded.recipe
@@ -206,6 +234,7 @@ def plan_document(loaded: LoadedRecipe, progress: Progress) -> dict[str, Any]:
     with step(progress, "plan"):
         plans = plan_stages(spec, recipe)
     final = plans[-1].spec if plans else spec
+    check_size_gates(recipe, spec, final)
     return {
         "recipe": recipe.model_dump(mode="json"),
         "model": describe_model(spec),
@@ -243,6 +272,7 @@ def execute(
     spec = read_spec(recipe.model)
     plans = plan_stages(spec, recipe)
     final = plans[-1].spec if plans else spec
+    check_size_gates(recipe, spec, final)
     export_bytes = predict_bytes(final, recipe.export.format)
     _check_resources(plans, export_bytes, Path(recipe.export.path), work.root)
     with work.locked():

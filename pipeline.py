@@ -74,6 +74,7 @@ def run(
     export = loaded.recipe.export
     overwrite = export.overwrite if overwrite is None else overwrite
     preflight.check_target(Path(export.path), overwrite=overwrite)
+    preflight.check_apart(Path(export.path), Path(work_dir))
     preflight.check_writable(Path(work_dir))
     preflight.check_calibration(loaded)
     preflight.check_stages(loaded, checkpoints.preflight(loaded.recipe.model))
@@ -102,6 +103,8 @@ def evaluate(
         SourceError: the folder holds no recipe and none was given.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise SourceError(f"{folder}: no such folder", hint="name a folder that `compress run` wrote")
     if recipe is None:
         recipe = folder / "recipe.yaml"
         if not recipe.is_file():

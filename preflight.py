@@ -33,11 +33,11 @@ def check_target(target: Path, *, overwrite: bool) -> None:
     if target.is_symlink():
         raise UsageError(f"{target}: is a symbolic link", hint=f"name the folder itself: {target.resolve()}")
     if target.exists():
-        if not overwrite:
+        foreign = not_ours(target)
+        if foreign is None and not overwrite:
             raise UsageError(
                 f"{target}: the output folder exists", hint="pass --overwrite, or another --output"
             )
-        foreign = not_ours(target)
         if foreign is not None:
             raise UsageError(
                 f"{target}: holds {foreign}, which compress did not write",
@@ -46,18 +46,33 @@ def check_target(target: Path, *, overwrite: bool) -> None:
     check_writable(target.parent)
 
 
+def check_apart(target: Path, work_dir: Path) -> None:
+    """Refuse an output inside the work directory or around it: each is replaced by its own rules.
+
+    Raises:
+        UsageError: naming both.
+    """
+    output, work = target.absolute(), work_dir.absolute()
+    if output == work or output in work.parents or work in output.parents:
+        raise UsageError(
+            f"{target}: the output and the work directory {work_dir} lie within each other",
+            hint="choose another --output or --work-dir",
+        )
+
+
 def not_ours(folder: Path) -> str | None:
     """Return the name of something in `folder` that its report.json does not list, or None."""
     if not folder.is_dir():
         return "a file"
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    if not names:
+    first = next((entry.name for entry in sorted(folder.iterdir())), None)
+    if first is None:
         return None
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         listed = {row["name"] for row in report["export"]["files"]}
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{min(names)} and no report of a run"
+        return f"{first} and no report of a run"
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     return min(names - listed - {"report.json"}, default=None)
 
 

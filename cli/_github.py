@@ -10,8 +10,20 @@ from typing import Any
 from ._tables import Section, to_markdown
 
 
-def write(title: str, sections: Sequence[Section], outputs: Mapping[str, Any]) -> None:
-    """Append to the files that `GITHUB_STEP_SUMMARY` and `GITHUB_OUTPUT` name; nothing where unset."""
+def write(title: str, sections: Sequence[Section], outputs: Mapping[str, Any]) -> str | None:
+    """Append to the files that `GITHUB_STEP_SUMMARY` and `GITHUB_OUTPUT` name; nothing where unset.
+
+    Returns:
+        What could not be written, as a warning: the run itself has succeeded or failed by then.
+    """
+    try:
+        _write(title, sections, outputs)
+    except OSError as error:
+        return f"{error.filename}: cannot be written: {error.strerror}; the job summary is incomplete"
+    return None
+
+
+def _write(title: str, sections: Sequence[Section], outputs: Mapping[str, Any]) -> None:
     summary, target = os.environ.get("GITHUB_STEP_SUMMARY"), os.environ.get("GITHUB_OUTPUT")
     if summary:
         body = "\n\n".join([f"## {title}", *(to_markdown(section) for section in sections)])
@@ -41,5 +53,6 @@ def _value(value: Any) -> str:
 
 
 def _append(path: Path, text: str) -> None:
+    """Append, or raise an OSError; the caller's result stands either way."""
     with path.open("a", encoding="utf-8") as stream:
         stream.write(text)

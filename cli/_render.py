@@ -69,7 +69,9 @@ def report(document: Document) -> list[Section]:
     sections += metrics(document["evaluation"].get("metrics", {}))
     sections += gates(document["gates"])
     export = document["export"]
-    seen = "reopened in a fresh process: equal outputs" if export["verified"] else "NOT verified"
+    seen = (
+        "reopened in a fresh process: equal outputs" if export["verified"] else "NOT verified; its notes say why"
+    )
     sections.append(f"{export['path']}  ({export['format']}, {size(export['bytes'])}; {seen})")
     return sections
 

@@ -70,7 +70,7 @@ def run(
         raise
     sections = _render.report(report)
     sink.result(report, sections)
-    _github.write(f"compress: {Path(recipe).stem}", sections, _github.outputs_of(report))
+    _warn(sink, _github.write(f"compress: {Path(recipe).stem}", sections, _github.outputs_of(report)))
     sink.hint(shlex.join(["compress", "inspect", report["export"]["path"]]))
 
 
@@ -84,4 +84,10 @@ def _show_rejected(sink: Output, loaded: LoadedRecipe, began: float) -> None:
     sections = [*_render.metrics(report["evaluation"].get("metrics", {})), *_render.gates(report["gates"])]
     if not sink.as_json:  # stdout then carries the error alone
         sink.result(report, sections)
-    _github.write(f"compress: {target.name} was REJECTED", sections, {"gates_passed": False})
+    outputs = {**_github.outputs_of(report), "path": path.parent, "report": path}
+    _warn(sink, _github.write(f"compress: {target.name} was REJECTED", sections, outputs))
+
+
+def _warn(sink: Output, message: str | None) -> None:
+    if message is not None:
+        sink.message(f"warning: {message}", "yellow")

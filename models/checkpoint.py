@@ -196,7 +196,8 @@ def _root(ref: ModelRef) -> tuple[Path, str | None]:
 def _builtin(name: str) -> Path:
     folder = BUILTIN_FOLDER / name
     if re.fullmatch(r"[a-z0-9_]+", name) is None or not (folder / CONFIG_NAME).is_file():
-        names = sorted(path.parent.name for path in BUILTIN_FOLDER.glob(f"*/{CONFIG_NAME}"))
+        configs = BUILTIN_FOLDER.glob(f"*/{CONFIG_NAME}")
+        names = sorted(path.parent.name for path in configs if "_class_name" in read_json(path))
         known = ", ".join(BUILTIN_PREFIX + known for known in names) or "none"
         raise SourceError(f"{BUILTIN_PREFIX}{name}: no such built-in model", hint=f"built in: {known}")
     return folder

@@ -88,7 +88,8 @@ def test_every_module_is_in_the_wheel(tracked_files, names):
 
 
 def test_recipes_and_schema_are_in_the_wheel(tracked_files, names):
-    recipes = _expected(tracked_files, ".yaml", ".json", under=("recipes",))
+    recipes = _expected(tracked_files, ".yaml", ".json", ".txt", under=("recipes",))
+    assert "compress/recipes/prompts.txt" in recipes
     assert "compress/recipes/dit_w4a8.yaml" in recipes
     assert "compress/recipes/schema.json" in recipes
     assert recipes <= names, sorted(recipes - names)

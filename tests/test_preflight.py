@@ -2,7 +2,7 @@ import json
 
 import pytest
 from compress.errors import PlanError, UsageError
-from compress.preflight import check_target, check_writable, not_ours, total_memory_bytes
+from compress.preflight import check_apart, check_target, check_writable, not_ours, total_memory_bytes
 
 
 def _published(folder):
@@ -57,6 +57,15 @@ def test_a_file_in_the_way_is_named(tmp_path):
         check_writable(tmp_path / "file" / "deeper")
     with pytest.raises(UsageError):
         check_target(tmp_path / "file", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("output", "work"), [(".compress/x", ".compress"), ("out", "out/work"), ("out", "out")]
+)
+def test_output_and_work_directory_lie_apart(output, work, tmp_path):
+    with pytest.raises(UsageError, match="within each other"):
+        check_apart(tmp_path / output, tmp_path / work)
+    check_apart(tmp_path / "out", tmp_path / ".compress")
 
 
 def test_the_memory_of_this_machine_is_plausible():

@@ -90,9 +90,7 @@ def test_tables_of_other_classes_are_foreseen(exported):
     config.update(_class_name="Transformer2DModel", sample_size=8192)  # the former name of the same class
     del config["patch_size"]
     path.write_text(json.dumps(config))
-    with pytest.raises(
-        SourceError, match=r"config\.json: Transformer2DModel would compute tables of \d+"
-    ):
+    with pytest.raises(SourceError, match=r"config\.json: Transformer2DModel would compute tables of \d+"):
         compress.load(exported)
 
 
