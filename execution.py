@@ -30,6 +30,7 @@ from .recipes.schema import Recipe, Stage
 from .report import describe_model, read_report
 from .runtime.load import load, read_checkpoint
 from .runtime.manifest import HistoryEntry
+from .runtime.memory import return_freed_memory
 from .workdir import WorkDirectory, digest
 
 # Room for what is neither weights nor statistics: the interpreter and the libraries.
@@ -92,6 +93,7 @@ def _run_locked(state: Run, device: str) -> dict[str, Any]:
     described = describe_model(model.spec)
     evaluator = Evaluator(recipe.evaluate, recipe.seed, recipe.calibration)
     reference = evaluator.reference(model, state.work.reference, progress, fresh=state.fresh)
+    return_freed_memory()
     stages = _run_stages(state, model)
     # What is measured is what is shipped: some formats compute otherwise than our own runtime.
     shipped = as_shipped(model, recipe.export.format)

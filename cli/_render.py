@@ -70,7 +70,7 @@ def report(document: Document) -> list[Section]:
     sections += gates(document["gates"])
     export = document["export"]
     seen = (
-        "reopened in a fresh process: equal outputs" if export["verified"] else "NOT verified; its notes say why"
+        "reopened in a fresh process: equal outputs" if export["verified"] else "NOT verified; see its notes"
     )
     sections.append(f"{export['path']}  ({export['format']}, {size(export['bytes'])}; {seen})")
     return sections

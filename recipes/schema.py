@@ -125,7 +125,7 @@ class FidelitySettings(_Settings):
     samples: int = Field(16, ge=1, description="Samples that both models draw from equal noise.")
     steps: int = Field(20, ge=1, le=1000, description="Sampling steps.")
     guidance_scale: float = Field(4.0, ge=0.0, allow_inf_nan=False, description="Classifier-free guidance.")
-    batch_size: int = Field(16, ge=1, description="Samples that are computed together.")
+    batch_size: int = Field(8, ge=1, description="Samples that are computed together.")
 
 
 class QualitySettings(_Settings):

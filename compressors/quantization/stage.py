@@ -22,6 +22,7 @@ from ...recipes.stages import GridSettings
 from ...runtime import packing
 from ...runtime.linear import QuantizedLinear
 from ...runtime.manifest import QuantizedModule, RotationScheme
+from ...runtime.memory import return_freed_memory
 from ...runtime.rotation import random_signs
 from . import balance, low_rank
 from .details import averages, layer_row
@@ -82,6 +83,7 @@ class _Stage:
                 grams = self._grams({n: w for index in portion for n, w in widths[index].items()})
                 for index in portion:
                     self._quantize_block(blocks[index], grams)
+                    return_freed_memory()
         rows = [self.rows[choice.site.name] for choice in self.choices]
         return {**averages(rows, self.settings, self.model.spec.shared), "layers": rows}
 
