@@ -14,8 +14,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .runtime.registration import install as _install
+from .version import __version__
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "load", "plan", "run"]
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import SourceError
 from .recipes.gates import Gate
+from .version import __version__
 
 if TYPE_CHECKING:
     from .models.base import ModelSpec
@@ -29,8 +30,6 @@ _PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "torc
 
 def versions() -> dict[str, str]:
     """Return the versions that decide the bytes of a result."""
-    from . import __version__
-
     found = {"compress": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:

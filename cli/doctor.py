@@ -56,7 +56,7 @@ def _check(name: str, status: str, detail: str) -> dict[str, str]:
 
 
 def _packages() -> list[dict[str, str]]:
-    from .. import __version__
+    from ..version import __version__
 
     checks = [_check("compress", "ok", __version__), _check("python", "ok", platform.python_version())]
     for names, absent in ((_REQUIRED, "fail"), (_OPTIONAL, "warn")):

@@ -55,7 +55,7 @@ def _entry(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
-        from .. import __version__
+        from ..version import __version__
 
         typer.echo(f"compress {__version__}")
         raise typer.Exit(0)

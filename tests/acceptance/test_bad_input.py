@@ -242,7 +242,7 @@ def test_pickles_are_refused(folder, model, suffix):
 def test_output_exists(folder):
     recipe(folder)
     (folder / "out").mkdir()
-    (folder / "out" / "report.json").write_text("{}")
+    (folder / "out" / "report.json").write_text('{"export": {"files": []}}')
     refused(folder, 2, "out", "--overwrite")
 
 
