@@ -24,7 +24,6 @@ from .transformer import (
     random_integers,
     random_normal,
     reference_of,
-    stock_arguments,
     unpatch_macs,
     width_of,
 )
@@ -57,13 +56,6 @@ class DiTFamily(DiffusionTransformer):
         (r"proj_out_1", "head"),
         (r"proj_out_2", "head"),
     )
-
-    def build(self, config: Mapping[str, Any]) -> nn.Module:
-        """Build the stock module."""
-        from diffusers import DiTTransformer2DModel
-
-        module: nn.Module = DiTTransformer2DModel(**stock_arguments(config))
-        return module
 
     def folds(self, module: nn.Module) -> list[FoldGroup]:
         """Fold into the adaptive norm (attention and feed-forward inputs) and into V (its output).

@@ -23,7 +23,6 @@ from .transformer import (
     random_integers,
     random_normal,
     reference_of,
-    stock_arguments,
     unpatch_macs,
     width_of,
 )
@@ -60,13 +59,6 @@ class PixArtFamily(DiffusionTransformer):
         (r"ff\.net\.2", "ff.out"),
         (r"proj_out", "head"),
     )
-
-    def build(self, config: Mapping[str, Any]) -> nn.Module:
-        """Build the stock module."""
-        from diffusers import PixArtTransformer2DModel
-
-        module: nn.Module = PixArtTransformer2DModel(**stock_arguments(config))
-        return module
 
     def folds(self, module: nn.Module) -> list[FoldGroup]:
         """Fold into V only.

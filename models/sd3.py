@@ -24,7 +24,6 @@ from .transformer import (
     random_integers,
     random_normal,
     reference_of,
-    stock_arguments,
     unpatch_macs,
     width_of,
 )
@@ -70,13 +69,6 @@ class SD3Family(DiffusionTransformer):
         (r"norm_out\.linear", "adaln"),
         (r"proj_out", "head"),
     )
-
-    def build(self, config: Mapping[str, Any]) -> nn.Module:
-        """Build the stock module."""
-        from diffusers import SD3Transformer2DModel
-
-        module: nn.Module = SD3Transformer2DModel(**stock_arguments(config))
-        return module
 
     def folds(self, module: nn.Module) -> list[FoldGroup]:
         """Fold into the adaptive norms of both streams and into the values.

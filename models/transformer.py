@@ -32,6 +32,13 @@ class DiffusionTransformer(Family):
     after_blocks: ClassVar[tuple[str, ...]] = ()
     attention_names: ClassVar[tuple[str, ...]]
 
+    def build(self, config: Mapping[str, Any]) -> nn.Module:
+        """Build the stock module."""
+        import diffusers
+
+        module: nn.Module = getattr(diffusers, self.class_names[0])(**stock_arguments(config))
+        return module
+
     def linears(self, module: nn.Module) -> list[LinearSite]:
         """Every linear in forward order with its role, quantized ones included.
 
