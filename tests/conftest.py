@@ -20,6 +20,13 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Nor on the terminal, the CI service or the account of whoever starts them.
+os.environ["TERM"] = "xterm-256color"
+for _name in [
+    *("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES", "CI"),
+    *("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT", "HF_TOKEN", "HF_ENDPOINT", "HF_HOME"),
+]:
+    os.environ.pop(_name, None)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
