@@ -96,7 +96,7 @@ def _run_locked(state: Run, device: str) -> dict[str, Any]:
     return_freed_memory()
     stages = _run_stages(state, model)
     # What is measured is what is shipped: some formats compute otherwise than our own runtime.
-    shipped = as_shipped(model, recipe.export.format)
+    shipped = as_shipped(model, recipe.export[0].format)
     evaluation = evaluator.compare(shipped, reference, progress)
     return publish(state, model, shipped, evaluation, described, stages, device)
 
@@ -195,7 +195,7 @@ def _run_stage(
         "after": model.size().to_json(),
         "details": details,
     }
-    shard = state.recipe.export.max_shard_size
+    shard = state.recipe.export[0].max_shard_size
     state.work.write_stage(
         folder, record_, lambda temporary: write(model, temporary, "compress", max_shard_size=shard)
     )
@@ -208,7 +208,7 @@ def check_size_gates(recipe: Recipe, before: ModelSpec, after: ModelSpec) -> Non
     Raises:
         PlanError: naming the gate, and the smallest value that it could ask for.
     """
-    if recipe.export.format != "compress":  # other containers: their bytes are measured at the end
+    if recipe.export[0].format != "compress":  # other containers: their bytes are measured at the end
         return
     size = after.size()
     predicted = {
@@ -252,9 +252,9 @@ def plan_document(loaded: LoadedRecipe, progress: Progress) -> dict[str, Any]:
             for item in plans
         ],
         "export": {
-            "format": recipe.export.format,
-            "path": str(recipe.export.path),
-            "bytes": predict_bytes(final, recipe.export.format),
+            "format": recipe.export[0].format,
+            "path": str(recipe.export[0].path),
+            "bytes": predict_bytes(final, recipe.export[0].format),
         },
     }
 
@@ -275,13 +275,13 @@ def execute(
     plans = plan_stages(spec, recipe)
     final = plans[-1].spec if plans else spec
     check_size_gates(recipe, spec, final)
-    export_bytes = predict_bytes(final, recipe.export.format)
-    _check_resources(plans, export_bytes, Path(recipe.export.path), work.root)
+    export_bytes = predict_bytes(final, recipe.export[0].format)
+    _check_resources(plans, export_bytes, Path(recipe.export[0].path), work.root)
     with work.locked():
         work.log("run", recipe=str(loaded.file), model=recipe.model.id)
         state = Run(loaded, work, Warnings(progress), fresh=fresh, overwrite=overwrite, strict=strict)
         document = _run_locked(state, device)
-        work.log("done", path=str(recipe.export.path))
+        work.log("done", path=str(recipe.export[0].path))
     return document
 
 

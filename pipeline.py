@@ -71,7 +71,7 @@ def run(
         CompressError: see the exit codes of its subclasses.
     """
     loaded = _as_loaded(recipe)
-    export = loaded.recipe.export
+    export = loaded.recipe.export[0]
     overwrite = export.overwrite if overwrite is None else overwrite
     preflight.check_target(Path(export.path), overwrite=overwrite)
     preflight.check_apart(Path(export.path), Path(work_dir))

@@ -91,7 +91,7 @@ def publish(
     Raises:
         VerifyError: the verification, a gate, or under `strict` a warning speaks against the result.
     """
-    target = Path(state.recipe.export.path)
+    target = Path(state.recipe.export[0].path)
     sweep_partials(target.parent, target.name)
     with scratch_folder(target) as folder:
         parts, failure = _export(state, model, shipped, folder, evaluation)
@@ -114,13 +114,13 @@ def _export(
         Parts of the report, and what the fresh process found wrong, or None.
     """
     recipe = state.recipe
-    with step(state.progress, f"export {recipe.export.format}"):
-        info = write(model, folder, recipe.export.format, max_shard_size=recipe.export.max_shard_size)
+    with step(state.progress, f"export {recipe.export[0].format}"):
+        info = write(model, folder, recipe.export[0].format, max_shard_size=recipe.export[0].max_shard_size)
         (folder / "recipe.yaml").write_text(state.loaded.text, encoding="utf-8")
         for path in condition_files(recipe.calibration):
             shutil.copyfile(path, folder / path.name)
     # What a format unpacks or rounds back takes more room than the module does in memory.
-    stored = None if recipe.export.format == "compress" else info.bytes
+    stored = None if recipe.export[0].format == "compress" else info.bytes
     evaluation.metrics.update(size_metrics(shipped, stored))
     with step(state.progress, "verify in a fresh process"):
         verification = verify_export(
@@ -129,13 +129,13 @@ def _export(
     if verification.max_abs_error is not None:
         evaluation.metrics["max_abs_error"] = verification.max_abs_error
     if not verification.executed and verification.failure is None:
-        state.progress.warn(f"{recipe.export.format}: {'; '.join(verification.notes)}")
+        state.progress.warn(f"{recipe.export[0].format}: {'; '.join(verification.notes)}")
     parts = {
         "recipe": recipe.model_dump(mode="json"),
         "evaluation": {"metrics": evaluation.metrics, **evaluation.details},
         "gates": report.check_gates(recipe.require, evaluation.metrics),
         "export": {
-            "path": str(recipe.export.path),
+            "path": str(recipe.export[0].path),
             "format": info.format,
             "bytes": info.bytes,
             "verified": verification.verified,

@@ -76,7 +76,7 @@ def run(
 
 def _show_rejected(sink: Output, loaded: LoadedRecipe, began: float) -> None:
     """Show the figures of a result that was refused: its report lies in the folder kept aside."""
-    target = Path(loaded.recipe.export.path)
+    target = Path(loaded.recipe.export[0].path)
     path = target.with_name(target.name + ".rejected") / "report.json"
     if not path.is_file() or path.stat().st_mtime < began - 1:  # none, or an earlier run's
         return

@@ -14,6 +14,7 @@ from ..errors import RecipeError
 from .messages import to_error
 from .overrides import apply_options, apply_overrides
 from .schema import Recipe
+from .secrets import holds_secret, redact, secret_position
 from .shipped import resolve
 from .tree import Location, Tree, dotted, read
 
@@ -48,6 +49,8 @@ def load_recipe(
     output: str | Path | None = None,
     seed: int | None = None,
     device: str | None = None,
+    push: str | None = None,
+    verify_remote: bool | None = None,
 ) -> LoadedRecipe:
     """Read, override and validate a recipe.
 
@@ -58,6 +61,8 @@ def load_recipe(
         output: replaces `export.path`.
         seed: replaces `seed`.
         device: replaces `device`.
+        push: replaces `export.push`'s repository, as `org/name` or `org/name@branch`.
+        verify_remote: replaces `verify_remote` of every push.
 
     Raises:
         RecipeError: with file, line, column and dotted key of what is wrong.
@@ -69,19 +74,60 @@ def load_recipe(
     else:
         file = resolve(str(source))
         text = _read_text(file)
+        _refuse_secret_text(text, file)
         tree = read(text, str(file))
     from_environment = sorted(dotted(location) for location in tree.expanded)
+    given = {"model": model, "output": output, "device": device, "push": push}
+    _refuse_secret_options([*overrides, *(f"{name}={value}" for name, value in given.items())])
     apply_overrides(tree, overrides)
-    apply_options(tree, model=model, output=output, seed=seed, device=device)
+    apply_options(
+        tree, model=model, output=output, seed=seed, device=device, push=push, verify_remote=verify_remote
+    )
+    _refuse_secret_values(tree)
     recipe = _find_beside(_validate(tree), file)
 
-    options = {"--model": model, "--output": output, "--seed": seed, "--device": device}
+    options = {"--model": model, "--output": output, "--seed": seed, "--device": device, "--push": push}
     changes = [f"--set {item}" for item in overrides]
     changes += [f"{name} {value}" for name, value in options.items() if value is not None]
+    changes += [] if verify_remote is None else [f"--{'' if verify_remote else 'no-'}verify-remote"]
     changes += [f"environment: {name}" for name in from_environment]
     if text is None or changes:
         text = _resolved_text(recipe, file, changes)
     return LoadedRecipe(recipe, text, file, tree)
+
+
+_SECRET = "holds what looks like an access token or a password"
+_SECRET_HINT = "the recipe is copied into the result; set HF_TOKEN, or log in with `hf auth login`"
+
+
+def _refuse_secret_text(text: str, file: Path) -> None:
+    position = secret_position(text)
+    if position is not None:
+        line, column = text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position)
+        raise RecipeError(f"this line {_SECRET}", file=file, line=line, column=column, hint=_SECRET_HINT)
+
+
+def _refuse_secret_options(options: Sequence[str]) -> None:
+    for option in options:
+        if holds_secret(option):
+            raise RecipeError(
+                f"the value of {redact(option.partition('=')[0])!r} {_SECRET}", hint=_SECRET_HINT
+            )
+
+
+def _refuse_secret_values(tree: Tree) -> None:
+    """Refuse tokens that came from the environment or from a Python value."""
+    waiting: list[tuple[Location, Any]] = [((), tree.value)]
+    while waiting:
+        location, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [((*location, key), key) for key in value if isinstance(key, str)]
+            waiting += [((*location, key), item) for key, item in value.items()]
+        elif isinstance(value, list):
+            waiting += [((*location, index), item) for index, item in enumerate(value)]
+        elif isinstance(value, str) and holds_secret(value):
+            where = redact(dotted(location))
+            raise tree.place(location).error(f"{where}: {_SECRET}", _SECRET_HINT)
 
 
 def _read_text(file: Path) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -37,8 +37,6 @@ _BOUNDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "less_than": ("less than", "lt"),
     }
 )
-_NO_PUSH = "publishing to a hub arrives in a later release; copy the folder that `export.path` names"
-_RESERVED: Mapping[Location, str] = MappingProxyType({("export", "push"): _NO_PUSH})
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def _sentence(item: Finding) -> str:
 def _findings(error: ValidationError, value: Any) -> list[Finding]:
     groups: dict[Location, list[dict[str, Any]]] = {}
     for row in error.errors(include_url=False, include_input=True):
-        item: dict[str, Any] = {**row}
+        item: dict[str, Any] = {**row, "loc": _as_written(row["loc"], value)}
         location = item["loc"] if item["type"] == "missing" else _existing(item["loc"], value)
         groups.setdefault(location, []).append(item)
     found = []
@@ -81,6 +79,13 @@ def _findings(error: ValidationError, value: Any) -> list[Finding]:
             continue  # pydantic counts only the valid entries: the entries' own findings say it
         found.append(_explain(location, rows, value))
     return found
+
+
+def _as_written(location: Location, value: Any) -> Location:
+    """Drop the position in `export` where the recipe has no list there: one mapping is read as a list."""
+    if location[:2] == ("export", 0) and isinstance(value.get("export"), dict):
+        return location[:1] + location[2:]
+    return location
 
 
 def _existing(location: Location, value: Any) -> Location:
@@ -108,8 +113,6 @@ def _explain(location: Location, rows: Sequence[dict[str, Any]], value: Any) -> 
     if kind == "value_error":
         return Finding(location, str(context["error"]), None, at_key=False)
     if kind == "extra_forbidden":
-        if location in _RESERVED:
-            return Finding(location, "not a key of this release", _RESERVED[location], at_key=True)
         hint: str | None = suggestion(str(location[-1]), allowed_keys(location[:-1]))
         return Finding(location, f"unknown key {location[-1]!r}", hint, at_key=True)
     if kind == "missing":
@@ -128,8 +131,10 @@ def _missing_hint(location: Location) -> str:
         ("export",): "export: {path: out/result}",
         ("stages",): "stages: [{rtn: {}}]",
         ("export", "path"): "path: out/result",
+        ("export", "push", "repo"): "repo: org/name",
     }
-    return f"add `{examples.get(location, f'{location[-1]}: ...')}`"
+    keys = tuple(part for part in location if isinstance(part, str))
+    return f"add `{examples.get(keys, f'{location[-1]}: ...')}`"
 
 
 def _wanted(row: Mapping[str, Any]) -> str:
@@ -166,15 +171,15 @@ def allowed_keys(location: Location) -> list[str]:
         settings = settings_class(str(location[2]))
         return list(settings.model_fields) if settings else []
     model: Any = Recipe
-    for part in location:
+    for part in (part for part in location if isinstance(part, str)):
         if not (isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:
             return []
-        model = _model_in(model.model_fields[str(part)].annotation)
+        model = _model_in(model.model_fields[part].annotation)
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 
 def _model_in(annotation: Any) -> Any:
-    """Return the model of `Model` or `Model | None`."""
-    if get_origin(annotation) in (Union, UnionType):
-        return next((item for item in get_args(annotation) if item is not type(None)), None)
+    """Return the model of `Model`, `Model | None`, `tuple[Model, ...]` or an annotated one."""
+    if get_origin(annotation) in (Union, UnionType, tuple, Annotated):
+        return _model_in(next((item for item in get_args(annotation) if item is not type(None)), None))
     return None if annotation is Stage else annotation

@@ -28,11 +28,21 @@ def apply_overrides(tree: Tree, overrides: Sequence[str]) -> None:
 
 
 def apply_options(
-    tree: Tree, *, model: str | None, output: str | Path | None, seed: int | None, device: str | None
+    tree: Tree,
+    *,
+    model: str | None,
+    output: str | Path | None,
+    seed: int | None,
+    device: str | None,
+    push: str | None = None,
+    verify_remote: bool | None = None,
 ) -> None:
-    """Apply `--model`, `--output`, `--seed` and `--device`.
+    """Apply `--model`, `--output`, `--seed`, `--device`, `--push` and `--no-verify-remote`.
 
     Another model keeps the recipe's dtype; revision and subfolder belonged to the old one.
+
+    Raises:
+        RecipeError: an option that means one export, and the recipe has several; nothing is pushed.
     """
     if model is not None:
         place = Place(f"--model {model}")
@@ -44,11 +54,43 @@ def apply_options(
         else:
             _assign(tree, ("model",), model, place)
     if output is not None:
-        _assign(tree, ("export", "path"), str(output), Place(f"--output {output}"))
+        place = Place(f"--output {output}")
+        _only_export(tree, place, "path=FOLDER")
+        _assign(tree, ("export", "path"), str(output), place)
     if seed is not None:
         _assign(tree, ("seed",), seed, Place(f"--seed {seed}"))
     if device is not None:
         _assign(tree, ("device",), device, Place(f"--device {device}"))
+    if push is not None:
+        place = Place(f"--push {push}")
+        _only_export(tree, place, "push=org/name")
+        repo, _, revision = push.partition("@")
+        _assign(tree, ("export", "push", "repo"), repo, place)
+        if revision:
+            _assign(tree, ("export", "push", "revision"), revision, place)
+    if verify_remote is not None:
+        _set_verify_remote(tree, verify_remote)
+
+
+def _only_export(tree: Tree, place: Place, example: str) -> None:
+    """Refuse an option that names the one export of a recipe that has several."""
+    exports = tree.value.get("export")
+    if isinstance(exports, list):
+        raise place.error(
+            f"the recipe has a list of {len(exports)} exports", f"name one: --set export.0.{example}"
+        )
+
+
+def _set_verify_remote(tree: Tree, value: bool) -> None:
+    place = Place("--verify-remote" if value else "--no-verify-remote")
+    exports = tree.value.get("export")
+    rows = exports if isinstance(exports, list) else [exports]
+    pushed = [index for index, row in enumerate(rows) if isinstance(row, dict) and row.get("push")]
+    if not pushed:
+        raise place.error("the recipe pushes nothing", "add --push org/name, or leave the option out")
+    for index in pushed:
+        base: Location = ("export", index) if isinstance(exports, list) else ("export",)
+        _assign(tree, (*base, "push", "verify_remote"), value, place)
 
 
 def _steps(key: str, place: Place) -> Iterator[str | int]:
@@ -76,6 +118,8 @@ def _assign(tree: Tree, location: Location, value: Any, place: Place) -> None:
             _note(tree, location[: depth + 1], place)
         elif isinstance(child, str) and location[:1] == ("model",) and depth == 0:
             child = {"id": child}  # the string form of a model, about to get a second key
+        elif isinstance(child, str) and location[0] == "export" and step == "push":
+            child = {"repo": child}  # likewise of a push
         if not isinstance(child, dict | list):
             name = dotted(location[: depth + 1])
             raise place.error(f"{name} is {child!r}, so it has no key {location[depth + 1]!r} to set")

@@ -7,7 +7,6 @@ the recipe's own form back: a stage is a one-key mapping, a gate is its text.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,7 +15,6 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
@@ -28,12 +26,12 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
+from .export import Exports, ExportSettings, clash
 from .gates import METRICS, NEEDS, Gate
 from .stages import PHASES, STAGES, StageSettings
 from .suggest import suggestion
 
 ENTRY_POINTS = "compress.compressors"
-_SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def refuse(location: tuple[str | int, ...], message: str, hint: str | None = None) -> NoReturn:
@@ -46,20 +44,6 @@ def refuse(location: tuple[str | int, ...], message: str, hint: str | None = Non
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _bytes(value: Any) -> Any:
-    """Read `5GB`, `512MiB` or `5e9` as a number of bytes."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if not isinstance(value, str):
-        return value
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", value)
-    if found is None or found[2].lower() not in _SIZES:
-        raise ValueError(
-            f"{value!r} is not a size; write bytes, or a number with KB, MB, GB, KiB, MiB or GiB"
-        )
-    return int(float(found[1]) * _SIZES[found[2].lower()])
 
 
 class ModelRef(_Settings):
@@ -147,26 +131,6 @@ class EvaluateSettings(_Settings):
         None, description="Class agreement and Frechet distance; null: not measured."
     )
     layers: bool = Field(True, description="Measure the error of every compressed layer for the report.")
-
-
-class ExportSettings(_Settings):
-    """Where the result goes, and in which form."""
-
-    path: Path = Field(description="Output folder; it is whole or absent.")
-    format: Literal["compress", "torchao", "sdnq", "dequantized"] = Field(
-        "compress",
-        description="compress: weights in their real bits; torchao, sdnq: load with stock diffusers and that "
-        "library; dequantized: plain bfloat16.",
-    )
-    max_shard_size: Annotated[
-        int,
-        BeforeValidator(_bytes),
-        Field(ge=1_000_000),
-        WithJsonSchema(
-            {"anyOf": [{"type": "number", "minimum": 1_000_000}, {"type": "string", "examples": ["5GB"]}]}
-        ),
-    ] = Field(5_000_000_000, description="Largest weight file, in bytes or as `5GB`.")
-    overwrite: bool = Field(False, description="Replace an output folder that compress wrote before.")
 
 
 def settings_class(method: str) -> type[StageSettings] | None:
@@ -271,12 +235,18 @@ class Recipe(_Settings):
         dict[str, Gate],
         WithJsonSchema({"type": "object", "properties": _GATE_PROPERTIES, "additionalProperties": False}),
     ] = Field(default_factory=dict, description="Metric -> comparison that the result must satisfy.")
-    export: ExportSettings = Field(description="Where the result goes, and in which form.")
+    export: Annotated[tuple[ExportSettings, ...], Exports] = Field(
+        description="Where the result goes, and in which form; a list for several variants of one result."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         self._check_order()
         self._check_gates()
+        found = clash(self.export)
+        if found is not None:
+            location, message, hint = found
+            refuse(("export", *location), message, hint)
         return self
 
     def _check_order(self) -> None:

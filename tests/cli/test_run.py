@@ -83,7 +83,7 @@ def test_run_passes_its_options_on(call, fake_pipeline, report):
     result = call("run", "dit_w4a8", *options)
     recipe = seen["loaded"].recipe
     assert (seen["overwrite"], seen["strict"], seen["work_dir"]) == (True, True, Path("w"))
-    assert (recipe.model.id, str(recipe.export.path), recipe.device) == ("m/n", "o/p", "cpu")
+    assert (recipe.model.id, str(recipe.export[0].path), recipe.device) == ("m/n", "o/p", "cpu")
     assert (result.out, result.err) == ("", "warning: something to look at\n")
 
 

@@ -44,7 +44,7 @@ def test_a_good_recipe(tmp_path):
     assert recipe.stages[0].method == "vidit_q"
     assert recipe.stages[0].settings.weight_bits == 4
     assert recipe.stages[0].settings.keep == ("a.b", "c.*")
-    assert recipe.export.path == Path("out/x")
+    assert recipe.export[0].path == Path("out/x")
     assert recipe.evaluate.fidelity is not None and recipe.evaluate.quality is None
 
 
@@ -93,11 +93,17 @@ BROKEN = {
         "export.formt",
         "'format'",
     ),
-    "push": (
-        "model: m\nexport: {path: o, push: {repo: a/b}}\n" + STAGES,
-        (2, 19),
-        "export.push: not a key of this release",
-        "later release",
+    "unknown key in push": (
+        "model: m\nexport: {path: o, push: {repo: a/b, privat: true}}\n" + STAGES,
+        (2, 37),
+        "export.push.privat: unknown key 'privat'",
+        "'private'",
+    ),
+    "unknown key in a list of exports": (
+        "model: m\nexport:\n  - {path: o}\n  - {path: p, formt: compress}\n" + STAGES,
+        (4, 15),
+        "export[1].formt: unknown key",
+        "'format'",
     ),
     "misspelt method": (
         HEAD + "stages:\n  - vidt_q: {}\n",
@@ -304,7 +310,7 @@ class TestEnvironment:
         recipe = loaded.recipe
         assert (recipe.model.id, recipe.model.revision) == ("org/dit", "1234567")
         assert recipe.seed == 7 and recipe.stages[0].settings.weight_bits == 4
-        assert recipe.export.path == Path("out/4")
+        assert recipe.export[0].path == Path("out/4")
 
     def test_the_text_of_an_expanded_recipe_needs_no_environment(self, tmp_path, monkeypatch):
         monkeypatch.setenv("COMPRESS_TEST_ID", "builtin:dit")
@@ -331,7 +337,7 @@ def test_sizes(tmp_path):
         ("2000000", 2 * 10**6),
     ):
         text = f"model: m\nexport: {{path: o, max_shard_size: {written}}}\n" + STAGES
-        assert load(tmp_path, text).recipe.export.max_shard_size == count
+        assert load(tmp_path, text).recipe.export[0].max_shard_size == count
     error = refusal(tmp_path, "model: m\nexport: {path: o, max_shard_size: 5 GBit}\n" + STAGES)
     assert (error.line, error.column) == (2, 35) and "'5 GBit' is not a size" in error.message
 
@@ -358,7 +364,7 @@ def test_a_copied_recipe_finds_the_files_that_were_copied_with_it(tmp_path, key,
 def test_a_python_value():
     value = {"model": "builtin:dit", "stages": [{"rtn": {}}], "export": {"path": Path("o")}}
     loaded = load_recipe(value)
-    assert loaded.file is None and loaded.recipe.export.path == Path("o")
+    assert loaded.file is None and loaded.recipe.export[0].path == Path("o")
     with pytest.raises(RecipeError) as caught:
         load_recipe({**value, "sed": 1})
     assert caught.value.message == "sed: unknown key 'sed'" and caught.value.line is None

@@ -59,7 +59,7 @@ def test_short_forms(file):
     recipe = load_recipe(file, model="org/other", output="out/y", seed=5, device="cuda:1").recipe
     assert recipe.model.id == "org/other" and recipe.model.dtype == "float32"
     assert recipe.model.revision is None and recipe.model.subfolder is None  # they belonged to the old one
-    assert (str(recipe.export.path), recipe.seed, recipe.device) == ("out/y", 5, "cuda:1")
+    assert (str(recipe.export[0].path), recipe.seed, recipe.device) == ("out/y", 5, "cuda:1")
 
 
 def test_the_text_of_an_overridden_recipe_reproduces_it(file, tmp_path):

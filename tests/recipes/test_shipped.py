@@ -26,7 +26,7 @@ def test_shipped_recipe(name, monkeypatch, tmp_path):
     assert lines[2] == "# yaml-language-server: $schema=schema.json"
     recipe = load_recipe(name).recipe
     assert recipe.calibration.prompts is None or recipe.calibration.prompts.is_file()
-    assert str(recipe.export.path) == f"out/{name.replace('_', '-')}"
+    assert str(recipe.export[0].path) == f"out/{name.replace('_', '-')}"
 
 
 def test_the_faithful_recipe_takes_nothing_from_beyond_the_paper():

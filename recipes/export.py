@@ -1,0 +1,151 @@
+"""The recipe's `export`: where results go, in which form, and to which repositories of a Hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    PlainSerializer,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+_SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+# What git and the Hub both take; refs/pr/N is a revision that can be read but not pushed to by name.
+_REF = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w-][\w.-]*)*", re.ASCII)
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _bytes(value: Any) -> Any:
+    """Read `5GB`, `512MiB` or `5e9` as a number of bytes."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", value)
+    if found is None or found[2].lower() not in _SIZES:
+        raise ValueError(
+            f"{value!r} is not a size; write bytes, or a number with KB, MB, GB, KiB, MiB or GiB"
+        )
+    return int(float(found[1]) * _SIZES[found[2].lower()])
+
+
+class PushSettings(_Settings):
+    """A repository on the Hub. A plain string is short for `{repo: ...}`; `org/name@branch` names both."""
+
+    repo: str = Field(description="Repository as `org/name`; it is created where it does not exist.")
+    private: bool = Field(True, description="Visibility of a repository that is created.")
+    revision: str | None = Field(
+        None, description="Branch; made where it does not exist. null: the default branch."
+    )
+    create_pr: bool = Field(False, description="Open a pull request instead of committing to the branch.")
+    tag: str | None = Field(None, description="Tag that is put on the commit once it is verified.")
+    message: str | None = Field(
+        None, min_length=1, description="First line of the commit message; null: one that says what this is."
+    )
+    verify_remote: bool = Field(True, description="Download the pushed commit again and verify it.")
+    overwrite: bool = Field(
+        False, description="Push over files that compress did not write; they are removed from the revision."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"repo": value}
+        if isinstance(value, Mapping) and isinstance(value.get("repo"), str) and not value.get("revision"):
+            repo, separator, revision = value["repo"].partition("@")
+            return {**value, "repo": repo, "revision": revision} if separator else value
+        return value
+
+    @field_validator("repo")
+    @classmethod
+    def _is_repo(cls, value: str) -> str:
+        if _REPO.fullmatch(value) is None or ".." in value or "--" in value or value.endswith(".git"):
+            raise ValueError(f"{value!r} is not a repository; write it as org/name")
+        return value
+
+    @field_validator("revision", "tag")
+    @classmethod
+    def _is_ref(cls, value: str | None) -> str | None:
+        if value is not None and (
+            _REF.fullmatch(value) is None or ".." in value or value.startswith("refs/") or value[-1] == "."
+        ):
+            raise ValueError(f"{value!r} is not the name of a branch or tag; write one such as v1.0")
+        return value
+
+
+class ExportSettings(_Settings):
+    """Where a result goes, and in which form."""
+
+    path: Path = Field(description="Output folder; it is whole or absent.")
+    format: Literal["compress", "torchao", "sdnq", "dequantized"] = Field(
+        "compress",
+        description="compress: weights in their real bits; torchao, sdnq: load with stock diffusers and that "
+        "library; dequantized: plain bfloat16.",
+    )
+    max_shard_size: Annotated[
+        int,
+        BeforeValidator(_bytes),
+        Field(ge=1_000_000),
+        WithJsonSchema(
+            {"anyOf": [{"type": "number", "minimum": 1_000_000}, {"type": "string", "examples": ["5GB"]}]}
+        ),
+    ] = Field(5_000_000_000, description="Largest weight file, in bytes or as `5GB`.")
+    overwrite: bool = Field(False, description="Replace an output folder that compress wrote before.")
+    push: (
+        Annotated[
+            PushSettings,
+            WithJsonSchema({"anyOf": [{"type": "string"}, PushSettings.model_json_schema()]}),
+        ]
+        | None
+    ) = Field(None, description="Repository that the verified result is pushed to; null: none.")
+
+
+def clash(exports: Sequence[ExportSettings]) -> tuple[tuple[str | int, ...], str, str] | None:
+    """Return (location below `export`, what is wrong, what to do) for two exports in each other's way."""
+    for index, item in enumerate(exports):
+        for other in exports[:index]:
+            one, two = item.path.absolute(), other.path.absolute()
+            if one == two or one in two.parents or two in one.parents:
+                message = f"{item.path} and {other.path} lie within each other"
+                return (index, "path"), message, "give every export a folder of its own"
+            if item.push is None or other.push is None or item.push.create_pr or other.push.create_pr:
+                continue
+            target = (item.push.repo, item.push.revision)
+            if target == (other.push.repo, other.push.revision):
+                message = f"{item.push.repo} is already the repository of another export"
+                return (index, "push"), message, "push to another repository, or to another `revision`"
+    return None
+
+
+class Exports:
+    """Marks a tuple of `ExportSettings` that a recipe writes as one mapping or as a list of them."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        one = ExportSettings.model_json_schema()
+        return handler.generate_schema(
+            Annotated[
+                list[ExportSettings],
+                Field(min_length=1),
+                BeforeValidator(lambda value: [value] if isinstance(value, Mapping) else value),
+                AfterValidator(tuple),
+                PlainSerializer(lambda value: value[0] if len(value) == 1 else list(value)),
+                WithJsonSchema({"anyOf": [one, {"type": "array", "minItems": 1, "items": one}]}),
+            ]
+        )
