@@ -131,6 +131,7 @@ def describe_model(spec: ModelSpec) -> dict[str, Any]:
         "family": spec.family.name,
         "dtype": str(spec.dtype).removeprefix("torch."),
         "hashes": dict(spec.source.hashes),
+        **spec.source.card.to_json(),
         **spec.size().to_json(),
     }
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.manifest import HistoryEntry, QuantizedModule
+from .source_card import SourceCard
 
 Role = Literal[
     "attention.q", "attention.k", "attention.v", "attention.out",
@@ -96,12 +97,14 @@ class Source:
         folder: the local folder of the component (weights, config.json).
         revision: Hub commit, None for a folder.
         hashes: file name -> SHA-256 of every weight file.
+        card: what it says about itself.
     """
 
     id: str
     folder: Path
     revision: str | None = None
     hashes: Mapping[str, str] = field(default_factory=dict)
+    card: SourceCard = SourceCard()
 
 
 class Family(ABC):

@@ -8,7 +8,7 @@ transformer/ and scheduler/ below). Only safetensors are read; pickles can run c
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from .headers import TensorHeader, merge_headers
 from .hub import fetch_configs, fetch_weights
 from .registry import FAMILY_NAMES, stock_class_name
 from .shapes import complete_config, expected_shapes
+from .source_card import SourceCard, read_source_card
 
 if TYPE_CHECKING:
     from ..recipes.schema import ModelRef
@@ -49,6 +50,7 @@ class Checkpoint:
         files: safetensors files; empty when the folder holds only configs.
         headers: tensor name -> place.
         scheduler: scheduler_config.json, None where there is none.
+        card: licence and name of the model, as far as it says them.
     """
 
     id: str
@@ -60,6 +62,7 @@ class Checkpoint:
     files: tuple[Path, ...]
     headers: Mapping[str, TensorHeader]
     scheduler: Path | None
+    card: SourceCard
 
     @property
     def bytes(self) -> int:
@@ -90,6 +93,7 @@ def locate(ref: ModelRef, *, weights: bool = True) -> Checkpoint:
     checkpoint = Checkpoint(
         id=ref.id, folder=folder, pipeline=pipeline, revision=revision, class_name=class_name, config=config,
         files=files, headers=headers, scheduler=_scheduler(folder, pipeline),
+        card=_card(ref.id, revision, (folder, pipeline, root)),
     )  # fmt: skip
     _check_index(checkpoint)
     check_shapes(checkpoint)
@@ -311,3 +315,9 @@ def _scheduler(folder: Path, pipeline: Path | None) -> Path | None:
         if path is not None and path.is_file():
             return path
     return None
+
+
+def _card(identifier: str, revision: str | None, folders: Sequence[Path | None]) -> SourceCard:
+    """Read the card nearest to the weights; a commit is known of what came from the Hub alone."""
+    places = list(dict.fromkeys(folder for folder in folders if folder is not None))
+    return read_source_card(places, None if revision is None else identifier, revision)

@@ -75,7 +75,7 @@ def open_model(
             hashes[path.name] = _read_file(path, group, module, spec.dtype, progress)
     shared = _equal_copies(module, spec, progress)
     module = module.to(target).eval().requires_grad_(False)
-    source = Source(checkpoint.id, checkpoint.folder, checkpoint.revision, hashes)
+    source = Source(checkpoint.id, checkpoint.folder, checkpoint.revision, hashes, checkpoint.card)
     spec = spec.evolve(source=source, shared=shared, parameters=_count(spec.tensors, shared, spec.config))
     return OpenModel(
         module=module, family=spec.family, config=dict(spec.config), source=source, spec=spec,
@@ -93,7 +93,7 @@ def _spec(checkpoint: Checkpoint, ref: ModelRef) -> ModelSpec:
     return ModelSpec(
         family=family,
         config=checkpoint.config,
-        source=Source(checkpoint.id, checkpoint.folder, checkpoint.revision),
+        source=Source(checkpoint.id, checkpoint.folder, checkpoint.revision, card=checkpoint.card),
         dtype=dtype,
         tensors=tensors,
         shared=shared,

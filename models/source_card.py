@@ -1,0 +1,160 @@
+"""What the source says about itself: its licence, its task, and the Hub model that it is. Torch-free.
+
+A result inherits its source's licence, so the card of the source (the YAML block of README.md) is read
+and its licence texts are found. Both are untrusted: the sizes are bounded, only plain texts are taken
+over, and no link leads out of the model's folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+CARD_NAME = "README.md"
+MAX_CARD_BYTES = 2**20
+MAX_TEXT_BYTES = 2**20
+MAX_TEXTS = 8
+_MAX_VALUE = 300
+_BLOCK = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_TEXT_NAME = re.compile(r"(licen[sc]e|notice)([-_.][\w.-]*)?", re.IGNORECASE)
+_TEXT_SUFFIXES = ("", ".md", ".txt")
+# What huggingface_hub calls its cache: models--ORG--NAME/snapshots/COMMIT. No id holds `--` itself.
+_SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})(?:/|\Z)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class SourceCard:
+    """What is inherited from the source.
+
+    Attributes:
+        license: the Hub's short name or names, None when the source does not say.
+        license_name, license_link: what goes with `license: other`.
+        pipeline_tag: the Hub's name of the task.
+        base_model: id of the model on the Hub, None for a folder or a built-in model.
+        texts: licence and notice files, in the order of their names.
+    """
+
+    license: str | tuple[str, ...] | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    pipeline_tag: str | None = None
+    base_model: str | None = None
+    texts: tuple[Path, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the report says of it: `license` always, the rest where it is known."""
+        license_ = list(self.license) if isinstance(self.license, tuple) else self.license
+        rest = {
+            "license_name": self.license_name,
+            "license_link": self.license_link,
+            "pipeline_tag": self.pipeline_tag,
+            "base_model": self.base_model,
+        }
+        return {"license": license_, **{key: value for key, value in rest.items() if value is not None}}
+
+
+def read_source_card(folders: Sequence[Path], repo: str | None, revision: str | None) -> SourceCard:
+    """Read what the source says about itself; what cannot be read counts as not said.
+
+    Args:
+        folders: that may hold README.md and the licence texts, nearest to the weights first.
+        repo: Hub id, None for a folder; that of a folder in the Hub's cache is found by its path.
+        revision: commit of `repo`.
+    """
+    if repo is None and folders:
+        repo, revision = snapshot_of(folders[0]) or (None, None)
+    data = next(filter(None, (_front_matter(folder) for folder in folders)), {})
+    texts = next(filter(None, (tuple(_texts(folder)) for folder in folders)), ())
+    names = {path.name for path in texts}
+    return SourceCard(
+        license=_license(data.get("license")),
+        license_name=_text(data.get("license_name")),
+        license_link=_link(_text(data.get("license_link")), names, repo, revision),
+        pipeline_tag=_text(data.get("pipeline_tag")),
+        base_model=repo,
+        texts=texts,
+    )
+
+
+def snapshot_of(folder: Path) -> tuple[str, str] | None:
+    """Return (Hub id, commit) of a folder in the Hub library's cache, None for any other folder."""
+    found = _SNAPSHOT.search(folder.absolute().as_posix())
+    return (f"{found[1]}/{found[2]}", found[3]) if found else None
+
+
+def _front_matter(folder: Path) -> dict[str, Any] | None:
+    text = _read(folder, folder / CARD_NAME, MAX_CARD_BYTES)
+    found = _BLOCK.match(text.removeprefix("\ufeff")) if text else None
+    if found is None:
+        return None
+    try:
+        data = YAML(typ="safe", pure=True).load(found[1])
+    except (YAMLError, ValueError, RecursionError):  # dates that do not exist are ValueErrors
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def _texts(folder: Path) -> Iterator[Path]:
+    if not folder.is_dir():
+        return
+    names = [path for path in folder.iterdir() if _TEXT_NAME.fullmatch(path.name)]
+    readable = (
+        path
+        for path in sorted(names)
+        if path.suffix.lower() in _TEXT_SUFFIXES and _read(folder, path, MAX_TEXT_BYTES)
+    )
+    for path, _ in zip(readable, range(MAX_TEXTS), strict=False):
+        yield path
+
+
+def _read(folder: Path, path: Path, limit: int) -> str | None:
+    """Return a small text file, None where there is none or a link leads out of the model's folder."""
+    try:
+        real = path.resolve(strict=True)
+        if not real.is_file() or not _inside(folder, real) or real.stat().st_size > limit:
+            return None
+        return real.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _inside(folder: Path, real: Path) -> bool:
+    # A snapshot of the Hub's cache consists of links to models--ORG--NAME/blobs.
+    homes = [folder.resolve()]
+    match = _SNAPSHOT.search(folder.absolute().as_posix())
+    if match:
+        name = f"models--{match[1]}--{match[2]}"
+        homes += [parent.resolve() / "blobs" for parent in folder.absolute().parents if parent.name == name]
+    return any(real.is_relative_to(home) for home in homes)
+
+
+def _text(value: Any) -> str | None:
+    if not isinstance(value, str):
+        return None
+    value = value.strip()
+    return value if 0 < len(value) <= _MAX_VALUE and value.isprintable() else None
+
+
+def _license(value: Any) -> str | tuple[str, ...] | None:
+    if isinstance(value, list):
+        names = tuple(name for item in value[:MAX_TEXTS] if (name := _text(item)) is not None)
+        return names or None
+    return _text(value)
+
+
+def _link(link: str | None, texts: set[str], repo: str | None, revision: str | None) -> str | None:
+    """Return a link that holds where the result lies: to a copied text, or to the Web."""
+    if link is None or re.match(r"https?://", link):
+        return link
+    name = link.removeprefix("./")
+    if name in texts:
+        return name
+    if repo is None or name.startswith("/") or ".." in name.split("/") or ":" in name:
+        return None
+    return f"https://huggingface.co/{repo}/blob/{revision or 'main'}/{name}"
