@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -13,6 +12,7 @@ from typing import TypeVar
 
 import torch
 from compress.evaluation.speed import interleaved_minima
+from compress.runtime.cpu import processor
 from torch import Tensor
 
 __all__ = ["interleaved_minima"]
@@ -20,17 +20,6 @@ __all__ = ["interleaved_minima"]
 Result = TypeVar("Result")
 REPOSITORY = Path(__file__).resolve().parents[1]
 _ISA = "ONEDNN_MAX_CPU_ISA"
-_FLAGS = (
-    "avx2",
-    "avx512f",
-    "avx512_vnni",
-    "avx_vnni",
-    "avx512_bf16",
-    "amx_int8",
-    "amx_bf16",
-    "asimddp",
-    "i8mm",
-)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -53,19 +42,6 @@ def say(text: str = "") -> None:
     print(text, flush=True)
 
 
-def _processor() -> tuple[str, set[str]]:
-    name, flags = platform.processor() or platform.machine(), set()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                name = value.strip()
-            elif key.strip() in ("flags", "Features"):
-                flags = set(value.split())
-    return name, flags
-
-
 def start(title: str, arguments: argparse.Namespace) -> None:
     """Set the number of threads and say what is measured, on which machine, with which versions."""
     if arguments.isa and os.environ.get(_ISA) != arguments.isa:
@@ -73,10 +49,10 @@ def start(title: str, arguments: argparse.Namespace) -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, _ISA: arguments.isa})
     threads = arguments.threads
     torch.set_num_threads(threads)
-    name, flags = _processor()
+    name, flags = processor()
     versions = ", ".join(f"{library} {version(library)}" for library in ("torch", "diffusers", "torchao"))
     say(f"\n## {title}\n")
-    say(f"CPU: {name}; {' '.join(flag for flag in _FLAGS if flag in flags) or 'no vector flags known'}")
+    say(f"CPU: {name}; {' '.join(flags) or 'no vector flags known'}")
     if _ISA in os.environ:
         say(f"oneDNN limited to {os.environ[_ISA]} (torch's own kernels are not)")
     say(f"{versions}; threads: {threads}; other load (1 min): {os.getloadavg()[0]:.1f}\n")

@@ -11,23 +11,13 @@ from typing import Any
 
 import typer
 
+from ..runtime.cpu import INTEGER_FLAGS, processor
 from . import _options
 from ._tables import Table
 from ._units import size
 
 _REQUIRED = ("torch", "diffusers", "transformers", "safetensors", "huggingface-hub", "numpy", "pydantic")
 _OPTIONAL = ("torchao", "sdnq", "optimum-quanto", "accelerate", "bitsandbytes", "matplotlib")
-_CPU_FLAGS = (
-    "avx2",
-    "avx512f",
-    "avx512_vnni",
-    "avx_vnni",
-    "avx512_bf16",
-    "amx_int8",
-    "amx_bf16",
-    "asimddp",
-    "i8mm",
-)
 
 
 def doctor(
@@ -71,9 +61,9 @@ def _packages() -> list[dict[str, str]]:
 
 
 def _machine() -> list[dict[str, str]]:
-    flags = _cpu_flags()
-    fast = bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
-    named = ", ".join(flag for flag in _CPU_FLAGS if flag in flags) or "none of those that matter"
+    _, flags = processor()
+    fast = not INTEGER_FLAGS.isdisjoint(flags)
+    named = ", ".join(flags) or "none of those that matter"
     free = shutil.disk_usage(Path.cwd()).free
     memory = _available_memory()
     return [
@@ -82,16 +72,6 @@ def _machine() -> list[dict[str, str]]:
         _check("free memory", "ok", "unknown" if memory is None else size(memory)),
         _check("free disk here", "ok" if free > 2e9 else "warn", size(free)),
     ]
-
-
-def _cpu_flags() -> set[str]:
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return set()
-    for line in info.read_text().splitlines():
-        if line.startswith(("flags", "Features")):
-            return set(line.split(":", 1)[1].split())
-    return set()
 
 
 def _available_memory() -> int | None:

@@ -50,16 +50,22 @@ class Finding:
 
 
 def to_error(error: ValidationError, tree: Tree) -> RecipeError:
-    """Return all findings as one error: the first one with its place and hint, the others as lines."""
+    """Return all findings as one error: the first one with its place, the others as lines of their own.
+
+    A single finding's hint is the error's; several have theirs behind each sentence.
+    """
     findings = _findings(error, tree.value)
     placed = [(tree.place(item.location, of_key=item.at_key), item) for item in findings]
     placed.sort(key=lambda pair: (pair[0].line or 0, pair[0].column or 0))
-    lines = []
-    for place, item in placed[1:]:
-        hint = f" ({item.hint})" if item.hint else ""
-        lines.append(f"\n{place}{': ' if str(place) else ''}{_sentence(item)}{hint}")
     place, first = placed[0]
-    return place.error(_sentence(first) + "".join(lines), first.hint)
+    if len(placed) == 1:
+        return place.error(_sentence(first), first.hint)
+    lines = [
+        f"{at}{': ' if str(at) else ''}{_sentence(item)}{f' ({item.hint})' if item.hint else ''}"
+        for at, item in placed
+    ]
+    lines[0] = lines[0].removeprefix(f"{place}: ")  # the error writes its own place
+    return place.error("\n".join(lines))
 
 
 def _sentence(item: Finding) -> str:

@@ -308,6 +308,8 @@ def test_interrupted_run_says_how_to_go_on(folder):
     process = subprocess.Popen(
         [sys.executable, "-m", "compress", "run", "recipe.yaml"],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # A shell's background jobs ignore the signal, and their children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     events = folder / ".compress" / "events.jsonl"
     while process.poll() is None and not (events.is_file() and '"stage"' in events.read_text()):

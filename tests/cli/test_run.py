@@ -118,7 +118,12 @@ def test_github_files_are_written(call, fake_pipeline, report, monkeypatch, tmp_
         text.startswith("before\n## compress: dit_w4a8\n")
         and "| size_ratio | <= 0.35 | 0.3 | passed |" in text
     )
-    assert dict(line.split("=", 1) for line in outputs.read_text().splitlines()) == {
+    found = dict(line.split("=", 1) for line in outputs.read_text().splitlines())
+    (row,) = json.loads(found.pop("results"))
+    assert row["recipe"] == "dit_w4a8" and row["path"] == "out/x" and row["sqnr_db"] == 21.25
+    assert found == {
+        "exit_code": "0",
+        **dict.fromkeys(("repo", "revision", "commit", "url", "tag"), ""),
         "path": "out/x",
         "report": "out/x/report.json",
         "format": "compress",
@@ -253,6 +258,8 @@ main()
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background jobs ignore the signal, and their children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stderr.readline() == "work ...\n"
     process.send_signal(signal.SIGINT)
