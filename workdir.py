@@ -13,7 +13,6 @@ is whole. A changed recipe, input, seed or version changes the key, so old state
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -23,20 +22,11 @@ from typing import Any
 
 from .errors import StageError
 from .runtime.atomic import atomic_folder, remove_folder, sweep_partials
+from .runtime.hashes import digest, file_sha256
+
+__all__ = ["RECORD", "WorkDirectory", "digest", "file_sha256"]
 
 RECORD = "stage.json"
-
-
-def digest(value: Any) -> str:
-    """Return the SHA-256 of a JSON value in canonical form."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, read in chunks."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class WorkDirectory:

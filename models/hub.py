@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ..errors import HubError, SourceError
+from ..errors import SourceError
+from ..runtime.hub_errors import translated
 
 # `*` also matches slashes on the Hub, so the folders are named one by one.
 _CONFIG_PATTERNS = (
     "config.json", "model_index.json", "transformer/config.json", "transformer/*.safetensors.index.json",
     "scheduler/scheduler_config.json", "*.safetensors.index.json",
+    # The licence is inherited: the card names it, these hold its text.
+    "README.md", "LICENSE*", "LICENCE*", "License*", "license*", "NOTICE*", "Notice*", "notice*",
 )  # fmt: skip
 _OTHER_VARIANTS = ("*.fp16.*", "*.bf16.*", "*.non_ema.*", "*.fp16-*", "*.bf16-*")
 
@@ -56,40 +58,9 @@ def fetch(repo_id: str, revision: str | None, patterns: Sequence[str], ignore: S
         HubError: with what to do about it.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
 
-    # The HTTP client below the Hub's differs by version; its errors share the base of HfHubHTTPError.
-    transport: tuple[Any, ...] = HfHubHTTPError.__bases__
-    unreachable = (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, *transport)
-    where = repo_id if revision is None else f"{repo_id}@{revision}"
-    try:
+    with translated(repo_id if revision is None else f"{repo_id}@{revision}"):
         path = snapshot_download(
             repo_id, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(ignore) or None
         )
-    except (GatedRepoError, RepositoryNotFoundError) as error:
-        raise HubError(
-            f"{where}: not found on the Hub, or not open to you: {_first_line(error)}",
-            hint="check the name; for a private or gated model set HF_TOKEN, or accept its terms on its page",
-        ) from None
-    except RevisionNotFoundError:
-        raise HubError(f"{where}: no such revision", hint="check model.revision") from None
-    except HFValidationError as error:
-        raise HubError(f"{where}: not a Hub id: {_first_line(error)}") from None
-    except unreachable as error:
-        raise HubError(
-            f"{where}: cannot be fetched and is not in the local cache: {_first_line(error)}",
-            hint="check the network, HF_HUB_OFFLINE and HF_TOKEN, or use a folder or builtin:dit",
-        ) from None
     return Path(path)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

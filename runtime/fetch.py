@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import HubError, SourceError
+from ..errors import SourceError
+from .hub_errors import translated
 
 BUILTIN_PREFIX = "builtin:"
 _PIPELINE_NAME = "model_index.json"
@@ -40,9 +41,14 @@ def fetch(path_or_repo: str | Path, *, revision: str | None = None, subfolder: s
 
 def _download(repo: str, revision: str | None, subfolder: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
     try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise SourceError(f"{repo} is neither a folder nor a Hub id: {error}") from None
+    with translated(repo if revision is None else f"{repo}@{revision}"):
         root = Path(
             snapshot_download(repo, revision=revision, allow_patterns=["config.json", _PIPELINE_NAME])
         )
@@ -54,8 +60,3 @@ def _download(repo: str, revision: str | None, subfolder: str | None) -> Path:
         return Path(
             snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=others)
         )
-    except HFValidationError as error:
-        raise SourceError(f"{repo} is neither a folder nor a Hub id: {error}") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        hint = "check the name and the network"
-        raise HubError(f"{repo} could not be downloaded: {error}", hint=hint) from error
