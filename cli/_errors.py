@@ -8,21 +8,32 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import typer
 
 from ..errors import CompressError, RecipeError
+from ..recipes.secrets import redact
 from ..recipes.suggest import suggestion
 
 DEFECT, USAGE, INFEASIBLE, BROKEN_OFF, NETWORK, INTERRUPTED = 1, 2, 3, 5, 7, 130
 
 _UsageError = typer.BadParameter.__bases__[0]  # click's, or the copy that newer typer carries
-_LATER = MappingProxyType({"push": "publishing to a hub arrives in a later release"})
 _RESUMES = "the same command continues where this run stopped"
+
+
+class Told(Exception):
+    """A command has said how it ended; only its exit code is left.
+
+    Args:
+        exit_code: of the process.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
 
 
 @dataclass(frozen=True)
@@ -65,20 +76,29 @@ def classify(error: BaseException, *, started: bool, log_folder: Path | None = N
     """
     for matches, describe in _TABLE:
         if matches(error):
-            return describe(error, started)
+            return _without_tokens(describe(error, started))
     log = write_log(error, log_folder)
     where = f"the traceback is in {log}" if log else "no log could be written"
-    return Failure(
-        "Defect",
-        DEFECT,
-        f"a defect of compress: {type(error).__name__}: {_one_line(error)} ({where})",
-        "run again with --debug to see the traceback here",
+    message = f"a defect of compress: {type(error).__name__}: {_one_line(error)} ({where})"
+    return _without_tokens(
+        Failure("Defect", DEFECT, message, "run again with --debug to see the traceback here")
     )
+
+
+def _without_tokens(failure: Failure) -> Failure:
+    place = {key: redact(value) if isinstance(value, str) else value for key, value in failure.place.items()}
+    hint = None if failure.hint is None else redact(failure.hint)
+    return replace(failure, message=redact(failure.message), hint=hint, place=place)
+
+
+def traceback_of(error: BaseException) -> str:
+    """Return an error's traceback as text, without tokens."""
+    return redact("".join(traceback.format_exception(error)))
 
 
 def write_log(error: BaseException, folder: Path | None) -> Path | None:
     """Write an error's traceback to a file and return its path; None where nothing can be written."""
-    text = "".join(traceback.format_exception(error))
+    text = traceback_of(error)
     candidates = [folder] if folder is not None and folder.parent.is_dir() else []
     for candidate in (*candidates, Path(tempfile.gettempdir())):
         try:
@@ -120,7 +140,7 @@ def _usage(error: BaseException, started: bool) -> Failure:
     found = re.match(r"No such command '(.*?)'", message)
     if found and command is not None:
         message = f"no such command {found[1]!r}"
-        hint = _LATER.get(found[1]) or suggestion(found[1], command.commands)
+        hint = suggestion(found[1], command.commands)
     elif option is not None and message.startswith("No such option") and command is not None:
         names = [
             name
@@ -189,6 +209,8 @@ def _is_network(error: BaseException) -> bool:
     return isinstance(error, ConnectionError | TimeoutError) or home in (
         "huggingface_hub",
         "httpx",
+        "httpx2",
+        "hf_xet",
         "requests",
     )
 

@@ -1,49 +1,87 @@
-"""What GitHub Actions shows and passes on: the job summary and the step's outputs, where asked for."""
+"""What GitHub Actions shows and passes on: the job summary and the step's outputs, where asked for.
+
+`GITHUB_STEP_SUMMARY` and `GITHUB_OUTPUT` name the files. The outputs of `compress run`:
+
+    exit_code               of the command
+    path, report            of the first result: its folder, and the report in it
+    format, bytes           of the first result
+    size_ratio, sqnr_db     of the first result; empty where not measured
+    repo, revision, commit, url, tag
+                            of the first result's push; empty where it was not pushed
+    verified, gates_passed  `true` where that holds for every result
+    results                 JSON: a list with all of the above for every result, and its recipe
+
+A result is a folder that was written; of one that was refused, the folder kept aside.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..recipes.secrets import redact
 from ._tables import Section, to_markdown
+
+_METRICS = ("size_ratio", "sqnr_db")
+_PUSH = ("repo", "revision", "commit", "url", "tag")
 
 
 def write(title: str, sections: Sequence[Section], outputs: Mapping[str, Any]) -> str | None:
-    """Append to the files that `GITHUB_STEP_SUMMARY` and `GITHUB_OUTPUT` name; nothing where unset.
+    """Append a part to the job summary, and outputs; see `summarise` and `write_outputs`."""
+    return summarise(title, sections) or write_outputs(outputs)
+
+
+def summarise(title: str, sections: Sequence[Section]) -> str | None:
+    """Append a part to the job summary; nothing where none is asked for.
 
     Returns:
         What could not be written, as a warning: the run itself has succeeded or failed by then.
     """
-    try:
-        _write(title, sections, outputs)
-    except OSError as error:
-        return f"{error.filename}: cannot be written: {error.strerror}; the job summary is incomplete"
-    return None
+    body = "\n\n".join([f"## {title}", *(to_markdown(section) for section in sections)])
+    return _append(os.environ.get("GITHUB_STEP_SUMMARY"), body + "\n\n")
 
 
-def _write(title: str, sections: Sequence[Section], outputs: Mapping[str, Any]) -> None:
-    summary, target = os.environ.get("GITHUB_STEP_SUMMARY"), os.environ.get("GITHUB_OUTPUT")
-    if summary:
-        body = "\n\n".join([f"## {title}", *(to_markdown(section) for section in sections)])
-        _append(Path(summary), body + "\n\n")
-    if target:
-        lines = "".join(f"{key}={_value(value)}\n" for key, value in outputs.items())
-        _append(Path(target), lines)
+def write_outputs(outputs: Mapping[str, Any]) -> str | None:
+    """Append outputs of the step; nothing where none are asked for.
+
+    Returns:
+        What could not be written, as a warning.
+    """
+    lines = "".join(f"{key}={_value(value)}\n" for key, value in outputs.items())
+    return _append(os.environ.get("GITHUB_OUTPUT"), lines)
 
 
-def outputs_of(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the outputs of a run's step: what later steps ask for."""
-    export = report["export"]
+def outputs_of(results: Sequence[tuple[str, Mapping[str, Any]]], exit_code: int) -> dict[str, Any]:
+    """Return the outputs of a run's step: what later steps ask for.
+
+    Args:
+        results: recipe and report, in the single form, of every folder that was written.
+        exit_code: of the whole command.
+    """
+    rows = [{"recipe": recipe, **_row(report)} for recipe, report in results]
+    outputs: dict[str, Any] = {"exit_code": exit_code}
+    if rows:
+        outputs |= {key: value for key, value in rows[0].items() if key != "recipe"}
+        outputs |= {key: all(row[key] for row in rows) for key in ("verified", "gates_passed")}
+    outputs["results"] = json.dumps(rows, separators=(",", ":"))
+    return outputs
+
+
+def _row(report: Mapping[str, Any]) -> dict[str, Any]:
+    export, push = report["export"], report["export"].get("push") or {}
+    measured = report["evaluation"].get("metrics", {})
     return {
-        "path": export["path"],
-        "report": Path(export["path"]) / "report.json",
+        "path": str(export["path"]),
+        "report": str(Path(export["path"]) / "report.json"),
         "format": export["format"],
         "bytes": export["bytes"],
         "verified": export["verified"],
         "gates_passed": all(row["passed"] for row in report["gates"]),
-        **{key: report["evaluation"].get("metrics", {}).get(key, "") for key in ("size_ratio", "sqnr_db")},
+        **{key: measured.get(key, "") for key in _METRICS},
+        **{key: push.get(key) or "" for key in _PUSH},
     }
 
 
@@ -52,7 +90,13 @@ def _value(value: Any) -> str:
     return text.replace("\r", " ").replace("\n", " ")  # a line is one output
 
 
-def _append(path: Path, text: str) -> None:
-    """Append, or raise an OSError; the caller's result stands either way."""
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(text)
+def _append(path: str | None, text: str) -> str | None:
+    """Append to a file; what fails is returned as a warning."""
+    if not path:
+        return None
+    try:
+        with Path(path).open("a", encoding="utf-8") as stream:
+            stream.write(redact(text))
+    except OSError as error:
+        return f"{error.filename}: cannot be written: {error.strerror}; the job summary is incomplete"
+    return None

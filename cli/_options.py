@@ -78,6 +78,8 @@ def load(
     output: str | None,
     seed: int | None,
     device: str | None,
+    push: str | None = None,
+    verify_remote: bool | None = None,
 ) -> LoadedRecipe:
     """Load a recipe with what the command line overrides.
 
@@ -87,5 +89,12 @@ def load(
     from ..recipes.loader import load_recipe
 
     return load_recipe(
-        recipe, overrides=overrides or (), model=model, output=output, seed=seed, device=device
+        recipe,
+        overrides=overrides or (),
+        model=model,
+        output=output,
+        seed=seed,
+        device=device,
+        push=push,
+        verify_remote=verify_remote,
     )

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import sys
-import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ._errors import Failure
+from ..recipes.secrets import redact
+from ._errors import Failure, traceback_of
 from ._progress import PlainProgress, RichProgress
-from ._tables import Section, to_plain, to_rich
+from ._redaction import redacted
+from ._tables import Section, to_plain, to_rich, without_tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +54,8 @@ class Output:
 
     def document(self, document: Any) -> None:
         """Print one JSON document to stdout."""
-        self._stdout.write(json.dumps(_finite(document), indent=1, default=str, allow_nan=False) + "\n")
+        text = json.dumps(redacted(_finite(document)), indent=1, default=str, allow_nan=False)
+        self._stdout.write(redact(text) + "\n")
         self._stdout.flush()
 
     def message(self, text: str, style: str = "") -> None:
@@ -61,19 +63,27 @@ class Output:
         if not self.quiet:
             self._say(text, style)
 
+    def warning(self, text: str) -> None:
+        """Say that something may be wrong."""
+        self.message(f"warning: {text}", "yellow")
+
     def hint(self, text: str) -> None:
         """Say what to do next."""
         self.message(f"next: {text}", "dim")
 
     def failure(self, failure: Failure, error: BaseException | None = None) -> None:
         """Show how the command ends; under `--json` also as the one document."""
+        self.tell(failure, error)
+        if self.as_json:
+            self.document(failure.to_json())
+
+    def tell(self, failure: Failure, error: BaseException | None = None) -> None:
+        """Say on stderr what went wrong and what to do."""
         if self.debug and error is not None:
-            self._stderr.write("".join(traceback.format_exception(error)))
+            self._stderr.write(traceback_of(error))
         self._say(f"error: {failure.message}", "bold red")
         if failure.hint and not (self.debug and failure.kind == "Defect"):  # that hint says: --debug
             self._say(f"  hint: {failure.hint}", "")
-        if self.as_json:
-            self.document(failure.to_json())
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
@@ -91,6 +101,7 @@ class Output:
         self.started = True
 
     def _draw(self, section: Section) -> None:
+        section = without_tokens(section)
         if _is_terminal(self._stdout):
             self._console(self._stdout).print(to_rich(section), markup=False, highlight=False)
         else:
@@ -98,6 +109,7 @@ class Output:
             self._stdout.flush()
 
     def _say(self, text: str, style: str) -> None:
+        text = redact(text)
         if _is_terminal(self._stderr):
             console = self._console(self._stderr)
             console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

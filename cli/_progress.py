@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..recipes.secrets import redact
+from ._redaction import guard_streams
 from ._units import duration
 
 if TYPE_CHECKING:
@@ -121,13 +123,15 @@ class RichProgress:
         """Begin a step."""
         self._on_start()
         self._bars.start()
+        guard_streams()  # while bars are drawn, rich has put streams of its own in their place
+        label = redact(label)
         task = self._bars.add_task("  " * len(self._steps) + label, total=total, detail="")
         self._steps.append((label, task, time.monotonic()))
 
     def advance(self, units: int = 1, detail: str = "") -> None:
         """Finish units of the innermost step."""
         if self._steps:
-            self._bars.update(self._steps[-1][1], advance=units, detail=detail)
+            self._bars.update(self._steps[-1][1], advance=units, detail=redact(detail))
 
     def finish(self, completed: bool = True) -> None:
         """End the innermost step; an outermost one that was completed leaves a line."""
@@ -148,4 +152,4 @@ class RichProgress:
         self._print(f"warning: {message}", "yellow")
 
     def _print(self, text: str, style: str) -> None:
-        self._console.print(text, style=style, markup=False, highlight=False)
+        self._console.print(redact(text), style=style, markup=False, highlight=False)

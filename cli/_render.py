@@ -50,6 +50,17 @@ def metrics(values: Document) -> list[Section]:
     ]
 
 
+def single_reports(document: Document) -> list[dict[str, Any]]:
+    """Return one report per export: a recipe with a list of exports has lists under three keys."""
+    if not isinstance(document["export"], list):
+        return [dict(document)]
+    parts = zip(document["evaluation"], document["gates"], document["export"], strict=True)
+    return [
+        {**document, "evaluation": evaluation, "gates": gates, "export": export}
+        for evaluation, gates, export in parts
+    ]
+
+
 def report(document: Document) -> list[Section]:
     """Show a run's report."""
     sections: list[Section] = []
@@ -66,14 +77,51 @@ def report(document: Document) -> list[Section]:
         ]
         sections.append(Table("stages", ["stage", "time", "peak memory", "bytes after"], rows))
         sections.append(before_after(stages[0]["before"], stages[-1]["after"]))
-    sections += metrics(document["evaluation"].get("metrics", {}))
-    sections += gates(document["gates"])
+    for single in single_reports(document):
+        sections += judgement(single)
+    return sections
+
+
+def judgement(document: Document) -> list[Section]:
+    """Show what was measured and required of one export, where it lies and where it was pushed."""
     export = document["export"]
     seen = (
         "reopened in a fresh process: equal outputs" if export["verified"] else "NOT verified; see its notes"
     )
-    sections.append(f"{export['path']}  ({export['format']}, {size(export['bytes'])}; {seen})")
-    return sections
+    return [
+        *metrics(document["evaluation"].get("metrics", {})),
+        *gates(document["gates"]),
+        f"{export['path']}  ({export['format']}, {size(export['bytes'])}; {seen})",
+        *pushed(export.get("push")),
+    ]
+
+
+def pushed(push: Document | None) -> list[Section]:
+    """Show where a folder was pushed; nothing where it was not."""
+    if push is None:
+        return []
+    fields = (
+        ("repository", push.get("repo")),
+        ("visibility", "private" if push.get("private") else "public"),
+        ("revision", push.get("revision")),
+        ("commit", push.get("commit")),
+        ("tag", push.get("tag")),
+        ("pull request", push.get("pull_request")),
+        ("files sent", "none: up to date" if push.get("up_to_date") else push.get("files_sent")),
+        ("downloaded and verified again", push.get("verified")),
+    )
+    rows = [[name, plain(value)] for name, value in fields if value is not None]
+    return [Table("pushed", ["", str(push.get("url", ""))], rows)]
+
+
+def reproduction(document: Document) -> list[Section]:
+    """Show which files a second run of a folder's recipe gave again."""
+    rows = [
+        [row["name"], plain(row["expected"]), plain(row["measured"]), "ok" if row["equal"] else "FAILED"]
+        for row in document["files"]
+    ]
+    table = Table("files", ["file", "sha256 in the report", "sha256 of the new run", ""], rows)
+    return [table, *document["differences"], f"{document['folder']}: reproduced"]
 
 
 def plan(document: Document) -> list[Section]:

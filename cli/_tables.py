@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..recipes.secrets import redact
+
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
@@ -21,6 +23,14 @@ class Table:
 
 Section = Table | str
 """What commands show: a table, or a line of text."""
+
+
+def without_tokens(section: Section) -> Section:
+    """Redact before the layout: a cell that is folded over two lines would tear a token apart."""
+    if isinstance(section, str):
+        return redact(section)
+    rows = [[redact(cell) for cell in row] for row in section.rows]
+    return Table(redact(section.title), section.columns, rows)
 
 
 def to_plain(section: Section) -> str:

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ._errors import DEFECT, INTERRUPTED, USAGE, classify
+from ._errors import DEFECT, INTERRUPTED, USAGE, Told, classify
 from ._output import Output
+from ._redaction import guard_streams
 from .doctor import doctor
 from .evaluate import evaluate
 from .inspect import inspect
@@ -72,6 +73,8 @@ def invoke(arguments: Sequence[str], output: Output) -> int:
         if code == INTERRUPTED:  # how typer passes on a Ctrl-C
             raise KeyboardInterrupt
         return int(code or 0)
+    except Told as ending:
+        return ending.exit_code
     except (Exception, KeyboardInterrupt) as error:
         output.as_json = output.as_json or "--json" in arguments  # a refused command line set nothing
         failure = classify(error, started=output.started, log_folder=output.log_folder)
@@ -81,6 +84,7 @@ def invoke(arguments: Sequence[str], output: Output) -> int:
 
 def main() -> None:
     """Entry point of the console script; ends quietly where the reader of its output is gone."""
+    guard_streams()
     try:
         code = invoke(sys.argv[1:], Output())
         sys.stdout.flush()

@@ -1,93 +1,139 @@
-"""`compress run`: carry out a recipe."""
+"""`compress run`: carry out recipes."""
 
 from __future__ import annotations
 
-import json
-import shlex
-import time
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from ..errors import UsageError, VerifyError
-from . import _github, _options, _render
+from ..errors import UsageError
+from . import _github, _options, _render, _runs
+from ._errors import Told
+from ._output import Output
 
-if TYPE_CHECKING:
-    from ..recipes.loader import LoadedRecipe
-    from ._output import Output
+_Recipes = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="RECIPE", help="Recipe files, or names of shipped recipes.", show_default=False),
+]
+_WorkDirectory = Annotated[
+    Path, typer.Option(metavar="FOLDER", help="Where finished stages are kept, so that a run can resume.")
+]
+_Fresh = Annotated[bool, typer.Option("--fresh", help="Redo every stage; reuse nothing.")]
+_Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an output folder that compress wrote.")
+]
+_Strict = Annotated[bool, typer.Option("--strict", help="Turn warnings into a failure.")]
+_Push = Annotated[
+    str | None,
+    typer.Option(
+        "--push", metavar="ORG/NAME[@BRANCH]", help="Push the verified result to this repository of the Hub."
+    ),
+]
+_NoVerifyRemote = Annotated[
+    bool, typer.Option("--no-verify-remote", help="Do not download and verify again what was pushed.")
+]
+_Reproduce = Annotated[
+    Path | None,
+    typer.Option(
+        "--reproduce",
+        metavar="FOLDER",
+        help="Run the recipe in this folder again and compare the hashes of its files; no recipe is given.",
+    ),
+]
 
 
 def run(
     context: typer.Context,
-    recipe: _options.RecipeArgument,
+    recipe: _Recipes = None,
     overrides: _options.Set = None,
     model: _options.Model = None,
     output: _options.OutputPath = None,
+    push: _Push = None,
     seed: _options.Seed = None,
     device: _options.Device = None,
-    work_dir: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Where finished stages are kept, so that a run can resume.")
-    ] = Path(".compress"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Redo every stage; reuse nothing.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an output folder that compress wrote.")
-    ] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Turn warnings into a failure.")] = False,
-    push: Annotated[str | None, typer.Option("--push", hidden=True)] = None,
+    work_dir: _WorkDirectory = Path(".compress"),
+    fresh: _Fresh = False,
+    overwrite: _Overwrite = False,
+    strict: _Strict = False,
+    no_verify_remote: _NoVerifyRemote = False,
+    reproduce: _Reproduce = None,
     as_json: _options.AsJson = False,
     quiet: _options.Quiet = False,
     debug: _options.Debug = False,
 ) -> None:
-    """Carry out a recipe, to a smaller, verified checkpoint.
+    """Carry out recipes, each to a smaller, verified checkpoint.
 
-    A run that was interrupted or killed continues where it stopped.
+    A run that was interrupted or killed continues where it stopped. Several recipes are all read first,
+    then carried out in order; one that fails does not stop the next, and the worst exit code is the
+    command's.
 
     Examples:
       compress run dit_w4a8
       compress run my.yaml --set stages.0.vidit_q.weight_bits=8 --output out/w8
+      compress run my.yaml --push my-org/dit-w4a8
+      compress run dit_w4a8 dit_w8a8 --strict
+      compress run --reproduce out/dit-w4a8
     """
     sink = _options.sink(context, as_json, quiet, debug)
     sink.log_folder = work_dir / "logs"
-    if push is not None:
-        raise UsageError("--push: publishing to a hub arrives in a later release", hint="run without --push")
-    loaded = _options.load(recipe, overrides, model, output, seed, device)
-    began = time.time()
+    recipes = list(recipe or ())
+    changed: dict[str, Any] = {
+        "--set": overrides, "--model": model, "--output": output, "--push": push, "--seed": seed,
+        "--device": device, "--fresh": fresh, "--overwrite": overwrite, "--strict": strict,
+        "--no-verify-remote": no_verify_remote,
+    }  # fmt: skip
+    if reproduce is not None:
+        _refuse_with_reproduce(recipes, changed)
+        _again(sink, reproduce, work_dir)
+        return
+    _refuse_for_many(recipes, changed)
+    load = partial(
+        _options.load,
+        overrides=overrides,
+        model=model,
+        output=output,
+        seed=seed,
+        device=device,
+        push=push,
+        verify_remote=False if no_verify_remote else None,
+    )
+    code = _runs.carry_out(sink, recipes, load, _runs.How(work_dir, fresh, overwrite or None, strict))
+    if code:
+        raise Told(code)
+
+
+def _refuse_for_many(recipes: list[str], changed: dict[str, Any]) -> None:
+    """Refuse no recipe at all, and options that mean one result where there are several."""
+    if not recipes:
+        raise UsageError("compress run: Missing argument 'RECIPE'", hint="see `compress run --help`")
+    for option, key in (("--output", "path"), ("--push", "push")):
+        if len(recipes) > 1 and changed[option] is not None:
+            raise UsageError(
+                f"{option}: {len(recipes)} recipes are given, and all their results would go to one place",
+                hint=f"write export.{key} in each recipe, or run them one by one",
+            )
+
+
+def _refuse_with_reproduce(recipes: list[str], changed: dict[str, Any]) -> None:
+    """Refuse what would make the run another one than the folder's."""
+    given = [*recipes, *(option for option, value in changed.items() if value not in (None, False, []))]
+    if given:
+        raise UsageError(
+            f"--reproduce: does not go together with {', '.join(given)}",
+            hint="the recipe, its settings and its seed are those of the folder",
+        )
+
+
+def _again(sink: Output, folder: Path, work_dir: Path) -> None:
+    """Run the recipe of a folder again; a difference is raised as a VerifyError."""
     from .. import pipeline
 
-    try:
-        with sink.progress() as progress:
-            report = pipeline.run(
-                loaded,
-                work_dir=work_dir,
-                fresh=fresh,
-                overwrite=overwrite or None,
-                strict=strict,
-                progress=progress,
-            )
-    except VerifyError:
-        _show_rejected(sink, loaded, began)
-        raise
-    sections = _render.report(report)
-    sink.result(report, sections)
-    _warn(sink, _github.write(f"compress: {Path(recipe).stem}", sections, _github.outputs_of(report)))
-    sink.hint(shlex.join(["compress", "inspect", report["export"]["path"]]))
-
-
-def _show_rejected(sink: Output, loaded: LoadedRecipe, began: float) -> None:
-    """Show the figures of a result that was refused: its report lies in the folder kept aside."""
-    target = Path(loaded.recipe.export[0].path)
-    path = target.with_name(target.name + ".rejected") / "report.json"
-    if not path.is_file() or path.stat().st_mtime < began - 1:  # none, or an earlier run's
-        return
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    sections = [*_render.metrics(report["evaluation"].get("metrics", {})), *_render.gates(report["gates"])]
-    if not sink.as_json:  # stdout then carries the error alone
-        sink.result(report, sections)
-    outputs = {**_github.outputs_of(report), "path": path.parent, "report": path}
-    _warn(sink, _github.write(f"compress: {target.name} was REJECTED", sections, outputs))
-
-
-def _warn(sink: Output, message: str | None) -> None:
-    if message is not None:
-        sink.message(f"warning: {message}", "yellow")
+    with sink.progress() as progress:
+        document = pipeline.reproduce(folder, work_dir=work_dir, progress=progress)
+    sections = _render.reproduction(document)
+    sink.result(document, sections)
+    warning = _github.write(f"compress: {folder.name} was reproduced", sections, {"reproduced": True})
+    if warning is not None:
+        sink.warning(warning)

@@ -120,7 +120,7 @@ def clash(exports: Sequence[ExportSettings]) -> tuple[tuple[str | int, ...], str
     """Return (location below `export`, what is wrong, what to do) for two exports in each other's way."""
     for index, item in enumerate(exports):
         for other in exports[:index]:
-            one, two = item.path.absolute(), other.path.absolute()
+            one, two = item.path.resolve(), other.path.resolve()
             if one == two or one in two.parents or two in one.parents:
                 message = f"{item.path} and {other.path} lie within each other"
                 return (index, "path"), message, "give every export a folder of its own"
