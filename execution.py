@@ -1,4 +1,4 @@
-"""The heavy half of a run: open, calibrate, stages, evaluate, and hand over to `publishing`.
+"""The heavy half of a run: open, calibrate, stages, then every variant; `publishing` names them.
 
 `pipeline` has refused by then what can be refused without torch. Nothing is lost: every finished
 stage is kept in the work directory, and the next run starts after the last of them.
@@ -7,30 +7,36 @@ stage is kept in the work directory, and the next run starts after the last of t
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import preflight, report
+from . import preflight, publishing, report
 from .calibration.diffusion import DiffusionCalibration, record
 from .compressors import registry
 from .compressors.base import StagePlan
 from .errors import PlanError, SourceError
-from .evaluation.evaluator import Evaluator
+from .evaluation.evaluator import Evaluation, Evaluator
+from .evaluation.reference import Reference
 from .evaluation.size import size_metrics
 from .exporters.formats import as_shipped, predict_bytes, write
 from .models.base import ModelSpec, OpenModel
 from .models.open import open_model, read_spec
 from .progress import Progress, step
-from .publishing import Run, Warnings, publish
+from .recipes.export import ExportSettings
 from .recipes.loader import LoadedRecipe
 from .recipes.schema import Recipe, Stage
 from .report import describe_model, read_report
+from .runtime.atomic import scratch_folder, sweep_partials
 from .runtime.load import load, read_checkpoint
 from .runtime.manifest import HistoryEntry
 from .runtime.memory import return_freed_memory
+from .state import Product, Run, Warnings
+from .variants import Variant, make_variant
 from .workdir import WorkDirectory, digest
 
 # Room for what is neither weights nor statistics: the interpreter and the libraries.
@@ -61,11 +67,17 @@ def plan_stages(spec: ModelSpec, recipe: Recipe) -> list[StagePlan]:
     return plans
 
 
-def _check_resources(plans: Sequence[StagePlan], export_bytes: int, target: Path, work_root: Path) -> None:
-    """Refuse a run that cannot fit, before anything is written."""
-    needs = {target: export_bytes, work_root: sum(item.after.bytes for item in plans)}
+def _check_resources(plans: Sequence[StagePlan], writes: Sequence[tuple[Path, int]], work_root: Path) -> None:
+    """Refuse a run that cannot fit, before anything is written.
+
+    Args:
+        plans: of the stages.
+        writes: output folder and bytes of every variant; all of them lie on the disk at once.
+        work_root: where a checkpoint per stage is kept.
+    """
+    needs = [*writes, (work_root, sum(item.after.bytes for item in plans))]
     by_disk: dict[int, tuple[Path, int]] = {}
-    for path, needed in needs.items():
+    for path, needed in needs:
         parent = preflight.nearest_existing(path)
         first, sofar = by_disk.get(parent.stat().st_dev, (parent, 0))
         by_disk[parent.stat().st_dev] = (first, sofar + needed)
@@ -86,19 +98,48 @@ def _check_resources(plans: Sequence[StagePlan], export_bytes: int, target: Path
             )
 
 
-def _run_locked(state: Run, device: str) -> dict[str, Any]:
-    """Do the work, publish the folder, and return the report."""
+def produce(state: Run, device: str, place: Callable[[ExportSettings], Path]) -> list[Variant]:
+    """Open the model, run the stages, and fill one folder per export; none gets its final name here.
+
+    Args:
+        state: the run; it holds the lock of its work directory.
+        device: from `resolve_device`.
+        place: returns an empty folder for an export; called when it is that one's turn.
+    """
     recipe, progress = state.recipe, state.progress
     model = open_model(recipe.model, device=device, progress=progress)
     described = describe_model(model.spec)
     evaluator = Evaluator(recipe.evaluate, recipe.seed, recipe.calibration)
     reference = evaluator.reference(model, state.work.reference, progress, fresh=state.fresh)
     return_freed_memory()
-    stages = _run_stages(state, model)
+    product = Product(model, described, _run_stages(state, model), device)
+    measured: dict[str, Evaluation] = {}
+    return [
+        _variant(state, product, export, place(export), evaluator, reference, measured)
+        for export in recipe.export
+    ]
+
+
+def _variant(
+    state: Run,
+    product: Product,
+    export: ExportSettings,
+    folder: Path,
+    evaluator: Evaluator,
+    reference: Reference,
+    measured: dict[str, Evaluation],
+) -> Variant:
+    """Measure and export one variant; `measured` keeps what variants that compute the same share."""
     # What is measured is what is shipped: some formats compute otherwise than our own runtime.
-    shipped = as_shipped(model, recipe.export[0].format)
-    evaluation = evaluator.compare(shipped, reference, progress)
-    return publish(state, model, shipped, evaluation, described, stages, device)
+    shipped = as_shipped(product.model, export.format)
+    same = "the model itself" if shipped is product.model else export.format
+    if same not in measured:
+        measured[same] = evaluator.compare(shipped, reference, state.progress)
+    evaluation = replace(measured[same], metrics=dict(measured[same].metrics))
+    variant = make_variant(state, product, export, folder, shipped, evaluation)
+    del shipped  # the tensors of this variant; the next one makes its own
+    return_freed_memory()
+    return variant
 
 
 def _stage_keys(recipe: Recipe, model: OpenModel, calibration_key: str) -> list[tuple[str, str]]:
@@ -202,31 +243,40 @@ def _run_stage(
     return record_
 
 
-def check_size_gates(recipe: Recipe, before: ModelSpec, after: ModelSpec) -> None:
-    """Refuse gates on size that the plan shows to be out of reach.
+def check_size_gates(recipe: Recipe, before: ModelSpec, after: ModelSpec) -> list[int]:
+    """Predict the bytes of every export, and refuse gates on size that the plan shows to be out of reach.
+
+    Returns:
+        Bytes of the weight files of each export.
 
     Raises:
-        PlanError: naming the gate, and the smallest value that it could ask for.
+        PlanError: naming the gate and what is predicted; or a format cannot express the layers.
     """
-    if recipe.export[0].format != "compress":  # other containers: their bytes are measured at the end
-        return
-    size = after.size()
-    predicted = {
-        "size_ratio": size.bytes / before.size().bytes,
-        "bytes": float(size.bytes),
-        "bits_per_weight": size.bits_per_weight,
-    }
-    for name, value in predicted.items():
-        gate = recipe.require.get(name)
-        if gate is None or gate.operator not in ("<=", "<"):
-            continue
-        # What is decided on data (rotations, run-time scales) is counted at its largest: leave it room.
-        least = value * (1.0 - _PLAN_SLACK)
-        if not gate.holds(least):
-            raise PlanError(
-                f"require.{name}: {gate} cannot be reached; the plan predicts {value:.4g}",
-                hint="use fewer bits for more layers, or relax the gate",
-            )
+    size, original = after.size(), before.size().bytes
+    written = [
+        predict_bytes(after, export.format, max_shard_size=export.max_shard_size) for export in recipe.export
+    ]
+    for export, file_bytes in zip(recipe.export, written, strict=True):
+        # As they are measured: our own format by its tensors, other containers by their files.
+        stored = size.bytes if export.format == "compress" else file_bytes
+        predicted = {
+            "size_ratio": stored / original,
+            "bytes": float(stored),
+            "bits_per_weight": 8 * stored / size.parameters,
+        }
+        for name, value in predicted.items():
+            gate = recipe.require.get(name)
+            if gate is None or gate.operator not in ("<=", "<"):
+                continue
+            # What is decided on data (rotations, run-time scales) is counted at its largest: leave it room.
+            least = value * (1.0 - _PLAN_SLACK)
+            if not gate.holds(least):
+                which = "" if len(recipe.export) == 1 else f" by {export.path} ({export.format})"
+                raise PlanError(
+                    f"require.{name}: {gate} cannot be reached{which}; the plan predicts {value:.4g}",
+                    hint="use fewer bits for more layers, or relax the gate",
+                )
+    return written
 
 
 def plan_document(loaded: LoadedRecipe, progress: Progress) -> dict[str, Any]:
@@ -236,7 +286,10 @@ def plan_document(loaded: LoadedRecipe, progress: Progress) -> dict[str, Any]:
     with step(progress, "plan"):
         plans = plan_stages(spec, recipe)
     final = plans[-1].spec if plans else spec
-    check_size_gates(recipe, spec, final)
+    exports = [
+        {"format": export.format, "path": str(export.path), "bytes": size}
+        for export, size in zip(recipe.export, check_size_gates(recipe, spec, final), strict=True)
+    ]
     return {
         "recipe": recipe.model_dump(mode="json"),
         "model": describe_model(spec),
@@ -251,11 +304,7 @@ def plan_document(loaded: LoadedRecipe, progress: Progress) -> dict[str, Any]:
             }
             for item in plans
         ],
-        "export": {
-            "format": recipe.export[0].format,
-            "path": str(recipe.export[0].path),
-            "bytes": predict_bytes(final, recipe.export[0].format),
-        },
+        "export": exports[0] if len(exports) == 1 else exports,
     }
 
 
@@ -264,7 +313,7 @@ def execute(
     work: WorkDirectory,
     *,
     fresh: bool,
-    overwrite: bool,
+    overwrite: bool | None,
     strict: bool,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -273,15 +322,23 @@ def execute(
     device = resolve_device(recipe.device)
     spec = read_spec(recipe.model)
     plans = plan_stages(spec, recipe)
-    final = plans[-1].spec if plans else spec
-    check_size_gates(recipe, spec, final)
-    export_bytes = predict_bytes(final, recipe.export[0].format)
-    _check_resources(plans, export_bytes, Path(recipe.export[0].path), work.root)
+    written = check_size_gates(recipe, spec, plans[-1].spec if plans else spec)
+    targets = [Path(export.path) for export in recipe.export]
+    _check_resources(plans, list(zip(targets, written, strict=True)), work.root)
+    state = Run(loaded, work, Warnings(progress), fresh=fresh, overwrite=overwrite, strict=strict)
     with work.locked():
         work.log("run", recipe=str(loaded.file), model=recipe.model.id)
-        state = Run(loaded, work, Warnings(progress), fresh=fresh, overwrite=overwrite, strict=strict)
-        document = _run_locked(state, device)
-        work.log("done", path=str(recipe.export[0].path))
+        with ExitStack() as folders:
+
+            def place(export: ExportSettings) -> Path:
+                target = Path(export.path)
+                sweep_partials(target.parent, target.name)
+                return folders.enter_context(scratch_folder(target))
+
+            document = publishing.settle(state, produce(state, device, place))
+        return_freed_memory()
+        publishing.push_all(state, document)
+        work.log("done", paths=[str(target) for target in targets])
     return document
 
 

@@ -33,7 +33,8 @@ def plan(recipe: RecipeSource, *, progress: Progress | None = None) -> dict[str,
         progress: told what is happening.
 
     Returns:
-        The plan document: `recipe, model, stages[], export{format, path, bytes}`.
+        The plan document: `recipe, model, stages[], export{format, path, bytes}`; `export` is a list
+        where the recipe exports several variants.
 
     Raises:
         RecipeError, PlanError, SourceError: as `run` would.
@@ -60,23 +61,24 @@ def run(
         recipe: path of a YAML file, a mapping, or a loaded recipe.
         work_dir: keeps finished stages; the next run resumes from it.
         fresh: redo every stage even where a finished one is kept.
-        overwrite: replace an output folder that compress wrote; None: as the recipe says.
+        overwrite: replace output folders that compress wrote; None: as the recipe says.
         strict: turn warnings into failures before anything ships.
         progress: told what is happening.
 
     Returns:
-        The report, also written to `report.json` in the output folder.
+        The report, also written to `report.json` in the output folder. Where the recipe exports
+        several variants, `evaluation`, `gates` and `export` are lists in its order, and each folder
+        has a report of its own. A variant that was pushed has `export.push` here, not in the folder.
 
     Raises:
         CompressError: see the exit codes of its subclasses.
     """
     loaded = _as_loaded(recipe)
-    export = loaded.recipe.export[0]
-    overwrite = export.overwrite if overwrite is None else overwrite
-    preflight.check_target(Path(export.path), overwrite=overwrite)
-    preflight.check_apart(Path(export.path), Path(work_dir))
+    exports = loaded.recipe.export
+    preflight.check_targets(exports, Path(work_dir), overwrite=overwrite)
     preflight.check_writable(Path(work_dir))
     preflight.check_calibration(loaded)
+    preflight.check_access(exports)
     preflight.check_stages(loaded, checkpoints.preflight(loaded.recipe.model))
     from .execution import execute
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +22,53 @@ from .recipes.stages import GridSettings
 
 if TYPE_CHECKING:
     from .models.checkpoint import Checkpoint
+    from .recipes.export import ExportSettings
     from .recipes.loader import LoadedRecipe
 
 
-def check_target(target: Path, *, overwrite: bool) -> None:
+REJECTED = ".rejected"
+"""Added to the name of a folder that is kept but was refused."""
+
+
+def check_targets(exports: Sequence[ExportSettings], work_dir: Path, *, overwrite: bool | None) -> None:
+    """Refuse output folders that cannot be written, or that are in each other's way.
+
+    Args:
+        exports: of the recipe.
+        work_dir: of the run.
+        overwrite: replace older results; None: as each export says.
+
+    Raises:
+        UsageError, PlanError: as `check_target` and `check_apart`.
+    """
+    for export in exports:
+        resume = (
+            f"`compress push {export.path} {export.push.repo}` pushes it as it is; or " if export.push else ""
+        )
+        check_target(
+            Path(export.path),
+            overwrite=export.overwrite if overwrite is None else overwrite,
+            instead=resume,
+        )
+        check_apart(Path(export.path), work_dir)
+    for one, other in combinations([Path(export.path) for export in exports], 2):
+        first, second = _resolved(one), _resolved(other)
+        names = {first, _beside(first)} & {second, _beside(second)}
+        if names or first in second.parents or second in first.parents:
+            raise UsageError(
+                f"{one} and {other}: these outputs lie within each other, or one is where the other is"
+                " kept when it is refused",
+                hint="give every export a folder of its own",
+            )
+
+
+def check_target(target: Path, *, overwrite: bool, instead: str = "") -> None:
     """Refuse an output folder that exists or cannot be written.
+
+    Args:
+        target: output folder.
+        overwrite: replace it where it is ours.
+        instead: what else could be meant where it exists; for the hint.
 
     Raises:
         UsageError: it is a link; it exists and `overwrite` is false, or holds what we did not write.
@@ -36,7 +80,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         foreign = not_ours(target)
         if foreign is None and not overwrite:
             raise UsageError(
-                f"{target}: the output folder exists", hint="pass --overwrite, or another --output"
+                f"{target}: the output folder exists", hint=f"{instead}pass --overwrite, or another --output"
             )
         if foreign is not None:
             raise UsageError(
@@ -52,12 +96,21 @@ def check_apart(target: Path, work_dir: Path) -> None:
     Raises:
         UsageError: naming both.
     """
-    output, work = target.absolute(), work_dir.absolute()
+    output, work = _resolved(target), _resolved(work_dir)
     if output == work or output in work.parents or work in output.parents:
         raise UsageError(
             f"{target}: the output and the work directory {work_dir} lie within each other",
             hint="choose another --output or --work-dir",
         )
+
+
+def _resolved(path: Path) -> Path:
+    """Return where a path leads, with links in its parents followed; it need not exist."""
+    return path.absolute().resolve()
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(target.name + REJECTED)
 
 
 def not_ours(folder: Path) -> str | None:
@@ -95,6 +148,20 @@ def nearest_existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
+
+
+def check_access(exports: Sequence[ExportSettings]) -> None:
+    """Ask the Hub, for every export that is pushed, whether it could be; nothing is created.
+
+    Raises:
+        HubError: no token, no network, or no right to write.
+    """
+    pushes = [export.push for export in exports if export.push is not None]
+    if pushes:
+        from .exporters import hub
+
+        for push in pushes:
+            hub.check_access(push)
 
 
 def check_calibration(loaded: LoadedRecipe) -> None:

@@ -1,198 +1,163 @@
-"""The end of a run: write the folder, reopen it, judge it, and give it its name.
+"""The end of a run: every variant gets its name or is set aside, and what the recipe pushes is pushed.
 
-The folder is written under a hidden name beside its target. Only after a fresh process has reproduced
-the outputs and every gate holds is it renamed; otherwise it is kept, with its report, as NAME.rejected.
+All variants lie under hidden names until the last of them is finished. Those that hold get their
+names, the others are kept, with their reports, as NAME.rejected. Only a run in which every variant
+holds pushes anything.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-import time
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from . import preflight
+from .errors import HubError, VerifyError
+from .recipes.export import ExportSettings, PushSettings
+from .runtime.atomic import commit_folder, replace_folder, sync_tree
+from .state import Run
+from .variants import Variant
 
-from . import preflight, report
-from .calibration.inputs import condition_files
-from .errors import VerifyError
-from .evaluation.evaluator import Evaluation
-from .evaluation.size import size_metrics
-from .exporters.card import write_card
-from .exporters.figures import write_figures
-from .exporters.formats import write
-from .exporters.fresh_process import verify_export
-from .models.base import OpenModel
-from .progress import Progress, step
-from .recipes.loader import LoadedRecipe
-from .recipes.schema import Recipe
-from .runtime.atomic import commit_folder, replace_folder, scratch_folder, sweep_partials
-from .workdir import WorkDirectory, file_sha256
+LISTED_KEYS = ("evaluation", "gates", "export")
+"""Top keys of the report that are lists where a run makes several variants."""
 
 
-class Warnings:
-    """A `Progress` that passes everything on and remembers the warnings, for `strict`."""
+def settle(state: Run, variants: Sequence[Variant]) -> dict[str, Any]:
+    """Give every folder its final name, or keep it as NAME.rejected; nothing foreign is replaced.
 
-    def __init__(self, inner: Progress) -> None:
-        self.messages: list[str] = []
-        self.start, self.advance = inner.start, inner.advance
-        self.finish, self.note = inner.finish, inner.note
-        self._inner = inner
+    Returns:
+        The report of the run: of one variant its own, of several one with lists, see `combined`.
 
-    def warn(self, message: str) -> None:
-        """Remember a warning and pass it on."""
-        self.messages.append(message)
-        self._inner.warn(message)
-
-
-@dataclass
-class Run:
-    """What the steps of one run hand to each other."""
-
-    loaded: LoadedRecipe
-    work: WorkDirectory
-    progress: Warnings
-    fresh: bool
-    overwrite: bool
-    strict: bool
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def recipe(self) -> Recipe:
-        """The validated recipe."""
-        return self.loaded.recipe
+    Raises:
+        UsageError: something that compress did not write has appeared under a name meanwhile.
+        VerifyError: the verification, a gate, or under `strict` a warning speaks against a variant.
+    """
+    reasons = [_reasons(state, variant) for variant in variants]
+    places = [_place(variant, why) for variant, why in zip(variants, reasons, strict=True)]
+    for variant, place, why in zip(variants, places, reasons, strict=True):
+        preflight.check_target(place, overwrite=bool(why) or overwrites(state, variant.export))
+    for variant in variants:  # the slow part comes first, so that the names follow close on each other
+        sync_tree(variant.folder)
+    for variant, place, why in zip(variants, places, reasons, strict=True):
+        if place.exists():
+            replace_folder(variant.folder, place)
+        else:
+            commit_folder(variant.folder, place)
+        if why:
+            state.work.log("rejected", path=str(place), reasons=why)
+        else:
+            state.work.log("published", path=str(place))
+    if any(reasons):
+        raise _rejection(variants, places, reasons)
+    return combined([variant.document for variant in variants])
 
 
-def publish(
-    state: Run,
-    model: OpenModel,
-    shipped: OpenModel,
-    evaluation: Evaluation,
-    described: dict[str, Any],
-    stages: list[dict[str, Any]],
-    device: str,
-) -> dict[str, Any]:
-    """Export, verify, judge and rename.
+def overwrites(state: Run, export: ExportSettings) -> bool:
+    """Tell whether an older result under this export's name may be replaced."""
+    return export.overwrite if state.overwrite is None else state.overwrite
+
+
+def combined(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return one report of a run: `evaluation`, `gates` and `export` become lists where it made several."""
+    if len(documents) == 1:
+        return documents[0]
+    # The last one was finished last: its `environment` holds the time and the memory of the whole run.
+    return {
+        key: [document[key] for document in documents] if key in LISTED_KEYS else value
+        for key, value in documents[-1].items()
+    }
+
+
+def push_all(state: Run, document: dict[str, Any]) -> None:
+    """Push what the recipe says, in its order, and note under `export.push` where it went.
 
     Args:
         state: the run.
-        model: after its last stage.
-        shipped: what the exported folder computes; see `formats.as_shipped`.
-        evaluation: of the model as shipped; gets the metrics that only the folder has.
-        described: the report's `model`.
-        stages: the report's `stages`.
-        device: that the run used.
-
-    Returns:
-        The report.
+        document: what `settle` returned; gets the results. The folders' own reports stay as they are:
+            they are what was pushed.
 
     Raises:
-        VerifyError: the verification, a gate, or under `strict` a warning speaks against the result.
+        HubError: the network or the Hub refused; the folders stay, and the hint says how to go on.
+        VerifyError: what came back from the Hub is not what was sent.
     """
-    target = Path(state.recipe.export[0].path)
-    sweep_partials(target.parent, target.name)
-    with scratch_folder(target) as folder:
-        parts, failure = _export(state, model, shipped, folder, evaluation)
-        parts["model"], parts["stages"] = described, stages
-        parts["environment"] = report.environment(
-            state.recipe.seed, device, torch.get_num_threads(), state.started
-        )
-        document = {key: parts[key] for key in report.TOP_KEYS}
-        _write_documents(state, folder, document, evaluation)
-        _rename(state, folder, target, _reasons(state, document, failure))
-    return document
+    exports = state.recipe.export
+    if not any(export.push for export in exports):
+        return
+    from .exporters import hub
+
+    parts = document["export"] if isinstance(document["export"], list) else [document["export"]]
+    for index, (export, part) in enumerate(zip(exports, parts, strict=True)):
+        if export.push is None:
+            continue
+        try:
+            result = hub.push_folder(Path(export.path), export.push, progress=state.progress)
+        except HubError as error:
+            state.work.log("push_failed", path=str(export.path), repo=export.push.repo, error=error.message)
+            raise _not_pushed(error, exports[index:]) from error
+        part["push"] = result.to_json()
+        state.work.log("pushed", path=str(export.path), **part["push"])
 
 
-def _export(
-    state: Run, model: OpenModel, shipped: OpenModel, folder: Path, evaluation: Evaluation
-) -> tuple[dict[str, Any], str | None]:
-    """Write the weights, reopen them in a fresh process, and judge the gates.
-
-    Returns:
-        Parts of the report, and what the fresh process found wrong, or None.
-    """
-    recipe = state.recipe
-    with step(state.progress, f"export {recipe.export[0].format}"):
-        info = write(model, folder, recipe.export[0].format, max_shard_size=recipe.export[0].max_shard_size)
-        (folder / "recipe.yaml").write_text(state.loaded.text, encoding="utf-8")
-        for path in condition_files(recipe.calibration):
-            shutil.copyfile(path, folder / path.name)
-    # What a format unpacks or rounds back takes more room than the module does in memory.
-    stored = None if recipe.export[0].format == "compress" else info.bytes
-    evaluation.metrics.update(size_metrics(shipped, stored))
-    with step(state.progress, "verify in a fresh process"):
-        verification = verify_export(
-            model, folder, seed=recipe.seed, progress=state.progress, shipped=shipped
-        )
-    if verification.max_abs_error is not None:
-        evaluation.metrics["max_abs_error"] = verification.max_abs_error
-    if not verification.executed and verification.failure is None:
-        state.progress.warn(f"{recipe.export[0].format}: {'; '.join(verification.notes)}")
-    parts = {
-        "recipe": recipe.model_dump(mode="json"),
-        "evaluation": {"metrics": evaluation.metrics, **evaluation.details},
-        "gates": report.check_gates(recipe.require, evaluation.metrics),
-        "export": {
-            "path": str(recipe.export[0].path),
-            "format": info.format,
-            "bytes": info.bytes,
-            "verified": verification.verified,
-            "max_abs_error": verification.max_abs_error,
-            "loads_with": list(info.loads_with),
-            "notes": [*info.notes, *verification.notes],
-        },
-    }
-    return parts, verification.failure
+def push_command(folder: Path, push: PushSettings) -> str:
+    """Return the command that pushes a finished folder as the recipe would have."""
+    words = ["compress", "push", str(folder), push.repo + (f"@{push.revision}" if push.revision else "")]
+    if not push.private:
+        words.append("--public")
+    if push.create_pr:
+        words.append("--create-pr")
+    for option, value in (("--tag", push.tag), ("--message", push.message)):
+        words += [option, value] if value else []
+    if not push.verify_remote:
+        words.append("--no-verify-remote")
+    if push.overwrite:
+        words.append("--overwrite")
+    return shlex.join(words)
 
 
-def _write_documents(state: Run, folder: Path, document: dict[str, Any], evaluation: Evaluation) -> None:
-    """Add pictures, card and report; hash everything but the report itself."""
-    figures = write_figures(folder, evaluation, document)
-    write_card(folder, document, figures, recipe_text=state.loaded.text)
-    document["export"]["files"] = [
-        {
-            "name": path.relative_to(folder).as_posix(),
-            "bytes": path.stat().st_size,
-            "sha256": file_sha256(path),
-        }
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    ]
-    (folder / report.FILE_NAME).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+def _not_pushed(error: HubError, left: Sequence[ExportSettings]) -> HubError:
+    """Say what is on the disk, and how to push it without running the recipe again."""
+    commands = [push_command(Path(export.path), export.push) for export in left if export.push is not None]
+    cause = f"{error.hint}; then " if error.hint else ""
+    hint = f"{cause}push the finished folder{'s' if len(commands) > 1 else ''} by: {' && '.join(commands)}"
+    return HubError(f"{left[0].path} is finished but was not pushed: {error.message}", hint=hint)
 
 
-def _reasons(state: Run, document: dict[str, Any], failure: str | None) -> list[str]:
+def _reasons(state: Run, variant: Variant) -> list[str]:
     """Return what speaks against publishing."""
     reasons = [
         f"{row['metric']} is {_figure(row['measured'])}, required {row['expected']}"
-        for row in document["gates"]
+        for row in variant.document["gates"]
         if not row["passed"]
     ]
-    if failure is not None:
-        reasons.insert(0, failure)
+    if variant.failure is not None:
+        reasons.insert(0, variant.failure)
     if state.strict:
         reasons.extend(f"warning under --strict: {message}" for message in state.progress.messages)
     return reasons
 
 
-def _rename(state: Run, folder: Path, target: Path, reasons: list[str]) -> None:
-    """Give the folder its final name, or keep it as NAME.rejected; nothing foreign is replaced.
+def _place(variant: Variant, reasons: Sequence[str]) -> Path:
+    target = Path(variant.export.path)
+    return target.with_name(target.name + preflight.REJECTED) if reasons else target
 
-    Raises:
-        UsageError: something that compress did not write has appeared under the name meanwhile.
-        VerifyError: with the reasons.
-    """
-    place = target.with_name(target.name + ".rejected") if reasons else target
-    preflight.check_target(place, overwrite=state.overwrite or bool(reasons))
-    if place.exists():
-        replace_folder(folder, place)
-    else:
-        commit_folder(folder, place)
-    if reasons:
-        state.work.log("rejected", path=str(place), reasons=reasons)
-        raise VerifyError("; ".join(reasons), hint=f"nothing was published; the result is kept in {place}")
+
+def _rejection(
+    variants: Sequence[Variant], places: Sequence[Path], reasons: Sequence[Sequence[str]]
+) -> VerifyError:
+    rejected = [
+        (variant.export.path, place, why)
+        for variant, place, why in zip(variants, places, reasons, strict=True)
+        if why
+    ]
+    kept = ", ".join(str(place) for _, place, _ in rejected)
+    if len(variants) == 1:
+        hint = f"nothing was published; the result is kept in {kept}"
+        return VerifyError("; ".join(reasons[0]), hint=hint)
+    message = "; ".join(f"{path}: {', '.join(why)}" for path, _, why in rejected)
+    passed = ", ".join(str(place) for place, why in zip(places, reasons, strict=True) if not why)
+    hint = f"nothing was pushed; what was refused is kept in {kept}"
+    return VerifyError(message, hint=hint + (f", what passed is in {passed}" if passed else ""))
 
 
 def _figure(value: float | None) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import StageError
+from .recipes.secrets import redact
 from .runtime.atomic import atomic_folder, remove_folder, sweep_partials
 from .runtime.hashes import digest, file_sha256
 
@@ -60,7 +61,7 @@ class WorkDirectory:
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one event to the journal."""
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, default=str)
+        line = redact(json.dumps({"time": round(time.time(), 3), "event": event, **fields}, default=str))
         with (self.root / "events.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 

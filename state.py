@@ -1,0 +1,72 @@
+"""What the steps of one run hand to each other."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .progress import Progress
+from .recipes.loader import LoadedRecipe
+from .recipes.schema import Recipe
+from .workdir import WorkDirectory
+
+if TYPE_CHECKING:
+    from .models.base import OpenModel
+
+
+class Warnings:
+    """A `Progress` that passes everything on and remembers the warnings, for `strict`."""
+
+    def __init__(self, inner: Progress) -> None:
+        self.messages: list[str] = []
+        self.start, self.advance = inner.start, inner.advance
+        self.finish, self.note = inner.finish, inner.note
+        self._inner = inner
+
+    def warn(self, message: str) -> None:
+        """Remember a warning and pass it on; once, also where every variant gives it."""
+        if message not in self.messages:
+            self.messages.append(message)
+            self._inner.warn(message)
+
+
+@dataclass
+class Run:
+    """One run: what it was asked for, and where it works.
+
+    Attributes:
+        overwrite: replace output folders that compress wrote; None: as each export says.
+        recorded_recipe: what the reports give as `recipe`; None: the recipe itself.
+    """
+
+    loaded: LoadedRecipe
+    work: WorkDirectory
+    progress: Warnings
+    fresh: bool
+    overwrite: bool | None
+    strict: bool
+    recorded_recipe: dict[str, Any] | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The validated recipe."""
+        return self.loaded.recipe
+
+
+@dataclass(frozen=True)
+class Product:
+    """What the stages made: the same for every variant that is exported.
+
+    Attributes:
+        model: after its last stage.
+        described: the report's `model`.
+        stages: the report's `stages`.
+        device: that the run used.
+    """
+
+    model: OpenModel
+    described: dict[str, Any]
+    stages: list[dict[str, Any]]
+    device: str

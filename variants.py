@@ -1,0 +1,148 @@
+"""One variant of a result: written under a hidden name, reopened, judged, and described.
+
+Nothing here gives a folder its final name; `publishing` does, when all variants of a run are there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import report
+from .calibration.inputs import condition_files
+from .evaluation.evaluator import Evaluation
+from .evaluation.size import size_metrics
+from .exporters.card import write_card
+from .exporters.figures import write_figures
+from .exporters.formats import write
+from .exporters.fresh_process import verify_export
+from .exporters.licence import copy_licence
+from .models.base import OpenModel
+from .progress import step
+from .recipes.export import ExportSettings
+from .recipes.secrets import redact
+from .state import Product, Run
+from .workdir import file_sha256
+
+RECIPE_NAME = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A finished folder that has no name yet.
+
+    Attributes:
+        export: what the recipe says of it.
+        folder: where it lies for now.
+        document: its report, as in its `report.json`.
+        failure: what the fresh process found wrong, or None.
+    """
+
+    export: ExportSettings
+    folder: Path
+    document: dict[str, Any]
+    failure: str | None
+
+
+def make_variant(
+    state: Run,
+    product: Product,
+    export: ExportSettings,
+    folder: Path,
+    shipped: OpenModel,
+    evaluation: Evaluation,
+) -> Variant:
+    """Fill `folder` with one variant: weights, verification, gates, pictures, card and report.
+
+    Args:
+        state: the run.
+        product: what the stages made.
+        export: format, sizes and repository of this variant.
+        folder: exists and is empty.
+        shipped: what the exported folder computes; see `formats.as_shipped`.
+        evaluation: of the model as shipped; gets the metrics that only the folder has.
+
+    Raises:
+        PlanError: the format cannot express the model's layers.
+        OSError: the disk is full or refuses.
+    """
+    parts, failure = _export(state, product.model, export, folder, shipped, evaluation)
+    parts["model"], parts["stages"] = product.described, product.stages
+    parts["environment"] = report.environment(
+        state.recipe.seed, product.device, torch.get_num_threads(), state.started
+    )
+    # Errors of the libraries below may quote a URL or a header; nothing of that may be kept.
+    document = json.loads(redact(json.dumps({key: parts[key] for key in report.TOP_KEYS})))
+    _write_documents(state, export, folder, document, evaluation)
+    return Variant(export, folder, document, failure)
+
+
+def _export(
+    state: Run,
+    model: OpenModel,
+    export: ExportSettings,
+    folder: Path,
+    shipped: OpenModel,
+    evaluation: Evaluation,
+) -> tuple[dict[str, Any], str | None]:
+    """Write the weights, reopen them in a fresh process, and judge the gates.
+
+    Returns:
+        Parts of the report, and what the fresh process found wrong, or None.
+    """
+    recipe = state.recipe
+    with step(state.progress, f"export {export.format}"):
+        info = write(model, folder, export.format, max_shard_size=export.max_shard_size)
+        (folder / RECIPE_NAME).write_text(state.loaded.text, encoding="utf-8")
+        for path in condition_files(recipe.calibration):
+            shutil.copyfile(path, folder / path.name)
+        copy_licence(model.source, folder, state.progress)
+    # What a format unpacks or rounds back takes more room than the module does in memory.
+    stored = None if export.format == "compress" else info.bytes
+    evaluation.metrics.update(size_metrics(shipped, stored))
+    with step(state.progress, "verify in a fresh process"):
+        verification = verify_export(
+            model, folder, seed=recipe.seed, progress=state.progress, shipped=shipped
+        )
+    if verification.max_abs_error is not None:
+        evaluation.metrics["max_abs_error"] = verification.max_abs_error
+    if not verification.executed and verification.failure is None:
+        state.progress.warn(f"{export.format}: {'; '.join(verification.notes)}")
+    parts = {
+        "recipe": state.recorded_recipe or recipe.model_dump(mode="json"),
+        "evaluation": {"metrics": evaluation.metrics, **evaluation.details},
+        "gates": report.check_gates(recipe.require, evaluation.metrics),
+        "export": {
+            "path": str(export.path),
+            "format": info.format,
+            "bytes": info.bytes,
+            "verified": verification.verified,
+            "max_abs_error": verification.max_abs_error,
+            "loads_with": list(info.loads_with),
+            "notes": [*info.notes, *verification.notes],
+        },
+    }
+    return parts, verification.failure
+
+
+def _write_documents(
+    state: Run, export: ExportSettings, folder: Path, document: dict[str, Any], evaluation: Evaluation
+) -> None:
+    """Add pictures, card and report; hash everything but the report itself."""
+    figures = write_figures(folder, evaluation, document)
+    write_card(folder, document, figures, recipe_text=state.loaded.text)
+    document["export"]["files"] = [
+        {
+            "name": path.relative_to(folder).as_posix(),
+            "bytes": path.stat().st_size,
+            "sha256": file_sha256(path),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]
+    (folder / report.FILE_NAME).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
