@@ -5,11 +5,13 @@ Nothing here imports torch until a fixture needs it, so the torch-free tests sta
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +193,27 @@ def shared_data() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip("no folder `shared` beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def hub_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The process behind the fixture `hub`."""
+    # Loaded by path: the tests are no package, and the folder `tests` is not on the path of modules.
+    folder = Path(__file__).parent / "hub_server"
+    spec = importlib.util.spec_from_file_location("hub_server", folder / "__init__.py")
+    assert spec and spec.loader
+    sys.modules["hub_server"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    hub = module.Hub(tmp_path_factory.mktemp("hub"))
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def hub(hub_process: Any) -> Any:
+    """A model hub on loopback, empty: a process that speaks the Hub's protocol (`hub_server/client.py`)."""
+    hub_process.reset()
+    return hub_process
 
 
 @pytest.fixture(scope="session")
