@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -68,7 +68,7 @@ def read_source_card(folders: Sequence[Path], repo: str | None, revision: str | 
         revision: commit of `repo`.
     """
     if repo is None and folders:
-        repo, revision = snapshot_of(folders[0]) or (None, None)
+        repo, revision = snapshot_of(folders[0].absolute()) or (None, None)
     data = next(filter(None, (_front_matter(folder) for folder in folders)), {})
     texts = next(filter(None, (tuple(_texts(folder)) for folder in folders)), ())
     names = {path.name for path in texts}
@@ -82,9 +82,9 @@ def read_source_card(folders: Sequence[Path], repo: str | None, revision: str | 
     )
 
 
-def snapshot_of(folder: Path) -> tuple[str, str] | None:
+def snapshot_of(folder: PurePath) -> tuple[str, str] | None:
     """Return (Hub id, commit) of a folder in the Hub library's cache, None for any other folder."""
-    found = _SNAPSHOT.search(folder.absolute().as_posix())
+    found = _SNAPSHOT.search(folder.as_posix())
     return (f"{found[1]}/{found[2]}", found[3]) if found else None
 
 

@@ -52,3 +52,86 @@ def outputs_of() -> Callable[..., Any]:
             return module(**inputs, return_dict=False)[0]
 
     return run
+
+
+def _row(name, role, block, parameters, bits, activation=None, method="vidit_q", **more):
+    return {
+        "name": name, "role": role, "block": block, "parameters": parameters, "weight_bits": bits,
+        "activation_bits": activation, "group_size": 64, "low_rank": 0, "bytes": parameters * bits // 8,
+        "bytes_original": parameters * 2, "method": method, "decided_by": "weight_bits: 4", **more,
+    }  # fmt: skip
+
+
+CARD_LINEARS = [
+    _row("blocks.0.ff.net.2", "ff.out", 0, 6000, 4, 8),
+    _row("blocks.1.ff.net.2", "ff.out", 1, 6000, 4, 8),
+    _row("blocks.0.norm1.linear", "adaln", 0, 3000, 8, group_size=None, decided_by="adaln_weight_bits: 8"),
+    _row("proj_out", "head", None, 1000, 16, method=None, decided_by="left in floating point"),
+]
+
+
+@pytest.fixture
+def document():
+    """A report, as a run writes it."""
+    size = {
+        "parameters": 20000,
+        "parameters_stored": 20000,
+        "macs": 1234,
+        "bytes": 40000,
+        "bits_per_weight": 16.0,
+    }
+    return {
+        "recipe": {},
+        "model": {
+            "id": "builtin:dit", "revision": None, "class": "DiTTransformer2DModel", "family": "dit",
+            "dtype": "bfloat16", "hashes": {"model.safetensors": "ab" * 32}, "license": "apache-2.0", **size,
+        },
+        "stages": [{"method": "vidit_q", "seconds": 12.5, "peak_rss_bytes": 987654321, "details": {}}],
+        "evaluation": {
+            "metrics": {
+                "sqnr_db": 21.5, "sqnr_db_worst_step": 17.25, "psnr_db": 30.0, "ssim": 0.95, "bytes": 14000,
+                "size_ratio": 0.35, "bits_per_weight": 5.6, "parameters": 20000, "macs": 1234,
+                "class_agreement_original": 0.93, "class_agreement": 0.92, "class_agreement_drop": 0.01,
+                "fid_original": 3.4, "fid": 3.9, "linear_bytes_ratio": 0.266,
+            },
+            "linears": CARD_LINEARS,
+            "fidelity": {"samples": 16, "steps": 20, "guidance_scale": 1.5, "seed": 1, "compared": "images"},
+            "quality": {
+                "samples": 500, "steps": 10, "guidance_scale": 1.5, "seed": 2,
+                "classifier_test_accuracy": 0.922, "fid_floor": 0.056,
+            },
+        },
+        "gates": [
+            {"metric": "sqnr_db", "expected": ">= 12", "measured": 21.5, "passed": True},
+            {"metric": "fid", "expected": "<= 3", "measured": 3.9, "passed": False},
+        ],
+        "export": {
+            "path": "out/dit-w4a8", "format": "compress", "bytes": 14100, "verified": True,
+            "max_abs_error": 0.0,
+            "loads_with": ["compress.load(path)", "diffusers.DiTTransformer2DModel.from_pretrained(path)"],
+        },
+        "environment": {
+            "versions": {"compress": "0.1.0", "torch": "2.13.0"}, "platform": "linux-x86_64", "device": "cpu",
+            "threads": 2, "seed": 7, "seconds": 111.25, "cpu_seconds": 222.5, "peak_rss_bytes": 987654321,
+            "finished_at": "2026-01-02T03:04:05Z",
+        },
+    }  # fmt: skip
+
+
+@pytest.fixture
+def linears():
+    """The rows of linear layers in `document`."""
+    return [dict(row) for row in CARD_LINEARS]
+
+
+@pytest.fixture
+def ways():
+    """How folders of each format are loaded, as reports say it."""
+    stock = "diffusers.DiTTransformer2DModel.from_pretrained(path, torch_dtype=torch.bfloat16)"
+    registered = "import compress; diffusers.DiTTransformer2DModel.from_pretrained(path)"
+    return {
+        "compress": ["compress.load(path)", registered],
+        "torchao": [stock, "compress.load(path)"],
+        "sdnq": [stock],
+        "dequantized": ["compress.load(path)", stock],
+    }

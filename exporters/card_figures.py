@@ -1,0 +1,121 @@
+"""The card's figures: what was measured, by which command, held against what was required."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from .card_subject import Subject
+from .markdown import code, sentence, table
+
+_CAPTIONS = {
+    "samples.png": "Samples of the original and of this checkpoint from equal noise.",
+    "sqnr_per_timestep.png": "Signal to error of one denoiser call at every sampling step.",
+    "layer_error.png": "Signal to error of every block and its linears, each block on the original's input.",
+    "bits.png": "Bits and bytes of the linear layers inside the blocks.",
+}
+_METRIC_ROWS = (
+    ("sqnr_db", "denoiser SQNR, all steps", "{:.2f} dB"),
+    ("sqnr_db_worst_step", "denoiser SQNR, worst step", "{:.2f} dB"),
+    ("psnr_db", "PSNR of final samples", "{:.2f} dB"),
+    ("ssim", "SSIM of final samples", "{:.4f}"),
+)
+
+
+def measured(subject: Subject, figures: Sequence[str]) -> Iterator[str]:
+    """Yield the section of measured figures.
+
+    Args:
+        figures: names of the pictures beside the card.
+    """
+    yield from ("## What it costs, what it saves", "")
+    if "samples.png" in figures:
+        yield from _picture("samples.png")
+    yield from table(("", "original", "this checkpoint"), _rows(subject))
+    yield from _notes(subject.document["evaluation"])
+    yield from _commands(subject)
+    for name in figures:
+        if name != "samples.png":
+            yield from _picture(name)
+
+
+def _picture(name: str) -> Iterator[str]:
+    yield from (f"![{_CAPTIONS.get(name, name)}]({name})", "")
+
+
+def _rows(subject: Subject) -> list[tuple[str, str, str]]:
+    metrics, model = subject.metrics, subject.model
+    rows = [
+        ("tensor bytes", f"{model['bytes']:,}", f"{metrics['bytes']:,}"),
+        ("share of the original's bytes", "1", f"{metrics['size_ratio']:.4f}"),
+        (
+            "bits per parameter, everything counted",
+            f"{model['bits_per_weight']:.2f}",
+            f"{metrics['bits_per_weight']:.2f}",
+        ),
+        ("bytes of the weight files, headers included", "", f"{subject.export['bytes']:,}"),
+        ("parameters", f"{model['parameters']:,}", f"{metrics['parameters']:,}"),
+        ("multiply-accumulates of one forward", f"{model['macs']:,}", f"{metrics['macs']:,}"),
+    ]
+    if "linear_bytes_ratio" in metrics:
+        what = "quantized attention and feed-forward linears, share of bfloat16"
+        rows.append((what, "1", f"{metrics['linear_bytes_ratio']:.4f}"))
+    rows += [(text, "", form.format(metrics[name])) for name, text, form in _METRIC_ROWS if name in metrics]
+    if "class_agreement" in metrics:
+        before, after = metrics["class_agreement_original"], metrics["class_agreement"]
+        rows.append(("class agreement", f"{before:.1%}", f"{after:.1%}"))
+        rows.append(("feature FID", f"{metrics['fid_original']:.3f}", f"{metrics['fid']:.3f}"))
+    return rows
+
+
+def _notes(details: Mapping[str, Any]) -> Iterator[str]:
+    """Say how the figures of the table were measured."""
+    fidelity, quality = details.get("fidelity"), details.get("quality")
+    if fidelity:
+        yield (
+            f"- Fidelity: {fidelity['samples']} samples, {fidelity['steps']} steps, guidance"
+            f" {fidelity['guidance_scale']:g}, seed {fidelity['seed']}. SQNR: the compressed denoiser on the"
+            " inputs of the original's own trajectories. PSNR and SSIM: both models from equal noise, on"
+            f" {fidelity['compared']}."
+        )
+    if quality and "skipped" in quality:
+        yield f"- {sentence(quality['skipped'])}"
+    elif quality:
+        yield (
+            f"- Quality: {quality['samples']} samples, {quality['steps']} steps, guidance"
+            f" {quality['guidance_scale']:g}, seed {quality['seed']}, judged by the classifier that ships"
+            f" with compress ({quality['classifier_test_accuracy']:.1%} right on real test images). FID is on"
+            " its features and comparable within this table only; its floor, real test images"
+            f" against training images, is {quality['fid_floor']:.3f} with 10,000 images, higher with fewer."
+        )
+    if fidelity or quality:
+        yield ""
+
+
+def _commands(subject: Subject) -> Iterator[str]:
+    yield "All figures were measured by `compress run recipe.yaml`; `report.json` has them in full. This"
+    yield "checks every file, measures them again and compares:"
+    yield ""
+    yield f"    compress verify {subject.target} --against {subject.original}"
+    yield ""
+    if subject.base_model is None and subject.source == subject.model["id"].rpartition("/")[2]:
+        yield f"where {code(subject.source)} is the folder of the original."
+        yield ""
+
+
+def gates(subject: Subject) -> Iterator[str]:
+    """Yield the section of what the recipe required, or nothing."""
+    rows = subject.document["gates"]
+    if not rows:
+        return
+    yield from ("## What the recipe required", "")
+    cells = (
+        (
+            code(gate["metric"]),
+            gate["expected"],
+            "not measured" if gate["measured"] is None else f"{gate['measured']:.5g}",
+            "yes" if gate["passed"] else "**no**",
+        )
+        for gate in rows
+    )
+    yield from table(("metric", "required", "measured", "holds"), cells)

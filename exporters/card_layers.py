@@ -1,0 +1,66 @@
+"""The card's layers: what each is stored in, what the format changed, and what none of it speeds up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .card_subject import Subject
+from .fresh_process import NOT_EXECUTED
+from .layer_table import grouped
+from .markdown import code, sentence, table
+
+
+def export_notes(subject: Subject) -> Iterator[str]:
+    """Yield the section of what the format could not carry over, or nothing."""
+    export = subject.export
+    notes = [note for note in export.get("notes", ()) if note != NOT_EXECUTED]
+    if notes:
+        yield "## Notes on the export" if export["format"] == "compress" else "## What the format changes"
+        yield ""
+        yield from (f"- {sentence(note)}" for note in notes)
+        yield ""
+
+
+def layers(subject: Subject) -> Iterator[str]:
+    """Yield the table of layers, or nothing where they were not counted."""
+    if not subject.linears:
+        return
+    yield from ("## Layers", "")
+    rows = [
+        (code(pattern), weight, activation, scale, count, f"{size:,}" if size else "0 (a stored copy)", why)
+        for pattern, weight, activation, scale, count, size, why in grouped(subject.linears)
+    ]
+    header = ("linear layers", "weight bits", "activation bits", "scale per", "layers", "bytes", "decided by")
+    yield from table(header, rows)
+    format_ = subject.export["format"]
+    if format_ == "sdnq":
+        yield "Bytes as `compress` would pack them; the format `sdnq` stores scales in its own way, see the"
+        yield "size of the file above."
+    else:
+        rest = subject.metrics["bytes"] - sum(row["bytes"] for row in subject.linears)
+        other = "all other tensors together have"
+        if format_ != "compress":
+            other = "all other tensors, stored copies and file headers together have"
+        yield f"Bytes count weights, scales, zero points and biases; {other}"
+        yield f"{rest:,}."
+    yield ""
+
+
+def limits(subject: Subject) -> Iterator[str]:
+    """Yield the section of what is no faster than before."""
+    linears = [row for row in subject.linears if row["method"]]
+    yield from ("## What it does not speed up", "")
+    if subject.export["format"] == "dequantized":
+        yield "- This format stores the rounded weights in floating point: neither smaller nor faster than"
+        yield "  the original, and activations are not quantized."
+    if any(row["weight_bits"] < 8 for row in linears):
+        yield (
+            "- Weights below 8 bits make the file smaller; the product itself runs on 8-bit integers and is"
+            " no faster than with 8-bit weights."
+        )
+    if any(row["activation_bits"] is None for row in linears):
+        yield "- Quantized layers without activation bits are weight-only: their product is floating point."
+    yield "- Attention products, softmax, normalisation and the layers listed as floating point run as in the"
+    yield "  original."
+    yield "- No speed was measured in this run; small widths and small batches gain little or lose."
+    yield ""

@@ -1,0 +1,63 @@
+"""The card's section on loading: code that runs as it stands, and what was done to verify it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .card_subject import Subject
+from .fresh_process import NOT_EXECUTED
+from .markdown import code, fenced
+
+
+def loading(subject: Subject) -> Iterator[str]:
+    """Yield the section."""
+    export = subject.export
+    yield from ("## Load it", "")
+    for way in export["loads_with"]:
+        yield from (_introduction(way, export["format"]), "")
+        yield from fenced("\n".join(_lines(way, subject)), "python")
+    yield "This is the denoiser and its scheduler, not a whole pipeline: pass it on as `transformer=model`."
+    yield from (_verified(export), "")
+
+
+def _introduction(way: str, format_: str) -> str:
+    if "compress.load" in way:
+        return "With compress:"
+    return {
+        "compress": "With the stock class, which `import compress` teaches the format:",
+        "torchao": "With stock diffusers and torchao, without compress:",
+        "sdnq": "With stock diffusers and the package sdnq, without compress:",
+        "dequantized": "With stock diffusers alone:",
+    }[format_ if "import compress" in way or format_ != "compress" else "dequantized"]
+
+
+def _lines(way: str, subject: Subject) -> Iterator[str]:
+    """Yield the lines of one way of `loads_with`, with its imports and the checkpoint for `path`."""
+    *statements, expression = way.split("; ")
+    format_ = subject.export["format"]
+    modules = [name for name in ("compress", "diffusers", "torch") if f"{name}." in expression]
+    imports = [f"import {name}" for name in ([format_] if format_ == "sdnq" else []) + modules]
+    yield from dict.fromkeys([*statements, *imports])
+    arguments = json.dumps(subject.place or subject.folder, ensure_ascii=False)
+    if subject.place and subject.revision:
+        arguments += f", revision={json.dumps(subject.revision)}"
+    yield "model = " + re.sub(r"\bpath\b", lambda _: arguments, expression)
+
+
+def _verified(export: Mapping[str, Any]) -> str:
+    """Say what was done to verify the folder, and nothing more."""
+    error, ways = export["max_abs_error"], ", ".join(code(way) for way in export["loads_with"])
+    if not export["verified"]:
+        if NOT_EXECUTED in export.get("notes", ()):
+            return f"**It was not run before it was published**: {NOT_EXECUTED}."
+        what = "it does not load, or gives other outputs" if error is None else f"the error is {error:.3g}"
+        return f"**The verification failed**: reopened in a fresh process, {what}; see the notes below."
+    done = f"Before it was published it was reopened in a fresh process with {ways}: the largest difference"
+    if export["format"] == "sdnq":
+        return (
+            f"{done} to our own integer runtime was {error:.3g}, because the arithmetic of sdnq is its own."
+        )
+    return f"{done} to the outputs of the same layers in memory was {error:g}."

@@ -1,0 +1,85 @@
+"""The card's YAML block: what the Hub sorts, links and searches by."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+from ..recipes.schema import settings_class
+from .card_subject import Subject
+
+LIBRARY = "diffusers"
+_NO_FOLDING = 2**16
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./+-]*")
+_WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
+# By class, where the source's own card does not say. The Hub has no task of its own for images from
+# a class label; it lists them with those that are made without a prompt.
+_TASKS = {
+    "DiTTransformer2DModel": "unconditional-image-generation",
+    "PixArtTransformer2DModel": "text-to-image",
+    "SD3Transformer2DModel": "text-to-image",
+    "FluxTransformer2DModel": "text-to-image",
+}
+
+
+def metadata(subject: Subject) -> dict[str, Any]:
+    """Return the metadata; what is not known is left out."""
+    model = subject.model
+    values = {
+        "license": model.get("license"),
+        "license_name": model.get("license_name"),
+        "license_link": model.get("license_link"),
+        "library_name": LIBRARY,
+        "pipeline_tag": model.get("pipeline_tag") or _TASKS.get(model["class"]),
+        "base_model": subject.base_model,
+        "base_model_relation": relation(subject) if subject.base_model else None,
+        "tags": _tags(subject),
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def relation(subject: Subject) -> str:
+    """Return how the result comes from its base, in the words of the Hub.
+
+    The Hub knows adapter, finetune, merge and quantized. A model that was only pruned or trained again
+    is none of these exactly; `finetune` is nearest (other weights, same task) and what the Hub takes a
+    model with a base for that does not say. Rounded weights that are stored as floats are quantized.
+    """
+    for stage in subject.document["stages"]:
+        settings = settings_class(stage["method"])
+        if settings is not None and settings.phase == "quantize":
+            return "quantized"
+    return "quantized" if subject.label else "finetune"
+
+
+def _tags(subject: Subject) -> list[str]:
+    tags = ["compress", *(stage["method"].replace("_", "-") for stage in subject.document["stages"])]
+    if subject.label:
+        tags.append(subject.label.lower())
+    if subject.export["format"] in ("torchao", "sdnq"):
+        tags.append(subject.export["format"])
+    return list(dict.fromkeys(tags))
+
+
+def front_matter(values: dict[str, Any]) -> str:
+    """Return the YAML block with its marks; it reads the same in YAML 1.1 and 1.2.
+
+    The Hub's Python library reads 1.1, the Hub itself 1.2: `no` and `1e3` are texts in one of them only,
+    so everything but plain words is quoted.
+    """
+    stream = io.StringIO()
+    yaml = YAML()
+    yaml.width = _NO_FOLDING
+    yaml.dump({key: _quoted(value) for key, value in values.items()}, stream)
+    return f"---\n{stream.getvalue()}---"
+
+
+def _quoted(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_quoted(item) for item in value]
+    is_plain = _PLAIN.fullmatch(value) and value.lower() not in _WORDS
+    return value if is_plain else DoubleQuotedScalarString(value)

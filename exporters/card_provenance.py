@@ -1,0 +1,67 @@
+"""The card's provenance: recipe, inputs, outputs, versions, seeds, licence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from .card_subject import Subject
+from .markdown import code, fenced, table
+
+
+def provenance(subject: Subject, recipe_text: str) -> Iterator[str]:
+    """Yield the section on how the checkpoint was made.
+
+    Args:
+        recipe_text: the recipe as the user wrote it.
+    """
+    yield from ("## How it was made", "", "    compress run recipe.yaml", "")
+    yield "with `recipe.yaml`, which is also in this folder; `report.json` has it with every default and"
+    yield from ("override resolved:", "")
+    yield from fenced(recipe_text, "yaml")
+    yield from table(("", ""), _rows(subject))
+    yield "The SHA-256 of every file of this folder is in `report.json`. This checks them, and the gates:"
+    yield from ("", f"    compress verify {subject.target}", "")
+
+
+def _rows(subject: Subject) -> list[tuple[str, Any]]:
+    model, environment = subject.model, subject.document["environment"]
+    revision = subject.source_revision
+    rows: list[tuple[str, Any]] = [
+        ("source", code(subject.source) + (f" at {code(revision)}" if revision else ""))
+    ]
+    rows += [
+        (f"SHA-256 of the source's {code(name)}", code(value)) for name, value in _sorted(model["hashes"])
+    ]
+    rows += [(f"SHA-256 of {code(name)}", code(value)) for name, value in _weights(subject)]
+    rows.append(("seed", environment["seed"]))
+    for part in ("fidelity", "quality"):
+        details = subject.document["evaluation"].get(part) or {}
+        if "seed" in details:
+            rows.append((f"seed of the {part} samples", details["seed"]))
+    rows.append(("device", f"{environment['device']} ({environment['platform']})"))
+    return rows + list(environment["versions"].items())
+
+
+def _sorted(hashes: dict[str, str]) -> list[tuple[str, str]]:
+    return sorted(hashes.items())
+
+
+def _weights(subject: Subject) -> list[tuple[str, str]]:
+    """Return the output's weight files; the rest stands in the report, this card among it."""
+    files = subject.export.get("files", ())
+    return sorted((row["name"], row["sha256"]) for row in files if row["name"].endswith(".safetensors"))
+
+
+def licence(subject: Subject) -> Iterator[str]:
+    """Yield the section on the licence."""
+    known, name = subject.model.get("license"), subject.model.get("license_name")
+    yield from ("## Licence", "")
+    if known is None:
+        yield f"The licence of {code(subject.source)} is not known: its own card names none. Ask whoever"
+        yield "made it before you use or pass on what was derived from it."
+        return
+    names = ", ".join(code(item) for item in ([known] if isinstance(known, str) else known))
+    yield f"That of {code(subject.source)}: {names}" + (f" ({code(name)})." if name else ".")
+    if "license_link" in subject.model:
+        yield f"Its text: <{subject.model['license_link']}>."

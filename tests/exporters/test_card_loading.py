@@ -1,0 +1,89 @@
+"""The code on the card is executed as it stands there."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from compress.exporters.card import render_card
+from compress.exporters.formats import write
+
+FORMATS = ["compress", "torchao", "sdnq", "dequantized"]
+SAVE = """
+import torch
+from safetensors.torch import save_file
+inputs = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5)).to(model.dtype)
+with torch.no_grad():
+    output = model(inputs, timestep=torch.tensor([3, 900]), class_labels=torch.tensor([1, 10])).sample
+save_file({"output": output.contiguous()}, "output.safetensors")
+"""
+
+
+def blocks_of(card):
+    """Return the Python blocks of a card."""
+    return re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("place", [None, "org/name"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_code_for_every_format(document, ways, format, place):
+    document["export"] |= {"format": format, "loads_with": ways[format]}
+    blocks = blocks_of(render_card(document, [], "", place=place))
+    assert len(blocks) == len(ways[format])
+    for block, way in zip(blocks, ways[format], strict=True):
+        compile(block, "card", "exec")
+        *imports, last = block.splitlines()
+        expression = way.split("; ")[-1].replace("path", json.dumps(place or "out/dit-w4a8"))
+        assert last == f"model = {expression}"
+        assert len(imports) <= (3 if format == "sdnq" else 2)
+        assert [f"import {name}" in imports for name in ("compress", "diffusers", "torch", "sdnq")] == [
+            "compress" in way, "diffusers." in way, "torch." in way, format == "sdnq",
+        ]  # fmt: skip
+
+
+def test_a_revision_is_part_of_the_code_and_of_the_commands(document):
+    card = render_card(document, [], "", place="org/name", revision="v1.0")
+    assert 'compress.load("org/name", revision="v1.0")' in card
+    assert 'from_pretrained("org/name", revision="v1.0")' in card
+    assert "    compress verify org/name@v1.0 --against builtin:dit\n" in card
+    assert "dit-w4a8" not in card
+    assert card.split("---\n")[2].startswith("\n# name\n")
+
+
+@pytest.mark.parametrize(
+    ("format", "scheme"),
+    [
+        ("compress", "mixed"),
+        pytest.param("torchao", "torchao", marks=pytest.mark.slow),
+        pytest.param("dequantized", "w4a8", marks=pytest.mark.slow),
+    ],
+)
+def test_the_code_loads_the_model(
+    document, make_tiny, open_quantized, schemes, tmp_path, outputs_of, format, scheme
+):
+    import compress
+    import torch
+    from safetensors.torch import load_file
+
+    model = open_quantized(make_tiny(dtype="bfloat16"), schemes[scheme])
+    folder = tmp_path / "out" / 'a "quoted" näme'
+    folder.mkdir(parents=True)
+    info = write(model, folder, format)
+    document["export"] |= {"path": str(folder), "format": format, "loads_with": info.loads_with}
+    blocks = blocks_of(render_card(document, [], ""))
+    assert len(blocks) == 2
+    outputs = []
+    for block in blocks:
+        command = [sys.executable, "-c", block + SAVE]
+        done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        outputs.append(load_file(folder.parent / "output.safetensors")["output"])
+    space: dict = {}
+    loaded = compress.load(folder)
+    exec(SAVE.replace("save_file(", "_ = ("), {"model": loaded}, space)
+    assert torch.isfinite(outputs[0]).all()
+    assert torch.equal(outputs[0], space["output"])
+    assert torch.equal(outputs[0], outputs[1])
