@@ -67,6 +67,23 @@ def plan_stages(spec: ModelSpec, recipe: Recipe) -> list[StagePlan]:
     return plans
 
 
+def check_plan(recipe: Recipe, targets: Sequence[Path], work_root: Path) -> None:
+    """Plan a recipe and refuse what cannot be reached or does not fit on this machine.
+
+    Args:
+        recipe: that has passed the preflight.
+        targets: where its exports are written, in their order.
+        work_root: where a checkpoint per stage is kept.
+
+    Raises:
+        PlanError: a stage, a format, a gate on size, memory or disk speaks against it.
+    """
+    spec = read_spec(recipe.model)
+    plans = plan_stages(spec, recipe)
+    written = check_size_gates(recipe, spec, plans[-1].spec if plans else spec)
+    _check_resources(plans, list(zip(targets, written, strict=True)), work_root)
+
+
 def _check_resources(plans: Sequence[StagePlan], writes: Sequence[tuple[Path, int]], work_root: Path) -> None:
     """Refuse a run that cannot fit, before anything is written.
 
@@ -320,11 +337,8 @@ def execute(
     """Carry out a recipe that has passed the preflight; see `pipeline.run`."""
     recipe = loaded.recipe
     device = resolve_device(recipe.device)
-    spec = read_spec(recipe.model)
-    plans = plan_stages(spec, recipe)
-    written = check_size_gates(recipe, spec, plans[-1].spec if plans else spec)
     targets = [Path(export.path) for export in recipe.export]
-    _check_resources(plans, list(zip(targets, written, strict=True)), work.root)
+    check_plan(recipe, targets, work.root)
     state = Run(loaded, work, Warnings(progress), fresh=fresh, overwrite=overwrite, strict=strict)
     with work.locked():
         work.log("run", recipe=str(loaded.file), model=recipe.model.id)

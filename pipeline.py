@@ -14,6 +14,7 @@ from . import preflight
 from .errors import SourceError
 from .models import checkpoint as checkpoints
 from .progress import Progress, SilentProgress
+from .recipes.export import PushSettings
 from .recipes.loader import LoadedRecipe, load_recipe
 from .workdir import WorkDirectory
 
@@ -88,6 +89,33 @@ def run(
     )
 
 
+def reproduce(
+    folder: str | Path, *, work_dir: str | Path = ".compress", progress: Progress | None = None
+) -> dict[str, Any]:
+    """Run the recipe of an exported folder again and compare the hashes of its files.
+
+    The recipe is the resolved one of the folder's report, with this folder's export alone. Nothing
+    that earlier runs kept is used, nothing is pushed, and nothing is left behind.
+
+    Args:
+        folder: written by `run`, also where it was moved or downloaded since.
+        work_dir: what is made meanwhile lies in a hidden folder below it.
+        progress: told what is happening.
+
+    Returns:
+        `folder, reproduced` (True), `files[{name, expected, measured, equal}]` with SHA-256, of all
+        files but the report, and `differences`, of the two environments.
+
+    Raises:
+        SourceError: the folder does not say how it was made, or the source has changed since.
+        VerifyError: files differ; the hint says what differs between the two runs.
+        CompressError: as `run`.
+    """
+    from . import reproduction
+
+    return reproduction.reproduce(Path(folder), Path(work_dir), progress or SilentProgress())
+
+
 def evaluate(
     folder: str | Path, *, recipe: RecipeSource | None = None, progress: Progress | None = None
 ) -> dict[str, Any]:
@@ -115,3 +143,31 @@ def evaluate(
     from .execution import evaluate_folder
 
     return evaluate_folder(loaded, folder, progress or SilentProgress())
+
+
+def push(folder: str | Path, settings: PushSettings, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Push an exported folder to the Hub, after it was verified and before it is called published.
+
+    Args:
+        folder: written by `run`.
+        settings: the repository, and how to push.
+        progress: told what is happening.
+
+    Returns:
+        `{"push": {...}}`: see `PushResult`.
+
+    Raises:
+        SourceError: there is no such folder, or it is none of ours.
+        VerifyError: the folder was rejected or is not what its report says; or what arrived is not.
+        PlanError: the download that verifies would not fit on the disk.
+        HubError: the Hub or the network refused.
+    """
+    from .exporters import hub
+    from .exporters.hub_bundle import read_report
+    from .exporters.verify import verify_folder
+
+    folder = Path(folder)
+    read_report(folder)
+    verify_folder(folder)
+    hub.check_access(settings)
+    return {"push": hub.push_folder(folder, settings, progress=progress or SilentProgress()).to_json()}

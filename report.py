@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import SourceError
 from .recipes.gates import Gate
+from .runtime.cpu import processor
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -26,17 +27,23 @@ FILE_NAME = "report.json"
 TOP_KEYS = ("recipe", "model", "stages", "evaluation", "gates", "export", "environment")
 TIMING_KEYS = frozenset({"seconds", "cpu_seconds", "peak_rss_bytes", "resumed", "finished_at"})
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "torchao", "scipy")
+_DRAWN_WITH = ("matplotlib", "pillow")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that decide the bytes of a result."""
-    found = {"compress": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "absent"
-    return found
+    """Return the versions that decide the bytes of a result's tensors."""
+    return {
+        "compress": __version__,
+        "python": platform.python_version(),
+        **{package: _version(package) for package in _PACKAGES},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
 
 
 def reset_peak_rss() -> None:
@@ -100,10 +107,13 @@ def check_gates(gates: Mapping[str, Gate], metrics: Mapping[str, float]) -> list
 def environment(seed: int, device: str, threads: int, started: float) -> dict[str, Any]:
     """Describe the machine and the cost of the whole run."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
+    name, flags = processor()
     return {
-        "versions": versions(),
+        "versions": {**versions(), **{package: _version(package) for package in _DRAWN_WITH}},
         "platform": f"{platform.system().lower()}-{platform.machine()}",
+        "processor": " ".join([name, *flags]),
         "device": device,
+        **_accelerator(device),
         "threads": threads,
         "seed": seed,
         "seconds": round(time.monotonic() - started, 3),
@@ -111,6 +121,14 @@ def environment(seed: int, device: str, threads: int, started: float) -> dict[st
         "peak_rss_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _accelerator(device: str) -> dict[str, str]:
+    if not device.startswith("cuda"):
+        return {}
+    import torch
+
+    return {"accelerator": torch.cuda.get_device_name(device)}
 
 
 def without_timings(value: Any) -> Any:
