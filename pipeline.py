@@ -79,8 +79,9 @@ def run(
     preflight.check_targets(exports, Path(work_dir), overwrite=overwrite)
     preflight.check_writable(Path(work_dir))
     preflight.check_calibration(loaded)
+    preflight.check_stages(loaded, checkpoints.locate(loaded.recipe.model, weights=False))
     preflight.check_access(exports)
-    preflight.check_stages(loaded, checkpoints.preflight(loaded.recipe.model))
+    checkpoints.preflight(loaded.recipe.model)
     from .execution import execute
 
     work = WorkDirectory(Path(work_dir))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -154,13 +155,20 @@ def check_access(exports: Sequence[ExportSettings]) -> None:
     """Ask the Hub, for every export that is pushed, whether it could be; nothing is created.
 
     Raises:
+        PlanError: the format could not be executed here, and only what was executed is pushed.
         HubError: no token, no network, or no right to write.
     """
-    pushes = [export.push for export in exports if export.push is not None]
+    pushes = [(export, export.push) for export in exports if export.push is not None]
+    for export, push in pushes:
+        if export.format == "sdnq" and find_spec("sdnq") is None:
+            raise PlanError(
+                f"{export.path}: to be pushed to {push.repo}, it must be executed, and sdnq is not installed",
+                hint="install the package sdnq, or leave out `push` for this export",
+            )
     if pushes:
         from .exporters import hub
 
-        for push in pushes:
+        for _, push in pushes:
             hub.check_access(push)
 
 

@@ -87,6 +87,12 @@ def push_all(state: Run, document: dict[str, Any]) -> None:
     from .exporters import hub
 
     parts = document["export"] if isinstance(document["export"], list) else [document["export"]]
+    for export, part in zip(exports, parts, strict=True):
+        if export.push is not None and not part["verified"]:
+            raise VerifyError(
+                f"{export.path}: was not executed when it was verified, so nothing was pushed",
+                hint="its notes in report.json say why; the folder itself is finished",
+            )
     for index, (export, part) in enumerate(zip(exports, parts, strict=True)):
         if export.push is None:
             continue

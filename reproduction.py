@@ -7,6 +7,7 @@ the number of threads. Nothing that an earlier run kept is used, and nothing is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,9 +17,11 @@ from typing import Any
 from . import preflight, report
 from .calibration.inputs import FILE_KEYS
 from .errors import PlanError, RecipeError, SourceError, VerifyError
+from .exporters.card import FILE_NAME as CARD_NAME
+from .exporters.card_subject import Subject
 from .models import checkpoint as checkpoints
 from .progress import Progress, step
-from .recipes.export import ExportSettings
+from .recipes.export import ExportSettings, PushSettings
 from .recipes.loader import LoadedRecipe, load_recipe
 from .recipes.schema import Recipe
 from .runtime.atomic import scratch_folder, sweep_partials
@@ -27,6 +30,7 @@ from .workdir import WorkDirectory
 
 _NAME = "reproduction"
 _RECIPE = "recipe.yaml"
+_VERIFY = re.compile(r"^    compress verify (\S+)$", re.MULTILINE)
 _MOST_THREADS = 1024
 _ENVIRONMENT = ("platform", "processor", "device", "accelerator", "threads", "seed")
 _SAME = (
@@ -109,7 +113,7 @@ def read_origin(folder: Path) -> Origin:
         export = _own_export(loaded.recipe, found["export"])
         recipe = loaded.recipe.model_copy(
             update={
-                "export": (export,),
+                "export": (export.model_copy(update={"push": _place(folder, found, export.push)}),),
                 "model": loaded.recipe.model.model_copy(
                     update={"revision": found["model"]["revision"] or loaded.recipe.model.revision}
                 ),
@@ -153,6 +157,19 @@ def _own_export(recipe: Recipe, recorded: Mapping[str, Any]) -> ExportSettings:
         if str(export.path) == recorded["path"] and export.format == recorded["format"]:
             return export
     raise ValueError(f"no export of the recipe has the path {recorded['path']!r}")
+
+
+def _place(folder: Path, found: Mapping[str, Any], push: PushSettings | None) -> PushSettings | None:
+    """Return the repository that the card says it is loaded from; None: the folder itself.
+
+    `compress push` writes a card for where it pushes to, so the recipe does not always know.
+    """
+    card = folder / CARD_NAME
+    named = _VERIFY.findall(card.read_text(encoding="utf-8")) if card.is_file() else []
+    target = named[-1] if named else Subject(found).target
+    if push is not None and target == Subject(found, push.repo, push.revision).target:
+        return push
+    return None if target == Subject(found).target else PushSettings.model_validate(target)
 
 
 def _copies(folder: Path, files: Mapping[str, str], recipe: Recipe) -> dict[str, Path]:

@@ -135,7 +135,14 @@ def _write_documents(
 ) -> None:
     """Add pictures, card and report; hash everything but the report itself."""
     figures = write_figures(folder, evaluation, document)
-    write_card(folder, document, figures, recipe_text=state.loaded.text)
+    write_card(
+        folder,
+        document,
+        figures,
+        recipe_text=state.loaded.text,
+        place=export.push.repo if export.push else None,
+        revision=export.push.revision if export.push else None,
+    )
     document["export"]["files"] = [
         {
             "name": path.relative_to(folder).as_posix(),
