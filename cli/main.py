@@ -19,6 +19,7 @@ from .evaluate import evaluate
 from .inspect import inspect
 from .methods import methods
 from .plan import plan
+from .push import push
 from .recipes import recipes
 from .run import run
 from .schema import schema
@@ -26,7 +27,7 @@ from .validate import validate
 from .verify import verify
 
 _VERBS: tuple[Callable[..., None], ...] = (
-    run, plan, validate, inspect, evaluate, verify, recipes, methods, schema, doctor,
+    run, plan, validate, inspect, evaluate, verify, push, recipes, methods, schema, doctor,
 )  # fmt: skip
 
 

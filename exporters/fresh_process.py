@@ -65,7 +65,7 @@ class Verification:
 
 
 @dataclass(frozen=True)
-class _Answer:
+class Answer:
     """What the fresh process said: outputs by way, errors by way, packages it does not have."""
 
     outputs: dict[str, Tensor]
@@ -101,7 +101,7 @@ def verify_export(
     except CompressError as error:
         return _failed(f"the folder does not open: {_without(Path(folder), error.message)}")
     format_ = stored.quant_method or "dequantized"
-    ways, loads_with = _ways(model, format_)
+    ways, loads_with = ways_of(stored.class_name, name_of(model.spec.dtype), format_)
     shipped = shipped or as_shipped(model, format_)
     device = next(shipped.module.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -109,11 +109,10 @@ def verify_export(
     request = {
         "folder": str(Path(folder).resolve()), "class_name": stored.class_name,
         "dtype": name_of(model.spec.dtype), "device": str(device), "seed": seed ^ _OTHER_SEED,
-        "threads": threads or torch.get_num_threads(), "ways": ways,
-        "needs": ["sdnq"] if format_ == "sdnq" else [],
+        "threads": threads or torch.get_num_threads(), "ways": ways, "needs": packages_of(format_),
     }  # fmt: skip
     with step(progress, "verify in a fresh process", len(ways)) as bar:
-        answer = _ask_fresh_process(request, inputs)
+        answer = ask_fresh_process(request, inputs)
         if answer.missing:
             return Verification(False, False, None, {}, [], notes=(NOT_EXECUTED,))
         expected = _run(shipped.module, inputs, threads)
@@ -123,7 +122,7 @@ def verify_export(
 
 
 def _judge(
-    answer: _Answer, ways: list[str], loads_with: list[str], expected: Tensor, own: Tensor, format_: str
+    answer: Answer, ways: list[str], loads_with: list[str], expected: Tensor, own: Tensor, format_: str
 ) -> Verification:
     """Hold the outputs of the fresh process against those of the model in memory."""
     errors: dict[str, float | None] = {}
@@ -131,7 +130,7 @@ def _judge(
     sqnr = None if own is expected else _sqnr_db(expected, own)
     for way in ways:
         output = answer.outputs.get(way)
-        errors[way] = None if output is None else _difference(output, expected)
+        errors[way] = None if output is None else largest_difference(output, expected)
         if output is None:
             failures.append(f"does not load the {way!r} way in a fresh process: {answer.errors[way]}")
         elif format_ == "sdnq":
@@ -169,16 +168,20 @@ def _failed(failure: str) -> Verification:
     return Verification(False, False, None, {}, [], failure, notes=(failure,))
 
 
-def _ways(model: OpenModel, format_: str) -> tuple[list[str], list[str]]:
-    """Return the ways of loading for the worker, and as Python."""
-    name = type(model.module).__name__
-    stock = f"diffusers.{name}.from_pretrained(path, torch_dtype=torch.{name_of(model.spec.dtype)})"
+def ways_of(class_name: str, dtype: str, format_: str) -> tuple[list[str], list[str]]:
+    """Return the ways of loading a format for the worker, and as Python."""
+    stock = f"diffusers.{class_name}.from_pretrained(path, torch_dtype=torch.{dtype})"
     if format_ == QUANT_METHOD:
-        registered = f"import compress; diffusers.{name}.from_pretrained(path)"
+        registered = f"import compress; diffusers.{class_name}.from_pretrained(path)"
         return ["registered", "compress"], ["compress.load(path)", registered]
     if format_ == "sdnq":
         return ["stock"], [stock]
     return ["stock", "compress"], [stock, "compress.load(path)"]
+
+
+def packages_of(format_: str) -> list[str]:
+    """Return the packages without which a format cannot be run."""
+    return ["sdnq"] if format_ == "sdnq" else []
 
 
 def _run(module: nn.Module, inputs: Mapping[str, Any], threads: int | None) -> Tensor:
@@ -207,7 +210,13 @@ def _flat(inputs: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor
     return tensors, constants
 
 
-def _ask_fresh_process(request: dict[str, Any], inputs: Mapping[str, Any]) -> _Answer:
+def ask_fresh_process(request: dict[str, Any], inputs: Mapping[str, Any]) -> Answer:
+    """Let a new process load a folder and run it.
+
+    Args:
+        request: what `verify_worker` takes, without inputs and the files that it writes.
+        inputs: keyword arguments of one forward.
+    """
     tensors, constants = _flat(inputs)
     with tempfile.TemporaryDirectory(prefix="compress-verify-") as name:
         place = Path(name)
@@ -239,7 +248,7 @@ def _ask_fresh_process(request: dict[str, Any], inputs: Mapping[str, Any]) -> _A
         answer = json.loads((place / "answer.json").read_text(encoding="utf-8"))
         outputs = load_file(place / "outputs.safetensors") if not answer["missing"] else {}
         errors = {way: _without(Path(request["folder"]), text) for way, text in answer["errors"].items()}
-        return _Answer(outputs, errors, answer["missing"])
+        return Answer(outputs, errors, answer["missing"])
 
 
 def _without(folder: Path, text: str) -> str:
@@ -247,11 +256,11 @@ def _without(folder: Path, text: str) -> str:
     return text.replace(f"{folder}{os.sep}", "").replace(str(folder), "the folder")
 
 
-def _no_answer(request: Mapping[str, Any], why: str) -> _Answer:
-    return _Answer({}, dict.fromkeys(request["ways"], why), [])
+def _no_answer(request: Mapping[str, Any], why: str) -> Answer:
+    return Answer({}, dict.fromkeys(request["ways"], why), [])
 
 
-def _difference(actual: Tensor, expected: Tensor) -> float | None:
+def largest_difference(actual: Tensor, expected: Tensor) -> float | None:
     """Return the largest absolute difference; None for other shapes or values that are not finite."""
     if actual.shape != expected.shape:
         return None

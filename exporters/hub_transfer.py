@@ -94,7 +94,7 @@ def is_passing(error: BaseException) -> bool:
 
 def _asked_seconds(error: Any) -> float:
     """Return how long the Hub asks to wait, 0 where it does not say."""
-    from huggingface_hub.utils import parse_ratelimit_headers
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 
     headers = error.response.headers
     limit = parse_ratelimit_headers(headers) if status_of(error) == 429 else None
@@ -128,7 +128,7 @@ def heard_through(progress: Progress) -> Iterator[None]:
     """Let the library speak through `progress` alone: no bars, no log lines, no warnings of its own."""
     from importlib import import_module
 
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     states: dict[str, bool] = import_module("huggingface_hub.utils.tqdm").progress_bar_states
     before, logger = dict(states), logging.getLogger("huggingface_hub")

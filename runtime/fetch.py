@@ -42,7 +42,7 @@ def fetch(path_or_repo: str | Path, *, revision: str | None = None, subfolder: s
 def _download(repo: str, revision: str | None, subfolder: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repo)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
     "errors": 0,
     "progress": 0,
+    "version": 0,
     "recipes": 0,
     "runtime": 1,
     "models": 2,

@@ -19,6 +19,7 @@ COMMANDS = [
     "inspect",
     "evaluate",
     "verify",
+    "push",
     "recipes",
     "methods",
     "schema",

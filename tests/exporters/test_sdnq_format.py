@@ -123,8 +123,8 @@ def test_other_integers_are_a_failure(exported):
 @pytest.mark.parametrize(("scale", "verified"), [(1.01, True), (3.0, False)])
 def test_outputs_of_sdnq_are_compared_in_decibels(exported, outputs_of, monkeypatch, scale, verified):
     model, out, _ = exported
-    answer = fresh_process._Answer({"stock": outputs_of(model.module) * scale}, {}, [])
-    monkeypatch.setattr(fresh_process, "_ask_fresh_process", lambda request, inputs: answer)
+    answer = fresh_process.Answer({"stock": outputs_of(model.module) * scale}, {}, [])
+    monkeypatch.setattr(fresh_process, "ask_fresh_process", lambda request, inputs: answer)
     verification = verify_export(model, out, seed=0, progress=SilentProgress())
     assert verification.executed
     assert verification.verified is verified

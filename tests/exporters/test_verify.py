@@ -70,8 +70,8 @@ def test_the_shipped_model_is_not_made_twice(exported, monkeypatch, outputs_of):
     model, out = exported("w4a8", "dequantized")
     shipped = as_shipped(model, "dequantized")
     monkeypatch.setattr(fresh_process, "as_shipped", lambda model, format: pytest.fail("made again"))
-    answer = fresh_process._Answer(dict.fromkeys(["stock", "compress"], outputs_of(shipped.module)), {}, [])
-    monkeypatch.setattr(fresh_process, "_ask_fresh_process", lambda request, inputs: answer)
+    answer = fresh_process.Answer(dict.fromkeys(["stock", "compress"], outputs_of(shipped.module)), {}, [])
+    monkeypatch.setattr(fresh_process, "ask_fresh_process", lambda request, inputs: answer)
     verification = verify_export(model, out, seed=0, progress=SilentProgress(), shipped=shipped)
     assert verification.verified
 
@@ -125,8 +125,8 @@ def test_one_way_that_fails_does_not_hide_the_other(exported, monkeypatch):
     expected = fresh_process._run(
         model.module, model.family.example_inputs(model.module, 2, torch.Generator().manual_seed(0)), None
     )
-    answer = fresh_process._Answer({"compress": expected}, {"registered": "OSError: no"}, [])
-    monkeypatch.setattr(fresh_process, "_ask_fresh_process", lambda request, inputs: answer)
+    answer = fresh_process.Answer({"compress": expected}, {"registered": "OSError: no"}, [])
+    monkeypatch.setattr(fresh_process, "ask_fresh_process", lambda request, inputs: answer)
     verification = verify_export(model, out, seed=0, progress=SilentProgress())
     assert not verification.verified
     assert verification.ways == {"registered": None, "compress": 0.0}
@@ -160,9 +160,9 @@ def test_outputs_without_a_finite_difference_are_a_failure(exported, monkeypatch
 
     def answer(request, inputs):
         output = torch.zeros(1) if damage == "shape" else torch.full((2, 8, 8, 8), float("nan"))
-        return fresh_process._Answer(dict.fromkeys(request["ways"], output), {}, [])
+        return fresh_process.Answer(dict.fromkeys(request["ways"], output), {}, [])
 
-    monkeypatch.setattr(fresh_process, "_ask_fresh_process", answer)
+    monkeypatch.setattr(fresh_process, "ask_fresh_process", answer)
     verification = verify_export(model, out, seed=0, progress=SilentProgress())
     assert not verification.verified
     assert verification.max_abs_error is None

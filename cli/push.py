@@ -1,0 +1,95 @@
+"""`compress push`: publish an exported folder on the Hub."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UsageError
+from . import _options, _render
+
+if TYPE_CHECKING:
+    from ..recipes.export import PushSettings
+
+_Repository = Annotated[
+    str,
+    typer.Argument(metavar="ORG/NAME[@BRANCH]", help="The repository; made if absent.", show_default=False),
+]
+
+
+def push(
+    context: typer.Context,
+    folder: _options.FolderArgument,
+    repository: _Repository,
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help="Branch to push to; made if absent.")
+    ] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    tag: Annotated[str | None, typer.Option(help="Tag the commit once it is verified.")] = None,
+    message: Annotated[str | None, typer.Option(help="First line of the commit message.")] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a new repository public; else it is private.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files there that compress did not write.")
+    ] = False,
+    no_verify_remote: Annotated[
+        bool, typer.Option("--no-verify-remote", help="Do not download and verify what was pushed.")
+    ] = False,
+    as_json: _options.AsJson = False,
+    quiet: _options.Quiet = False,
+    debug: _options.Debug = False,
+) -> None:
+    """Publish a folder on the Hub, in one commit.
+
+    The folder is verified first; what was pushed is downloaded and verified again. Files that are there
+    already are not sent. The token comes from HF_TOKEN or `hf auth login`, the Hub from HF_ENDPOINT.
+
+    Examples:
+      compress push out/dit-w4a8 my-org/dit-w4a8
+      compress push out/dit-w4a8 my-org/dit-w4a8@candidate --tag v1.0
+      compress push out/dit-w4a8 my-org/dit-w4a8 --create-pr
+    """
+    sink = _options.sink(context, as_json, quiet, debug)
+    settings = _settings(
+        repo=repository,
+        revision=revision,
+        create_pr=create_pr,
+        tag=tag,
+        message=message,
+        overwrite=overwrite,
+        verify_remote=not no_verify_remote,
+        **({"private": False} if public else {}),
+    )
+    from .. import pipeline
+
+    with sink.progress() as progress:
+        document = pipeline.push(folder, settings, progress=progress)
+    pushed = document["push"]
+    done = "was up to date" if pushed["up_to_date"] else f"{pushed['files_sent']} files sent"
+    sink.result(document, [*_render.anything(pushed), f"{pushed['url']}: {done}"])
+
+
+def _settings(**values: Any) -> PushSettings:
+    """Validate what was asked for as a recipe's `export.push` is.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    from pydantic import ValidationError
+
+    from ..recipes.export import PushSettings
+
+    if values["revision"] is not None and "@" in values["repo"]:
+        raise UsageError(
+            f"{values['repo']}: a branch is given twice, after @ and by --revision", hint="give one of them"
+        )
+    try:
+        return PushSettings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "push"
+        option = "ORG/NAME" if name == "repo" else f"--{name.replace('_', '-')}"
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{option}: {reason}", hint="see `compress push --help`") from None

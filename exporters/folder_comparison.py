@@ -1,0 +1,108 @@
+"""Two folders of one checkpoint, each run in a fresh process: they must give the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CompressError
+from ..models.registry import family_for
+from ..progress import Progress, step
+from ..runtime.load import skeleton
+from ..runtime.modules import dtype_of
+from ..runtime.validate import StoredCheckpoint, open_folder
+from .fresh_process import Answer, ask_fresh_process, largest_difference, packages_of, ways_of
+
+_BATCH, _SEED = 2, 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two fresh processes computed.
+
+    Attributes:
+        ways: way of loading -> the largest absolute difference of the outputs, None where there is none.
+        failure: what is wrong with the other folder, in one sentence; None where nothing is.
+        notes: what could not be compared.
+    """
+
+    ways: Mapping[str, float | None]
+    failure: str | None = None
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+
+class _Like(nn.Module):
+    """Config and type of a model, for drawing its inputs without its weights."""
+
+    def __init__(self, config: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.reference = nn.Parameter(torch.empty(1, dtype=dtype))
+
+
+def compare_folders(
+    folder: Path, other: Path, *, progress: Progress, device: str = "cpu", threads: int | None = None
+) -> Comparison:
+    """Load both folders in fresh processes every way that their format has, and compare outputs.
+
+    Args:
+        folder: the checkpoint as it was exported.
+        other: a copy of it, such as a download.
+        progress: gets one step.
+        device: of both processes.
+        threads: CPU threads of their arithmetic; None: as many as this process uses.
+    """
+    try:
+        stored, copy = open_folder(folder), open_folder(other)
+    except CompressError as error:
+        return Comparison({}, f"the folder does not open: {error.message}")
+    if (stored.class_name, stored.quant_method) != (copy.class_name, copy.quant_method):
+        return Comparison({}, f"holds a {copy.class_name} in another format")
+    format_ = stored.quant_method or "dequantized"
+    ways, _ = ways_of(stored.class_name, stored.dtype, format_)
+    request = {
+        "class_name": stored.class_name, "dtype": stored.dtype, "device": device, "seed": _SEED,
+        "threads": threads or torch.get_num_threads(), "ways": ways, "needs": packages_of(format_),
+    }  # fmt: skip
+    inputs = _inputs(stored)
+    with step(progress, "run in fresh processes", 2) as bar:
+        answers = []
+        for path in (folder, other):
+            answers.append(ask_fresh_process({**request, "folder": str(path.resolve())}, inputs))
+            bar.advance()
+    if answers[0].missing:
+        names = ", ".join(answers[0].missing)
+        return Comparison({}, notes=(f"its hashes match; it was not run: {names} is not installed",))
+    return _judge(ways, *answers)
+
+
+def _inputs(stored: StoredCheckpoint) -> dict[str, Any]:
+    """Draw the inputs of one forward."""
+    dtype = dtype_of(stored.dtype)
+    like = _Like(skeleton(stored, dtype).config, dtype)
+    generator = torch.Generator().manual_seed(_SEED)
+    return family_for(stored.class_name).example_inputs(like, _BATCH, generator)
+
+
+def _judge(ways: list[str], ours: Answer, theirs: Answer) -> Comparison:
+    """Hold the outputs of the copy against those of the folder."""
+    found: dict[str, float | None] = {}
+    failures = []
+    for way in ways:
+        expected, output = ours.outputs.get(way), theirs.outputs.get(way)
+        found[way] = None if expected is None or output is None else largest_difference(output, expected)
+        if expected is None:
+            failures.append(f"the local folder does not load the {way!r} way: {ours.errors[way]}")
+        elif output is None:
+            failures.append(f"does not load the {way!r} way: {theirs.errors[way]}")
+        elif not torch.equal(output, expected):
+            size = "in shape or by values that are not finite"
+            if found[way] is not None:
+                size = f"by up to {found[way]:.3g}"
+            failures.append(f"loaded the {way!r} way, its outputs differ from the local folder's {size}")
+    return Comparison(found, "; ".join(failures) or None)

@@ -1,0 +1,154 @@
+"""Pushing an exported folder to the Hub: one commit, which is downloaded and verified before it is tagged."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..progress import Progress
+from ..recipes.export import PushSettings
+from ..recipes.secrets import without_user_info
+from ..runtime.atomic import scratch_folder, sweep_partials
+from .hub_access import check_access
+from .hub_bundle import Bundle, bundle, read_report
+from .hub_commit import commit
+from .hub_remote import check_room, verify_remote
+from .hub_repository import MAIN, Changes, Pushed, RemoteRepository, State, changes, refuse_tag
+from .hub_transfer import heard_through
+
+__all__ = ["PushResult", "check_access", "push_folder"]
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What a push did.
+
+    Attributes:
+        repo: `org/name`.
+        revision: the branch, or the reference of the pull request.
+        commit: that holds the folder.
+        url: to look at it.
+        private: who sees the repository: its members alone, or everybody.
+        tag: that was set, or None.
+        pull_request: its address, or None.
+        files_sent: how many files the commit added or changed.
+        up_to_date: everything was there already; no commit was made.
+        verified: the commit was downloaded again, matched every hash, and was run wherever its format
+            can be run here.
+        notes: what could not be checked, and what is not as it was asked for.
+    """
+
+    repo: str
+    revision: str
+    commit: str
+    url: str
+    private: bool
+    tag: str | None
+    pull_request: str | None
+    files_sent: int
+    up_to_date: bool
+    verified: bool
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report's form."""
+        return {**asdict(self), "notes": list(self.notes)}
+
+
+def push_folder(folder: Path, settings: PushSettings, *, progress: Progress) -> PushResult:
+    """Push an exported folder in one commit, and verify what arrived.
+
+    Files that the revision has already are not sent; files of an earlier push that the folder does not
+    have are removed by the same commit. Where nothing changes no commit is made.
+
+    Args:
+        folder: exported and verified.
+        settings: where it goes.
+        progress: gets one step for the upload and one for the verification.
+
+    Returns:
+        What was done.
+
+    Raises:
+        SourceError: the folder holds no report.
+        VerifyError: the report says that the result was not accepted, or what arrived is not what was
+            sent; the message names the commit.
+        PlanError: the download that verifies would not fit on the disk.
+        HubError: the Hub or the network refused.
+    """
+    folder = Path(folder).resolve()
+    document = read_report(folder)
+    with heard_through(progress), _scratch(folder) as scratch:
+        if settings.verify_remote:
+            check_room(scratch, sum(row["bytes"] for row in document["export"]["files"]))
+        repository = RemoteRepository(settings, progress)
+        repository.create()
+        private = repository.is_private()
+        state = repository.state()
+        repository.refuse_foreign(state, scratch / "before")
+        listed = [row["name"] for row in document["export"]["files"]]
+        sent = bundle(folder, settings, repository.kept(state, listed, scratch / "before"))
+        change = changes(sent, state.files)
+        _check_tag(settings, state, change)
+        result = _result(repository, _push(repository, state, sent, change, progress), change, private)
+        if settings.verify_remote:
+            notes = verify_remote(repository, result.commit, sent, scratch / "after", progress)
+            result = replace(result, verified=True, notes=(*result.notes, *notes))
+        if settings.tag is not None:
+            repository.tag(result.commit)
+    return result
+
+
+def _push(
+    repository: RemoteRepository, state: State, sent: Bundle, change: Changes, progress: Progress
+) -> Pushed:
+    repository.ensure_branch(state)
+    if not change and state.head is not None:
+        return Pushed(state.head, MAIN if repository.settings.create_pr else repository.branch)
+    return commit(repository, state, sent, change, progress)
+
+
+def _check_tag(settings: PushSettings, state: State, change: Changes) -> None:
+    """Refuse a tag that would have to move, before anything is sent."""
+    there = state.tags.get(settings.tag or "")
+    if there is not None and (change or there != state.head):
+        refuse_tag(settings.repo, str(settings.tag), there)
+
+
+def _result(repository: RemoteRepository, pushed: Pushed, change: Changes, private: bool) -> PushResult:
+    settings = repository.settings
+    place = f"{without_user_info(repository.api.endpoint)}/{settings.repo}"
+    notes: tuple[str, ...] = ()
+    if private != settings.private:
+        is_, asked = ("private", "public") if private else ("public", "private")
+        notes = (f"the repository existed and stays {is_}; {asked} holds for new ones only",)
+    return PushResult(
+        repo=settings.repo,
+        revision=pushed.revision,
+        commit=pushed.commit,
+        url=place if pushed.revision == MAIN else f"{place}/tree/{pushed.revision}",
+        private=private,
+        tag=settings.tag,
+        pull_request=None if pushed.pull_request is None else without_user_info(pushed.pull_request),
+        files_sent=len(change.added),
+        up_to_date=not change,
+        verified=False,
+        notes=notes,
+    )
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`, or, where nothing can be written there, in the temporary one."""
+    if not os.access(folder.parent, os.W_OK):
+        with tempfile.TemporaryDirectory(prefix="compress-push-") as name:
+            yield Path(name)
+        return
+    sweep_partials(folder.parent, folder.name)
+    with scratch_folder(folder) as scratch:
+        yield scratch
