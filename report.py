@@ -10,13 +10,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import SourceError
-from .recipes.gates import Gate
+from .recipes.gates import Gate, judge
 from .runtime.cpu import processor
 from .version import __version__
 
@@ -25,9 +25,26 @@ if TYPE_CHECKING:
 
 FILE_NAME = "report.json"
 TOP_KEYS = ("recipe", "model", "stages", "evaluation", "gates", "export", "environment")
-TIMING_KEYS = frozenset({"seconds", "cpu_seconds", "peak_rss_bytes", "resumed", "finished_at"})
+TIMING_KEYS = frozenset(
+    {
+        "seconds", "cpu_seconds", "peak_rss_bytes", "peak_rss_bytes_children", "peak_accelerator_bytes",
+        "resumed", "finished_at",
+    }
+)  # fmt: skip
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "torchao", "scipy")
 _DRAWN_WITH = ("matplotlib", "pillow")
+# They read, build and move what others decide: recorded, but no reason to make a stage again.
+_MOVED_WITH = ("accelerate", "huggingface_hub", "hf_xet")
+_BYTES_OF_MAXRSS = 1 if sys.platform == "darwin" else 1024
+
+
+class _Highest:
+    """The peak from before the last reset: the kernel keeps one counter for the whole process."""
+
+    bytes: int = 0
+
+
+_HIGHEST = _Highest()
 
 
 def versions() -> dict[str, str]:
@@ -48,6 +65,7 @@ def _version(package: str) -> str:
 
 def reset_peak_rss() -> None:
     """Start a new measurement of the peak where the kernel allows it; else the peak is the process's."""
+    _HIGHEST.bytes = max(_HIGHEST.bytes, peak_rss_bytes())
     control = Path("/proc/self/clear_refs")
     if os.access(control, os.W_OK):
         try:
@@ -63,8 +81,33 @@ def peak_rss_bytes() -> int:
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _BYTES_OF_MAXRSS
+
+
+def cpu_seconds() -> float:
+    """Return the processor time of this process and of its children that have ended, in seconds."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def _reset_for_run() -> float:
+    """Start the peak of a run, and return the clock."""
+    reset_peak_rss()
+    _HIGHEST.bytes = 0
+    return time.monotonic()
+
+
+@dataclass(frozen=True)
+class Started:
+    """When a run began: a process may make several, and each reports its own cost.
+
+    Attributes:
+        seconds: of the monotonic clock.
+        cpu_seconds: that had been used by then.
+    """
+
+    seconds: float = field(default_factory=_reset_for_run)
+    cpu_seconds: float = field(default_factory=cpu_seconds)
 
 
 @dataclass
@@ -90,45 +133,52 @@ def measured() -> Iterator[Measured]:
 
 def check_gates(gates: Mapping[str, Gate], metrics: Mapping[str, float]) -> list[dict[str, Any]]:
     """Hold the measured metrics against `require`; a metric that was not measured fails its gate."""
-    rows: list[dict[str, Any]] = []
-    for name, gate in gates.items():
-        value = metrics.get(name)
-        rows.append(
-            {
-                "metric": name,
-                "expected": str(gate),
-                "measured": value,
-                "passed": value is not None and gate.holds(value),
-            }
-        )
-    return rows
+    return judge(gates, metrics)
 
 
-def environment(seed: int, device: str, threads: int, started: float) -> dict[str, Any]:
-    """Describe the machine and the cost of the whole run."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
+def environment(seed: int, device: str, threads: int, started: Started) -> dict[str, Any]:
+    """Describe the machine and the cost of the run so far.
+
+    Args:
+        seed: of the run.
+        device: that it used.
+        threads: of its arithmetic.
+        started: when it began.
+
+    Returns:
+        The report's `environment`. `cpu_seconds` counts the processes that the run started, too;
+        `peak_rss_bytes` is this process's, `peak_rss_bytes_children` the largest that any child had.
+    """
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
     name, flags = processor()
     return {
-        "versions": {**versions(), **{package: _version(package) for package in _DRAWN_WITH}},
+        "versions": {
+            **versions(),
+            **{package: _version(package) for package in (*_DRAWN_WITH, *_MOVED_WITH)},
+        },
         "platform": f"{platform.system().lower()}-{platform.machine()}",
         "processor": " ".join([name, *flags]),
         "device": device,
         **_accelerator(device),
         "threads": threads,
         "seed": seed,
-        "seconds": round(time.monotonic() - started, 3),
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
-        "peak_rss_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "seconds": round(time.monotonic() - started.seconds, 3),
+        "cpu_seconds": round(cpu_seconds() - started.cpu_seconds, 3),
+        "peak_rss_bytes": max(_HIGHEST.bytes, peak_rss_bytes()),
+        "peak_rss_bytes_children": children.ru_maxrss * _BYTES_OF_MAXRSS,
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
-def _accelerator(device: str) -> dict[str, str]:
+def _accelerator(device: str) -> dict[str, str | int]:
     if not device.startswith("cuda"):
         return {}
     import torch
 
-    return {"accelerator": torch.cuda.get_device_name(device)}
+    return {
+        "accelerator": torch.cuda.get_device_name(device),
+        "peak_accelerator_bytes": torch.cuda.max_memory_allocated(device),
+    }
 
 
 def without_timings(value: Any) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .progress import Progress
 from .recipes.loader import LoadedRecipe
 from .recipes.schema import Recipe
+from .report import Started
 from .workdir import WorkDirectory
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Run:
     overwrite: bool | None
     strict: bool
     recorded_recipe: dict[str, Any] | None = None
-    started: float = field(default_factory=time.monotonic)
+    started: Started = field(default_factory=Started)
 
     @property
     def recipe(self) -> Recipe:

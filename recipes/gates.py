@@ -96,3 +96,17 @@ class Gate:
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {"type": "string", "pattern": _SYNTAX, "examples": ["<= 0.35", ">= 12"]}
+
+
+def judge(gates: Mapping[str, Gate], metrics: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Hold measured metrics against `require`; a metric that was not measured fails its gate.
+
+    Returns:
+        The report's rows: `metric`, `expected`, `measured`, `passed`.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, gate in gates.items():
+        value = metrics.get(name)
+        passed = value is not None and gate.holds(value)
+        rows.append({"metric": name, "expected": str(gate), "measured": value, "passed": passed})
+    return rows

@@ -1,12 +1,17 @@
+import subprocess
+import sys
 import time
 
+import pytest
 from compress.recipes.gates import Gate
 from compress.report import (
+    Started,
     check_gates,
     environment,
     measured,
     peak_rss_bytes,
     reset_peak_rss,
+    versions,
     without_timings,
 )
 from pydantic import TypeAdapter
@@ -58,6 +63,52 @@ def test_peak_memory_sees_an_allocation():
 
 
 def test_the_environment_names_versions_and_seed():
-    found = environment(7, "cpu", 2, time.monotonic())
+    found = environment(7, "cpu", 2, Started())
     assert found["seed"] == 7
-    assert {"compress", "torch", "python"} <= set(found["versions"])
+    assert {"compress", "torch", "python", "huggingface_hub", "safetensors"} <= set(found["versions"])
+
+
+def test_libraries_that_move_files_do_not_make_a_stage_anew():
+    assert not {"huggingface_hub", "matplotlib"} & set(versions())
+
+
+def test_processor_time_counts_the_processes_that_were_started():
+    started = Started()
+    burn = (
+        "import time\nend = time.process_time() + 0.3\n"
+        "while time.process_time() < end: pass\nblock = b'x' * 10**8"
+    )
+    subprocess.run([sys.executable, "-c", burn], check=True)
+    found = environment(0, "cpu", 1, started)
+    assert 0.3 <= found["cpu_seconds"] < 3.0
+    assert found["seconds"] >= 0.3
+    assert found["peak_rss_bytes_children"] > 100_000_000
+
+
+def test_the_peak_of_a_run_outlives_the_measurement_of_a_stage():
+    started = Started()
+    before = environment(0, "cpu", 1, started)["peak_rss_bytes"]
+    block = bytearray(b"x") * 200_000_000
+    del block
+    with measured():
+        time.sleep(0.01)
+    assert environment(0, "cpu", 1, started)["peak_rss_bytes"] > before + 150_000_000
+
+
+def test_a_run_does_not_report_the_cost_of_the_run_before():
+    first = Started()
+    block = bytearray(b"x") * 200_000_000
+    del block
+    before = environment(0, "cpu", 1, first)
+    with measured() as stage:
+        time.sleep(0.01)
+    if stage.peak_rss_bytes > before["peak_rss_bytes"] - 100_000_000:
+        pytest.skip("this kernel does not let a process reset its peak")
+    again = environment(0, "cpu", 1, Started())
+    assert again["peak_rss_bytes"] < before["peak_rss_bytes"] - 100_000_000
+    assert again["cpu_seconds"] < 1.0
+
+
+def test_cost_is_left_out_of_a_comparison():
+    found = environment(0, "cpu", 1, Started())
+    assert not [key for key in without_timings(found) if "seconds" in key or "peak" in key]
