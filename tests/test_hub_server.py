@@ -65,6 +65,7 @@ def test_create_upload_and_download_in_a_fresh_cache(hub, api, folder, tmp_path)
         assert newest["files"][name]["sha256"] == _sha256(path)
         assert hub.read(REPO, name) == path.read_bytes()
     assert newest["files"]["large.safetensors"]["lfs"] and not newest["files"]["README.md"]["lfs"]
+    assert hub.broken() == []
     # 5 MiB and 3 bytes come as 6 parts; the small file as one.
     sizes = sorted(one["received_bytes"] for one in _uploads(hub))
     assert sizes == [3, 256 * 40, MIB, MIB, MIB, MIB, MIB]

@@ -133,6 +133,10 @@ class Hub:
             cut_after=cut_after, delay=delay, hook=hook,
         )  # fmt: skip
 
+    def reset_faults(self) -> None:
+        """Forget the faults still to come, and nothing else."""
+        self._call("reset_faults")
+
     def faults_left(self) -> list[dict[str, Any]]:
         """Return the faults that no request has met yet."""
         return self._call("faults_left")
@@ -163,6 +167,10 @@ class Hub:
     def commits(self, repo: str, revision: str = "main") -> list[dict[str, Any]]:
         """Return the history, newest first: oid, parent, title, description, author, files."""
         return self._call("commits", repo=repo, revision=revision)
+
+    def broken(self) -> list[str]:
+        """Return the files of all commits whose bytes are not there or have another SHA-256."""
+        return self._call("broken")
 
     def read(self, repo: str, path: str, revision: str = "main") -> bytes:
         return base64.b64decode(self._call("read", repo=repo, path=path, revision=revision))

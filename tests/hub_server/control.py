@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from .content import check_path, file_changes
 from .faults import Fault, Faults
 from .messages import HttpError
 from .routing import Site
-from .store import Repository
+from .store import Entry, Repository
+
+
+def _is(file: Path, entry: Entry) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest() == entry.sha256
 
 
 class Control:
@@ -47,6 +56,9 @@ class Control:
     def fail(self, **fault: Any) -> None:
         self._faults.add(Fault(**fault))
 
+    def reset_faults(self) -> None:
+        self._faults.forget()
+
     def faults_left(self) -> list[dict[str, Any]]:
         return self._faults.left()
 
@@ -80,6 +92,18 @@ class Control:
             }
             for commit in self._repository(repo).history(revision)
         ]  # fmt: skip
+
+    def broken(self) -> list[str]:
+        """Read every file that any commit names; return those that are absent or not as named."""
+        found, good = [], set()
+        for repository in self._site.store.repositories.values():
+            for commit in repository.commits.values():
+                for path, entry in commit.files.items():
+                    file = self._site.store.object_path(entry.sha256)
+                    if entry not in good and not _is(file, entry):
+                        found.append(f"{repository.name}@{commit.oid}: {path}")
+                    good.add(entry)
+        return found
 
     def read(self, repo: str, path: str, revision: str) -> str:
         files = self._repository(repo).commit_of(revision).files

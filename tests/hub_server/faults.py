@@ -84,6 +84,11 @@ class Faults:
         with self._lock:
             self._faults, self._records = [], []
 
+    def forget(self) -> None:
+        """Drop the faults still to come."""
+        with self._lock:
+            self._faults = []
+
     def add(self, fault: Fault) -> None:
         with self._lock:
             self._faults.append(fault)
