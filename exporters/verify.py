@@ -1,4 +1,4 @@
-"""Verification of an exported folder by its own records; torch-free.
+"""Verification of an exported folder by its own records: hashes, gates, manifest; torch-free.
 
 `fresh_process.verify_export` is the other half: it runs the folder.
 """
@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ..errors import CompressError, SourceError, VerifyError
+from ..recipes.gates import Gate, judge
 from ..runtime.strict_json import parse_object
 from ..runtime.validate import open_folder
 
@@ -30,8 +31,15 @@ class FolderError(VerifyError):
         self.result = result
 
 
-def verify_folder(folder: str | Path) -> dict[str, Any]:
+def verify_folder(
+    folder: str | Path, *, name: str | None = None, elsewhere: Iterable[str] = ()
+) -> dict[str, Any]:
     """Check an exported folder against its own report and manifest; no model is built.
+
+    Args:
+        folder: written by a run, or a download of one.
+        name: what the result calls it; None: its path.
+        elsewhere: files that belong to it but were not fetched; the report must list them, too.
 
     Returns:
         `path`, `verified` (True) and `checks`, a list of `{name, ok, detail}`.
@@ -45,10 +53,11 @@ def verify_folder(folder: str | Path) -> dict[str, Any]:
         raise SourceError(f"{folder} is not a folder")
     checks = [
         _check("report", lambda: _check_report(folder)),
-        _check("files", lambda: _check_files(folder)),
+        _check("files", lambda: _check_files(folder, set(elsewhere))),
+        _check("gates", lambda: _check_gates(folder)),
         _check("tensors", lambda: _check_tensors(folder)),
     ]
-    result = {"path": str(folder), "verified": all(check["ok"] for check in checks), "checks": checks}
+    result = {"path": name or str(folder), "verified": all(check["ok"] for check in checks), "checks": checks}
     if not result["verified"]:
         raise FolderError(result)
     return result
@@ -63,24 +72,33 @@ def _check(name: str, body: Callable[[], str]) -> dict[str, Any]:
         return {"name": name, "ok": False, "detail": f"{error.filename}: {error.strerror}"}
 
 
-def _listed_files(folder: Path) -> list[dict[str, Any]]:
-    path = folder / REPORT_NAME
+def _report(folder: Path) -> dict[str, Any]:
     try:
-        files = parse_object(path.read_bytes(), REPORT_NAME)["export"]["files"]
-        return [{"name": str(f["name"]), "bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for f in files]
+        return parse_object((folder / REPORT_NAME).read_bytes(), REPORT_NAME)
     except OSError:
         raise VerifyError(f"{REPORT_NAME} is missing") from None
+
+
+def listed_files(folder: Path) -> list[dict[str, Any]]:
+    """Return `name`, `bytes` and `sha256` of every file that a folder's report lists.
+
+    Raises:
+        VerifyError: there is no report, or it lists none.
+    """
+    try:
+        files = _report(folder)["export"]["files"]
+        return [{"name": str(f["name"]), "bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for f in files]
     except (SourceError, ValueError, KeyError, TypeError, OverflowError):
         raise VerifyError(f"{REPORT_NAME} has no readable export.files") from None
 
 
 def _check_report(folder: Path) -> str:
-    return f"{len(_listed_files(folder))} files listed"
+    return f"{len(listed_files(folder))} files listed"
 
 
-def _check_files(folder: Path) -> str:
+def _check_files(folder: Path, elsewhere: set[str]) -> str:
     total = 0
-    for entry in _listed_files(folder):
+    for entry in listed_files(folder):
         name = entry["name"]
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise VerifyError(f"{name!r} is not a file of this folder")
@@ -93,20 +111,20 @@ def _check_files(folder: Path) -> str:
             if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                 raise VerifyError(f"{name!r} has another SHA-256 than the report says")
         total += entry["bytes"]
-    extra = _unlisted(folder, {entry["name"] for entry in _listed_files(folder)})
+    extra = _unlisted(folder, {entry["name"] for entry in listed_files(folder)}, elsewhere)
     if extra:
         more = f", nor are {len(extra) - 1} more" if len(extra) > 1 else ""
         raise VerifyError(f"{extra[0]!r} is not in the report{more}")
     return f"{total} bytes match their SHA-256"
 
 
-def _unlisted(folder: Path, listed: set[str]) -> list[str]:
+def _unlisted(folder: Path, listed: set[str], elsewhere: set[str]) -> list[str]:
     """Return what lies in the folder besides the listed files and the report, links to folders included.
 
     Hidden names do not count: downloads leave some (.cache, .gitattributes), and nothing loads them.
     """
     found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-    names = {path.relative_to(folder).as_posix() for path in found}
+    names = {path.relative_to(folder).as_posix() for path in found} | elsewhere
     return sorted(name for name in names - listed - {REPORT_NAME} if not name.startswith("."))
 
 
@@ -114,3 +132,21 @@ def _check_tensors(folder: Path) -> str:
     stored = open_folder(folder)
     count = len(stored.manifest.quantization)
     return f"{len(stored.tensors)} tensors fit config and manifest, {count} of the layers quantized"
+
+
+def _check_gates(folder: Path) -> str:
+    """Judge the recipe's gates anew by the recorded metrics; the recorded rows must say the same."""
+    try:
+        document = _report(folder)
+        required = {str(name): Gate.parse(text) for name, text in document["recipe"]["require"].items()}
+        rows = judge(required, dict(document["evaluation"]["metrics"]))
+        recorded = document["gates"]
+    except (SourceError, ValueError, KeyError, TypeError, AttributeError):
+        raise VerifyError(f"{REPORT_NAME} has no readable gates and metrics") from None
+    if recorded != rows:
+        raise VerifyError("the gates of the report are not those of its recipe and its metrics")
+    failed = [f"{row['metric']} is {row['measured']}, required {row['expected']}" for row in rows]
+    failed = [text for text, row in zip(failed, rows, strict=True) if not row["passed"]]
+    if failed:
+        raise VerifyError("; ".join(failed))
+    return f"{len(rows)} hold by the recorded figures" if rows else "the recipe requires nothing"

@@ -38,7 +38,16 @@ def add_report(folder):
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     ]
-    (folder / "report.json").write_text(json.dumps({"export": {"files": files}}))
+    report = {
+        "recipe": {"require": {"size_ratio": "<= 0.4", "sqnr_db": ">= 12"}},
+        "evaluation": {"metrics": {"sqnr_db": 21.5, "size_ratio": 0.25, "bytes": 4}},
+        "gates": [
+            {"metric": "size_ratio", "expected": "<= 0.4", "measured": 0.25, "passed": True},
+            {"metric": "sqnr_db", "expected": ">= 12", "measured": 21.5, "passed": True},
+        ],
+        "export": {"files": files},
+    }
+    (folder / "report.json").write_text(json.dumps(report))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +183,7 @@ def test_records_of_a_sound_folder(exported):
     add_report(out)
     result = verify_folder(out)
     assert result["verified"]
-    assert [check["name"] for check in result["checks"]] == ["report", "files", "tensors"]
+    assert [check["name"] for check in result["checks"]] == ["report", "files", "gates", "tensors"]
     assert all(check["ok"] for check in result["checks"])
 
 
@@ -214,8 +223,12 @@ def leave_the_folder(out):
             ["files"],
             r"'more/pytorch_model\.bin' is not in the report, nor are 1 more",
         ),
-        (lambda out: (out / "report.json").write_text("{"), ["report", "files"], "no readable export.files"),
-        (lambda out: (out / "report.json").unlink(), ["report", "files"], "report.json is missing"),
+        (
+            lambda out: (out / "report.json").write_text("{"),
+            ["report", "files", "gates"],
+            "no readable export.files",
+        ),
+        (lambda out: (out / "report.json").unlink(), ["report", "files", "gates"], "report.json is missing"),
     ],
 )
 def test_damage_to_a_folder_is_named(exported, damage, failed, words):
@@ -226,6 +239,70 @@ def test_damage_to_a_folder_is_named(exported, damage, failed, words):
         verify_folder(out)
     assert caught.value.exit_code == 6
     assert [check["name"] for check in caught.value.result["checks"] if not check["ok"]] == failed
+
+
+def change_report(out, change):
+    report = json.loads((out / "report.json").read_text())
+    change(report)
+    (out / "report.json").write_text(json.dumps(report))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda report: report["gates"].pop(), "not those of its recipe and its metrics"),
+        (lambda report: report["gates"][0].update(measured=0.2), "not those of its recipe"),
+        (lambda report: report["recipe"]["require"].update(fid="<= 3"), "not those of its recipe"),
+        (lambda report: report["evaluation"]["metrics"].update(sqnr_db=9.0), "not those of its recipe"),
+        (lambda report: report.pop("gates"), "no readable gates"),
+        (lambda report: report.pop("recipe"), "no readable gates"),
+        (lambda report: report["recipe"].update(require=["x"]), "no readable gates"),
+        (lambda report: report["recipe"]["require"].update(fid=3), "no readable gates"),
+        (lambda report: report["recipe"]["require"].update(fid="about 3"), "no readable gates"),
+        (lambda report: report["evaluation"]["metrics"].update(sqnr_db="9"), "no readable gates"),
+        (lambda report: report["evaluation"].update(metrics=3), "no readable gates"),
+    ],
+)
+def test_gates_are_judged_by_the_recorded_figures(exported, change, words):
+    _, out = exported("w4a8", "compress")
+    add_report(out)
+    change_report(out, change)
+    with pytest.raises(FolderError, match=words) as caught:
+        verify_folder(out)
+    assert [check["name"] for check in caught.value.result["checks"] if not check["ok"]] == ["gates"]
+
+
+@pytest.mark.parametrize(("value", "words"), [(9.0, "sqnr_db is 9.0, required >= 12"), (None, "is None")])
+def test_a_recorded_gate_that_failed_is_a_failure(exported, value, words):
+    _, out = exported("w4a8", "compress")
+    add_report(out)
+
+    def fail(report):
+        report["gates"][1] |= {"measured": value, "passed": False}
+        if value is None:
+            del report["evaluation"]["metrics"]["sqnr_db"]
+        else:
+            report["evaluation"]["metrics"]["sqnr_db"] = value
+
+    change_report(out, fail)
+    with pytest.raises(FolderError, match=words):
+        verify_folder(out)
+
+
+def test_a_recipe_without_gates_is_sound(exported):
+    _, out = exported("w4a8", "compress")
+    add_report(out)
+    change_report(out, lambda report: (report["recipe"]["require"].clear(), report["gates"].clear()))
+    assert verify_folder(out)["checks"][2]["detail"] == "the recipe requires nothing"
+
+
+def test_files_that_were_not_fetched_must_be_listed_too(exported):
+    _, out = exported("w4a8", "compress")
+    add_report(out)
+    known = ["config.json", ".gitattributes", "report.json"]
+    assert verify_folder(out, name="org/name", elsewhere=known)["path"] == "org/name"
+    with pytest.raises(FolderError, match=r"org/name: files: 'pytorch_model\.bin' is not in the report"):
+        verify_folder(out, name="org/name", elsewhere=[*known, "pytorch_model.bin"])
 
 
 def test_importing_verify_does_not_import_torch():
