@@ -107,15 +107,6 @@ def test_success(place, hub):
     assert place.find(hub.writer, printed) == []
 
 
-def test_a_stored_token_stays_where_it_was(place, hub):
-    stored = place.home / "huggingface" / "token"
-    stored.parent.mkdir()
-    stored.write_text(hub.writer)
-    code, printed = place.run(place.environment(HF_TOKEN=None), "run", "recipe.yaml", "--json")
-    assert code == 0, printed
-    assert place.find(hub.writer, printed, but=[stored]) == []
-
-
 # what goes wrong, as (method, path, what the server does), and the exit code
 FAILURES = {
     "401 while the repository is made": ("POST", "/api/repos/create", {"status": 401, "times": 20}, 7),
@@ -136,6 +127,15 @@ def exported(tmp_path_factory):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return folder / "out" / "dit"
+
+
+def test_a_stored_token_stays_where_it_was(place, hub, exported):
+    stored = place.home / "huggingface" / "token"
+    stored.parent.mkdir()
+    stored.write_text(hub.writer)
+    code, printed = place.run(place.environment(HF_TOKEN=None), "push", str(exported), "org/dit", "--json")
+    assert code == 0, printed
+    assert place.find(hub.writer, printed, but=[stored]) == []
 
 
 @pytest.mark.parametrize("name", FAILURES)
