@@ -202,7 +202,7 @@ def test_the_installation_in_the_action(perform, repository, tracked_files, tmp_
     folder = Path((tmp_path / "PATH").read_text().strip())
     program = "import compress; print(compress.__file__)"
     found = subprocess.run(
-        [folder / "python", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+        [folder / "python", "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert Path(found.stdout.strip()).is_relative_to(folder.parent)
     assert (folder / "compress").is_file()
