@@ -19,10 +19,9 @@ from . import preflight, publishing, report
 from .calibration.diffusion import DiffusionCalibration, record
 from .compressors import registry
 from .compressors.base import StagePlan
-from .errors import PlanError, SourceError
+from .errors import PlanError
 from .evaluation.evaluator import Evaluation, Evaluator
 from .evaluation.reference import Reference
-from .evaluation.size import size_metrics
 from .exporters.formats import as_shipped, predict_bytes, write
 from .models.base import ModelSpec, OpenModel
 from .models.open import open_model, read_spec
@@ -30,9 +29,9 @@ from .progress import Progress, step
 from .recipes.export import ExportSettings
 from .recipes.loader import LoadedRecipe
 from .recipes.schema import Recipe, Stage
-from .report import describe_model, read_report
+from .report import describe_model
 from .runtime.atomic import scratch_folder, sweep_partials
-from .runtime.load import load, read_checkpoint
+from .runtime.load import read_checkpoint
 from .runtime.manifest import HistoryEntry
 from .runtime.memory import return_freed_memory
 from .state import Product, Run, Warnings
@@ -354,33 +353,3 @@ def execute(
         publishing.push_all(state, document)
         work.log("done", paths=[str(target) for target in targets])
     return document
-
-
-def evaluate_folder(loaded: LoadedRecipe, folder: Path, progress: Progress) -> dict[str, Any]:
-    """Measure an exported folder against its original; see `pipeline.evaluate`."""
-    recipe, exported = loaded.recipe, read_report(folder)
-    device = resolve_device(recipe.device)
-    model = open_model(recipe.model, device=device, progress=progress)
-    made_from = exported["model"]["hashes"]
-    if made_from and made_from != dict(model.source.hashes):
-        raise SourceError(
-            f"{folder}: was made from other weights than {recipe.model.id}",
-            hint=f"it was made from {exported['model']['id']}; give a recipe with that model",
-        )
-    evaluator = Evaluator(recipe.evaluate, recipe.seed, recipe.calibration)
-    reference = evaluator.reference(model, None, progress)
-    stored = None
-    if exported["export"]["format"] == "compress":
-        module, manifest = read_checkpoint(folder)
-        model.quantization = dict(manifest.quantization)
-    else:
-        module, stored = load(folder), exported["export"]["bytes"]
-    model.module = module.to(device)
-    result = evaluator.compare(model, reference, progress)
-    result.metrics.update(size_metrics(model, stored))
-    if exported["export"]["max_abs_error"] is not None:  # measured when the folder was verified
-        result.metrics["max_abs_error"] = exported["export"]["max_abs_error"]
-    return {
-        "evaluation": {"metrics": result.metrics, **result.details},
-        "gates": report.check_gates(recipe.require, result.metrics),
-    }

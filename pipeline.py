@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import preflight
-from .errors import SourceError
+from .errors import SourceError, UsageError
 from .models import checkpoint as checkpoints
 from .progress import Progress, SilentProgress
 from .recipes.export import PushSettings
@@ -99,7 +99,8 @@ def reproduce(
     that earlier runs kept is used, nothing is pushed, and nothing is left behind.
 
     Args:
-        folder: written by `run`, also where it was moved or downloaded since.
+        folder: written by `run`, also where it was moved since; or a repository it was pushed to, as
+            `org/name` or `org/name@revision`.
         work_dir: what is made meanwhile lies in a hidden folder below it.
         progress: told what is happening.
 
@@ -114,7 +115,7 @@ def reproduce(
     """
     from . import reproduction
 
-    return reproduction.reproduce(Path(folder), Path(work_dir), progress or SilentProgress())
+    return reproduction.reproduce(folder, Path(work_dir), progress or SilentProgress())
 
 
 def evaluate(
@@ -141,7 +142,7 @@ def evaluate(
         if not recipe.is_file():
             raise SourceError(f"{folder}: holds no recipe.yaml", hint="give one with --recipe")
     loaded = _as_loaded(recipe)
-    from .execution import evaluate_folder
+    from .verification import evaluate_folder
 
     return evaluate_folder(loaded, folder, progress or SilentProgress())
 
@@ -172,3 +173,48 @@ def push(folder: str | Path, settings: PushSettings, *, progress: Progress | Non
     verify_folder(folder)
     hub.check_access(settings)
     return {"push": hub.push_folder(folder, settings, progress=progress or SilentProgress()).to_json()}
+
+
+def verify(
+    target: str | Path,
+    *,
+    revision: str | None = None,
+    against: str | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Check that a folder or a repository is what was published.
+
+    Args:
+        target: a folder that `run` wrote, or a repository as `org/name` or `org/name@revision`.
+        revision: branch, tag or commit of the repository, in place of `@revision`.
+        against: the original (a folder, `builtin:NAME` or a Hub id); with it, all figures are measured
+            again and held against the recorded ones and the gates.
+        device: of these measurements; None: that of the run where this machine has it.
+        progress: told what is happening.
+
+    Returns:
+        `path, verified` (True), `checks[{name, ok, detail}]`; of a repository `repo` and `commit`; with
+        an original `against`, `metrics[{metric, recorded, measured, difference, tolerance, agrees}]` and
+        `gates`.
+
+    Raises:
+        VerifyError: a check failed; as `exporters.verify.FolderError` it holds the result.
+        SourceError: there is no such folder or base, or it is none of ours.
+        UsageError: a revision of a folder was asked for, or a device without anything to measure.
+        HubError: the Hub or the network refused.
+    """
+    from .exporters.published import locate
+    from .exporters.verify import verify_folder
+
+    if device is not None and against is None:
+        raise UsageError("a device computes nothing here without an original", hint="add --against BASE")
+    found = locate(target, revision)
+    result = verify_folder(found.folder, name=found.name, elsewhere=found.files)
+    if found.repo is not None:
+        result |= {"repo": found.repo, "commit": found.commit}
+    if against is None:
+        return result
+    from .verification import verify_against
+
+    return verify_against(found.folder, result, against, device, progress or SilentProgress())

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import SourceError
 from ..runtime.fetch import fetch
-from ..runtime.manifest import QuantizedModule
+from ..runtime.manifest import ActivationScheme, QuantizedModule
 from ..runtime.validate import (
     ITEM_BYTES,
     QUANT_METHOD,
@@ -57,6 +57,33 @@ def inspect(path: str | Path, *, revision: str | None = None, subfolder: str | N
         "shared": len(stored.manifest.shared),
         "layers": layers,
         "history": [entry.model_dump(mode="json") for entry in stored.manifest.history],
+    }
+
+
+def foreign_schemes(folder: Path) -> dict[str, QuantizedModule]:
+    """Describe the layers that torchao loads as integers, as `as_shipped` does; none in other formats.
+
+    What the package sdnq stores is not described: its layers have tensors of their own.
+
+    Raises:
+        SourceError: the folder is missing, damaged or contradicts itself.
+    """
+    stored = open_folder(folder)
+    if stored.quant_method != "torchao":
+        return {}
+    layers, _, _ = _count(stored)
+    return {
+        row["name"]: QuantizedModule(
+            shape=tuple(row["shape"]),
+            bits=8,
+            symmetric=True,
+            activation=ActivationScheme(bits=8) if row["activation_bits"] else None,
+            bias=f"{row['name']}.bias" in stored.tensors,
+            method="torchao",
+            decided_by="as stored",
+        )
+        for row in layers
+        if row["method"] == "torchao"
     }
 
 

@@ -25,9 +25,11 @@ class FolderError(VerifyError):
         result: what `verify_folder` would have returned, with the failed checks.
     """
 
-    def __init__(self, result: dict[str, Any]) -> None:
+    def __init__(self, result: dict[str, Any], hint: str | None = None) -> None:
         failed = "; ".join(f"{c['name']}: {c['detail']}" for c in result["checks"] if not c["ok"])
-        super().__init__(f"{result['path']}: {failed}", hint="fetch the folder again, or export it again")
+        super().__init__(
+            f"{result['path']}: {failed}", hint=hint or "fetch the folder again, or export it again"
+        )
         self.result = result
 
 

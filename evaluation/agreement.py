@@ -1,0 +1,122 @@
+"""Are figures that were measured again those that a report states? Torch-free.
+
+On the machine and with the versions of the run every figure comes back to the last digit. Elsewhere sums
+are rounded in another order, and samples, which are drawn step by step, carry that on. So what counts
+bytes must be equal, and what compares outputs may differ by what other kernels alone were seen to do:
+see `_allowed`. A larger difference is a failure in either direction, because a figure that is too good
+does not belong to these files either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+_DECIBELS = 0.5
+_SSIM = 0.01
+_AGREEMENT = 0.01
+_FRECHET_SHARE = 0.05
+_FRECHET_FLOOR = 0.05
+# Beyond this two outputs differ by the rounding of the floating-point type alone.
+_CEILING_DB = 60.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric, as recorded and as measured again.
+
+    Attributes:
+        difference: measured minus recorded, None where one of them is missing.
+        tolerance: the largest difference that is allowed.
+        agrees: whether it is within that.
+    """
+
+    metric: str
+    recorded: float | None
+    measured: float | None
+    difference: float | None
+    tolerance: float
+    agrees: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """All rows, and what they say together."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether every recorded figure was found again."""
+        return all(row.agrees for row in self.rows)
+
+    @property
+    def text(self) -> str:
+        """What they say, in a sentence."""
+        wrong = [row for row in self.rows if not row.agrees]
+        if wrong:
+            return "; ".join(_told(row) for row in wrong)
+        unequal = [row for row in self.rows if row.difference]
+        if not unequal:
+            return f"{len(self.rows)} measured again, all equal"
+        far = max(unequal, key=lambda row: abs(row.difference or 0.0) / (row.tolerance or 1.0))
+        return (
+            f"{len(self.rows)} measured again, {len(unequal)} not to the last digit; farthest: {_told(far)}"
+        )
+
+
+def compare_metrics(
+    recorded: Mapping[str, Any], measured: Mapping[str, float], *, quality_samples: int | None
+) -> Agreement:
+    """Hold figures against the recorded ones; what is only measured now says nothing about a record.
+
+    Args:
+        recorded: of a report.
+        measured: now.
+        quality_samples: that class agreement was counted on, None where it was not measured.
+    """
+    return Agreement(tuple(_row(name, recorded[name], measured, quality_samples) for name in recorded))
+
+
+def _row(name: str, stated: Any, measured: Mapping[str, float], samples: int | None) -> Row:
+    before = float(stated) if isinstance(stated, int | float) and not isinstance(stated, bool) else None
+    now = measured.get(name)
+    if before is None or now is None:
+        return Row(name, before, now, None, 0.0, agrees=False)
+    tolerance = _allowed(name, before, samples)
+    difference = 0.0 if now == before else _capped(name, now) - _capped(name, before)
+    return Row(name, before, now, difference, tolerance, agrees=abs(difference) <= tolerance)
+
+
+def _capped(name: str, value: float) -> float:
+    return min(value, _CEILING_DB) if "_db" in name else value
+
+
+def _allowed(name: str, recorded: float, samples: int | None) -> float:
+    """Return how far a metric may lie from its record; 0 for everything that is counted."""
+    if "_db" in name:
+        return _DECIBELS
+    if name == "ssim":
+        return _SSIM
+    if name.startswith("class_agreement"):
+        # A handful of samples near a decision's border; a drop is a difference of two such counts.
+        least = max(_AGREEMENT, 3.0 / samples if samples else 0.0)
+        return 2 * least if name.endswith("_drop") else least
+    if name.startswith("fid"):
+        return _FRECHET_SHARE * abs(recorded) + _FRECHET_FLOOR
+    return 1e-9 * abs(recorded) if math.isfinite(recorded) else 0.0
+
+
+def _told(row: Row) -> str:
+    if row.measured is None:
+        return f"{row.metric} was not measured again"
+    if row.recorded is None:
+        return f"{row.metric} is recorded as something else than a number"
+    allowed = f"allowed {row.tolerance:.3g}" if row.tolerance else "must be equal"
+    return f"{row.metric} is {row.measured:.6g}, recorded {row.recorded:.6g} ({allowed})"

@@ -1,0 +1,250 @@
+"""Measure an exported folder again, against its original: the heavy half of `evaluate` and `verify`.
+
+What is recorded is not believed: the original's weights must have the recorded hashes, the folder is
+loaded again in a fresh process, every metric is measured again, and the gates are judged by that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import nn
+
+from . import report
+from .calibration.inputs import FILE_KEYS
+from .errors import PlanError, SourceError
+from .evaluation.agreement import Agreement, compare_metrics
+from .evaluation.evaluator import Evaluation, Evaluator
+from .evaluation.size import size_metrics
+from .execution import resolve_device
+from .exporters.fresh_process import verify_export
+from .exporters.inspection import foreign_schemes
+from .exporters.verify import FolderError
+from .models.base import OpenModel
+from .models.checkpoint import BUILTIN_PREFIX
+from .models.open import open_model
+from .progress import Progress
+from .recipes.gates import judge
+from .recipes.loader import LoadedRecipe
+from .recipes.schema import ModelRef, Recipe
+from .runtime.load import load, read_checkpoint
+from .runtime.validate import INDEX_NAME, weight_files
+
+
+def evaluate_folder(loaded: LoadedRecipe, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Measure an exported folder against its original; see `pipeline.evaluate`."""
+    recipe, exported = loaded.recipe, report.read_report(folder)
+    model = open_model(recipe.model, device=resolve_device(recipe.device), progress=progress)
+    if _strangers(exported, model):
+        raise SourceError(
+            f"{folder}: was made from other weights than {recipe.model.id}",
+            hint=f"it was made from {exported['model']['id']}; give a recipe with that model",
+        )
+    result = _measure(recipe, model, folder, exported, progress)
+    if exported["export"]["max_abs_error"] is not None:  # measured when the folder was verified
+        result.metrics["max_abs_error"] = exported["export"]["max_abs_error"]
+    return {
+        "evaluation": {"metrics": result.metrics, **result.details},
+        "gates": judge(recipe.require, result.metrics),
+    }
+
+
+def verify_against(
+    folder: Path, checked: Mapping[str, Any], against: str, device: str | None, progress: Progress
+) -> dict[str, Any]:
+    """Measure a folder whose records have been checked, and hold the figures against them.
+
+    Args:
+        folder: as `verify_folder` accepted it.
+        checked: what that returned; more checks are added to its own.
+        against: the original: a folder, `builtin:NAME`, or a Hub id, also with `@revision`.
+        device: None: that of the run where this machine has it.
+        progress: told what is happening.
+
+    Returns:
+        The result with the checks `base`, `outputs`, `figures` and `gates now`, and with `metrics`
+        and `gates` as they were measured.
+
+    Raises:
+        FolderError: a check failed.
+        SourceError: the base is missing or damaged, or the report holds no usable recipe.
+        HubError: the Hub or the network refused.
+    """
+    exported = report.read_report(folder)
+    recipe = _recorded_recipe(folder, exported)
+    model = open_model(_base(recipe, exported, against), device=_device(exported, device), progress=progress)
+    result: dict[str, Any] = {**checked, "checks": list(checked["checks"]), "against": against}
+    others = _strangers(exported, model)
+    if others:
+        _add(result, "base", f"{against} has other weights than the folder was made from: {others}", ok=False)
+        raise FolderError(result, hint=f"it was made from {exported['model']['id']}; name that one")
+    _add(result, "base", f"{len(model.source.hashes)} weight files of {against} have the recorded SHA-256")
+    evaluation = _measure(recipe, model, folder, exported, progress)
+    _check_outputs(result, recipe, model, folder, exported, evaluation, progress)
+    agreement = compare_metrics(
+        exported["evaluation"]["metrics"], evaluation.metrics, quality_samples=_quality_samples(recipe)
+    )
+    _check_figures(result, agreement)
+    _check_gates(result, recipe, evaluation)
+    result["verified"] = all(check["ok"] for check in result["checks"])
+    if not result["verified"]:
+        raise FolderError(result, hint=_hint(exported))
+    return result
+
+
+def _add(result: dict[str, Any], name: str, detail: str, *, ok: bool = True) -> None:
+    result["checks"].append({"name": name, "ok": ok, "detail": detail})
+    result["verified"] = result["verified"] and ok
+
+
+def _strangers(exported: Mapping[str, Any], model: OpenModel) -> str:
+    """Return the weight files that are not the recorded ones; a report without hashes knows none."""
+    made_from, here = exported["model"]["hashes"], dict(model.source.hashes)
+    if not made_from:
+        return ""
+    return ", ".join(name for name in sorted({*made_from, *here}) if made_from.get(name) != here.get(name))
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A folder's module, its schemes, and its bytes where the module in memory has others."""
+
+    module: nn.Module
+    quantization: dict[str, Any]
+    stored_bytes: int | None
+
+
+def _load(folder: Path, format_: str) -> _Loaded:
+    if format_ == "compress":
+        module, manifest = read_checkpoint(folder)
+        return _Loaded(module, dict(manifest.quantization), None)
+    files = weight_files(folder)
+    if (folder / INDEX_NAME).is_file():
+        files.append(folder / INDEX_NAME)
+    size_bytes = sum(path.stat().st_size for path in files)
+    return _Loaded(load(folder), foreign_schemes(folder), size_bytes)
+
+
+def _measure(
+    recipe: Recipe, model: OpenModel, folder: Path, exported: Mapping[str, Any], progress: Progress
+) -> Evaluation:
+    """Record the original, put the folder's module in its place, and measure that."""
+    device = next(model.module.parameters()).device
+    evaluator = Evaluator(recipe.evaluate, recipe.seed, recipe.calibration)
+    reference = evaluator.reference(model, None, progress)
+    loaded = _load(folder, exported["export"]["format"])
+    model.module, model.quantization = loaded.module.to(device), loaded.quantization
+    evaluation = evaluator.compare(model, reference, progress)
+    evaluation.metrics.update(size_metrics(model, loaded.stored_bytes))
+    return evaluation
+
+
+def _check_outputs(
+    result: dict[str, Any],
+    recipe: Recipe,
+    model: OpenModel,
+    folder: Path,
+    exported: Mapping[str, Any],
+    evaluation: Evaluation,
+    progress: Progress,
+) -> None:
+    """Load the folder in a fresh process every way that it has, and compare with this one."""
+    if exported["export"]["format"] == "sdnq":
+        # These two compare with layers that were there before the export; the folder does not hold them.
+        for name in ("max_abs_error", "linear_bytes_ratio"):
+            if name in exported["evaluation"]["metrics"]:
+                evaluation.metrics[name] = exported["evaluation"]["metrics"][name]
+        _add(result, "outputs", "loaded in this process; in the format sdnq not compared with another")
+        return
+    found = verify_export(model, folder, seed=recipe.seed, progress=progress, shipped=model)
+    if found.max_abs_error is not None:
+        evaluation.metrics["max_abs_error"] = found.max_abs_error
+    equal = f"a fresh process loads it by {' and '.join(found.loads_with)}, with equal outputs"
+    _add(result, "outputs", found.failure or equal, ok=found.failure is None)
+
+
+def _check_figures(result: dict[str, Any], agreement: Agreement) -> None:
+    result["metrics"] = [row.to_json() for row in agreement.rows]
+    _add(result, "figures", agreement.text, ok=agreement.holds)
+
+
+def _check_gates(result: dict[str, Any], recipe: Recipe, evaluation: Evaluation) -> None:
+    rows = judge(recipe.require, evaluation.metrics)
+    failed = [f"{row['metric']} is {row['measured']}, required {row['expected']}" for row in rows]
+    failed = [text for text, row in zip(failed, rows, strict=True) if not row["passed"]]
+    result["gates"] = rows
+    fine = f"{len(rows)} hold by the figures measured now" if rows else "the recipe requires nothing"
+    _add(result, "gates now", "; ".join(failed) or fine, ok=not failed)
+
+
+def _recorded_recipe(folder: Path, exported: Mapping[str, Any]) -> Recipe:
+    """Return the resolved recipe of a report, with the copies of prompts or embeddings in the folder.
+
+    It is not read as a recipe file is: nothing in it may name variables of this machine's environment.
+
+    Raises:
+        SourceError: it is no recipe that this version knows.
+    """
+    try:
+        recipe = Recipe.model_validate(exported["recipe"])
+        exported["evaluation"]["metrics"].items()
+    except (ValidationError, KeyError, AttributeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise SourceError(
+            f"{folder / report.FILE_NAME}: holds no recipe that this version can carry out: {reason}",
+            hint="verify it with the version that made it, or with the packages whose methods it uses",
+        ) from None
+    copies = {
+        name: folder / Path(path).name
+        for name in FILE_KEYS
+        if (path := getattr(recipe.calibration, name)) is not None
+    }
+    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=copies)})
+
+
+def _base(recipe: Recipe, exported: Mapping[str, Any], against: str) -> ModelRef:
+    """Return the original: its name as given, its type and component as recorded."""
+    recorded = exported["model"]
+    name, revision, subfolder = against, None, recipe.model.subfolder
+    local = Path(against).expanduser()
+    if local.is_dir():
+        if subfolder is not None and not (local / subfolder).is_dir():
+            subfolder = None
+    elif not against.startswith(BUILTIN_PREFIX):
+        name, _, named = against.partition("@")
+        known = recorded.get("revision") if name == recorded["id"] else None
+        revision = named or known
+    return ModelRef(id=name, revision=revision, dtype=recipe.model.dtype, subfolder=subfolder)
+
+
+def _device(exported: Mapping[str, Any], device: str | None) -> str:
+    """Return the wanted device, or the one that the figures were measured on where there is one."""
+    if device is not None:
+        return resolve_device(device)
+    environment = exported.get("environment")
+    recorded = environment.get("device") if isinstance(environment, dict) else None
+    try:
+        return resolve_device(recorded if recorded in ("cpu", "cuda") else "auto")
+    except PlanError:
+        return resolve_device("auto")
+
+
+def _quality_samples(recipe: Recipe) -> int | None:
+    return recipe.evaluate.quality.samples if recipe.evaluate.quality else None
+
+
+def _hint(exported: Mapping[str, Any]) -> str:
+    """Say under which conditions the recorded figures were measured."""
+    environment = exported.get("environment")
+    known = environment if isinstance(environment, dict) else {}
+    versions = known.get("versions")
+    torch_version = versions.get("torch") if isinstance(versions, dict) else None
+    return (
+        f"the recorded figures are of torch {torch_version or 'of an unknown version'} on"
+        f" {known.get('device', 'an unknown device')} ({known.get('platform', 'unknown platform')});"
+        " measure under the same conditions, or export the folder again"
+    )
