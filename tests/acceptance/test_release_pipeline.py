@@ -41,7 +41,7 @@ name, target = sys.argv[1:]
 def outputs(model):
     generator = torch.Generator().manual_seed(7)
     size, channels = model.config.sample_size, model.config.in_channels
-    latents = torch.randn((2, channels, size, size), generator=generator)
+    latents = torch.randn((2, channels, size, size), generator=generator).to(model.dtype)
     with torch.no_grad():
         return model(latents, timestep=torch.tensor([3, 500]), class_labels=torch.tensor([0, 5])).sample
 stock, ours = outputs(DiTTransformer2DModel.from_pretrained(name)), outputs(compress.load(name))
