@@ -36,7 +36,7 @@ _TOKEN = re.compile(
 )
 # The user part alone may be a token as well; the part before the colon never has a slash.
 _USER_INFO = re.compile(r"(?<=://)[^\s/@\"'<>]+@")
-_HEADER = re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}")
+_HEADER = re.compile(r"(?i)\b(bearer|authorization.{1,6}basic)\s+[\w.~+/=-]{8,}")
 _SIGNED = re.compile(
     r"(?i)([?&](?:x-amz-(?:signature|credential|security-token)|signature|sig|policy|token)=)[^&\s\"'<>]+"
 )

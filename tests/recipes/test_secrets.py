@@ -89,3 +89,9 @@ def test_a_token_in_an_option_is_refused(tmp_path, options):
     with pytest.raises(RecipeError, match="access token") as caught:
         load_recipe(tmp_path / "r.yaml", **options)
     assert PLANTED not in str(caught.value)
+
+
+def test_words_are_no_header():
+    assert redact("basic quantization, basically") == "basic quantization, basically"
+    for header in ("Authorization: Basic dXNlcjpwYXNz", "'authorization': 'Basic dXNlcjpwYXNz'"):
+        assert "dXNlcjpwYXNz" not in redact(header)
