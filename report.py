@@ -27,8 +27,7 @@ FILE_NAME = "report.json"
 TOP_KEYS = ("recipe", "model", "stages", "evaluation", "gates", "export", "environment")
 TIMING_KEYS = frozenset(
     {
-        "seconds", "cpu_seconds", "peak_rss_bytes", "peak_rss_bytes_children", "peak_accelerator_bytes",
-        "resumed", "finished_at",
+        "seconds", "cpu_seconds", "peak_rss_bytes", "peak_accelerator_bytes", "resumed", "finished_at",
     }
 )  # fmt: skip
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "torchao", "scipy")
@@ -90,6 +89,11 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
+def _largest_child_bytes() -> int:
+    """Return the largest peak of the children that have ended; at least this process's at their start."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * _BYTES_OF_MAXRSS
+
+
 def _reset_for_run() -> float:
     """Start the peak of a run, and return the clock."""
     reset_peak_rss()
@@ -104,10 +108,17 @@ class Started:
     Attributes:
         seconds: of the monotonic clock.
         cpu_seconds: that had been used by then.
+        largest_child_bytes: of what had been started by then.
     """
 
     seconds: float = field(default_factory=_reset_for_run)
     cpu_seconds: float = field(default_factory=cpu_seconds)
+    largest_child_bytes: int = field(default_factory=_largest_child_bytes)
+
+    def peak_rss_bytes(self) -> int:
+        """Return the peak since then of the largest of the run's processes."""
+        child = _largest_child_bytes()
+        return max(_HIGHEST.bytes, peak_rss_bytes(), child if child > self.largest_child_bytes else 0)
 
 
 @dataclass
@@ -147,9 +158,8 @@ def environment(seed: int, device: str, threads: int, started: Started) -> dict[
 
     Returns:
         The report's `environment`. `cpu_seconds` counts the processes that the run started, too;
-        `peak_rss_bytes` is this process's, `peak_rss_bytes_children` the largest that any child had.
+        `peak_rss_bytes` is that of the largest of them.
     """
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
     name, flags = processor()
     return {
         "versions": {
@@ -164,8 +174,7 @@ def environment(seed: int, device: str, threads: int, started: Started) -> dict[
         "seed": seed,
         "seconds": round(time.monotonic() - started.seconds, 3),
         "cpu_seconds": round(cpu_seconds() - started.cpu_seconds, 3),
-        "peak_rss_bytes": max(_HIGHEST.bytes, peak_rss_bytes()),
-        "peak_rss_bytes_children": children.ru_maxrss * _BYTES_OF_MAXRSS,
+        "peak_rss_bytes": started.peak_rss_bytes(),
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

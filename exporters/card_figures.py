@@ -93,12 +93,14 @@ def _notes(details: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _commands(subject: Subject) -> Iterator[str]:
-    yield "All figures were measured by `compress run recipe.yaml`; `report.json` has them in full. This"
-    yield "checks every file, measures them again and compares:"
+    environment = subject.document["environment"]
+    yield f"All figures were measured by `compress run recipe.yaml` on {environment['device']}"
+    yield f"({environment['platform']}); `report.json` has them in full. This checks every file, measures"
+    yield "them again and compares:"
     yield ""
     yield f"    compress verify {subject.target} --against {subject.original}"
     yield ""
-    if subject.base_model is None and subject.source == subject.model["id"].rpartition("/")[2]:
+    if subject.is_local:
         yield f"where {code(subject.source)} is the folder of the original."
         yield ""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .card_subject import Subject
 from .fresh_process import NOT_EXECUTED
-from .markdown import code, fenced
+from .markdown import fenced
 
 
 def loading(subject: Subject) -> Iterator[str]:
@@ -49,13 +49,14 @@ def _lines(way: str, subject: Subject) -> Iterator[str]:
 
 def _verified(export: Mapping[str, Any]) -> str:
     """Say what was done to verify the folder, and nothing more."""
-    error, ways = export["max_abs_error"], ", ".join(code(way) for way in export["loads_with"])
+    error = export["max_abs_error"]
+    ways = "in each of these ways" if len(export["loads_with"]) > 1 else "in this way"
     if not export["verified"]:
         if NOT_EXECUTED in export.get("notes", ()):
             return f"**It was not run before it was published**: {NOT_EXECUTED}."
         what = "it does not load, or gives other outputs" if error is None else f"the error is {error:.3g}"
         return f"**The verification failed**: reopened in a fresh process, {what}; see the notes below."
-    done = f"Before it was published it was reopened in a fresh process with {ways}: the largest difference"
+    done = f"Before it was published it was reopened in a fresh process {ways}: the largest difference"
     if export["format"] == "sdnq":
         return (
             f"{done} to our own integer runtime was {error:.3g}, because the arithmetic of sdnq is its own."

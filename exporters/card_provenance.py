@@ -16,11 +16,11 @@ def provenance(subject: Subject, recipe_text: str) -> Iterator[str]:
         recipe_text: the recipe as the user wrote it.
     """
     yield from ("## How it was made", "", "    compress run recipe.yaml", "")
-    yield "with `recipe.yaml`, which is also in this folder; `report.json` has it with every default and"
+    yield f"with `recipe.yaml`, which is also in {subject.here}; `report.json` has it with every default and"
     yield from ("override resolved:", "")
     yield from fenced(recipe_text, "yaml")
     yield from table(("", ""), _rows(subject))
-    yield "The SHA-256 of every file of this folder is in `report.json`. This checks them, and the gates:"
+    yield f"The SHA-256 of every file of {subject.here} is in `report.json`. This checks them, and the gates:"
     yield from ("", f"    compress verify {subject.target}", "")
 
 

@@ -92,6 +92,16 @@ class Subject:
         return self.base_model or PurePath(identifier).name or "a folder"
 
     @property
+    def is_local(self) -> bool:
+        """Whether the original is a folder that nobody else has by its name."""
+        return self.base_model is None and not str(self.model["id"]).startswith(BUILTIN_PREFIX)
+
+    @property
+    def here(self) -> str:
+        """What the reader has before them."""
+        return "this repository" if self.place else "this folder"
+
+    @property
     def source_revision(self) -> str | None:
         """Commit of the original on the Hub."""
         revision = self.model.get("revision")
