@@ -1,0 +1,86 @@
+"""Figures that were measured again: what may differ, and what may not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from compress.evaluation.agreement import compare_metrics
+
+RECORDED = {
+    "size_ratio": 0.25, "bytes": 1000, "sqnr_db": 21.5, "psnr_db": 30.0, "ssim": 0.95, "max_abs_error": 0.0,
+    "class_agreement": 0.92, "class_agreement_drop": 0.01, "fid": 4.0,
+}  # fmt: skip
+
+
+def compare(changes=None, samples=500, recorded=RECORDED):
+    return compare_metrics(recorded, {**RECORDED, **(changes or {})}, quality_samples=samples)
+
+
+def test_equal_figures_agree():
+    found = compare()
+    assert found.holds
+    assert found.text == "9 measured again, all equal"
+    assert [row.difference for row in found.rows] == [0.0] * 9
+
+
+@pytest.mark.parametrize(
+    ("metric", "near", "far"),
+    [
+        ("size_ratio", 0.25, 0.2500001),
+        ("bytes", 1000, 1001),
+        ("bytes", 1000, 999),
+        ("sqnr_db", 21.9, 22.1),
+        ("sqnr_db", 21.1, 20.9),
+        ("psnr_db", 30.4, 30.6),
+        ("ssim", 0.959, 0.961),
+        ("max_abs_error", 0.0, 1e-9),
+        ("class_agreement", 0.911, 0.909),
+        ("class_agreement_drop", 0.029, 0.031),
+        ("fid", 4.24, 4.26),
+    ],
+)
+def test_a_difference_that_matters_is_one_in_either_direction(metric, near, far):
+    assert compare({metric: near}).holds
+    found = compare({metric: far})
+    assert not found.holds
+    assert [row.metric for row in found.rows if not row.agrees] == [metric]
+    assert found.text.startswith(f"{metric} is ")
+    assert ("must be equal" in found.text) == (metric in ("bytes", "size_ratio", "max_abs_error"))
+
+
+def test_few_samples_allow_for_a_few_of_them():
+    assert compare({"class_agreement": 0.90}, samples=100).holds
+    assert not compare({"class_agreement": 0.90}, samples=1000).holds
+
+
+def test_beyond_sixty_decibels_only_rounding_is_left():
+    for before, after in ((math.inf, math.inf), (math.inf, 61.0), (90.0, 70.0)):
+        assert compare({"sqnr_db": after}, recorded={"sqnr_db": before}).holds
+    assert not compare({"sqnr_db": 40.0}, recorded={"sqnr_db": math.inf}).holds
+
+
+@pytest.mark.parametrize("value", [None, "21.5", True, [1]])
+def test_what_is_recorded_must_be_a_number(value):
+    found = compare(recorded={"sqnr_db": value})
+    assert not found.holds
+    assert found.text == "sqnr_db is recorded as something else than a number"
+
+
+def test_what_is_not_a_number_never_agrees():
+    assert not compare({"fid": math.nan}).holds
+    assert not compare(recorded={"fid": math.nan}).holds
+
+
+def test_a_recorded_figure_must_be_measured_again_and_a_new_one_says_nothing():
+    found = compare(recorded={**RECORDED, "fid_original": 1.0})
+    assert not found.holds
+    assert found.text == "fid_original was not measured again"
+    assert compare({"new": 1.0}).holds
+
+
+def test_the_farthest_is_named():
+    text = compare({"sqnr_db": 21.6, "ssim": 0.959}).text
+    assert text.startswith(
+        "9 measured again, 2 not to the last digit; farthest: ssim is 0.959, recorded 0.95"
+    )
