@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import combinations
@@ -23,7 +24,7 @@ from .recipes.stages import GridSettings
 
 if TYPE_CHECKING:
     from .models.checkpoint import Checkpoint
-    from .recipes.export import ExportSettings
+    from .recipes.export import ExportSettings, PushSettings
     from .recipes.loader import LoadedRecipe
 
 
@@ -43,13 +44,11 @@ def check_targets(exports: Sequence[ExportSettings], work_dir: Path, *, overwrit
         UsageError, PlanError: as `check_target` and `check_apart`.
     """
     for export in exports:
-        resume = (
-            f"`compress push {export.path} {export.push.repo}` pushes it as it is; or " if export.push else ""
-        )
+        instead = f"`{push_command(export.path, export.push)}` pushes it as it is; or " if export.push else ""
         check_target(
             Path(export.path),
             overwrite=export.overwrite if overwrite is None else overwrite,
-            instead=resume,
+            instead=instead,
         )
         check_apart(Path(export.path), work_dir)
     for one, other in combinations([Path(export.path) for export in exports], 2):
@@ -61,6 +60,19 @@ def check_targets(exports: Sequence[ExportSettings], work_dir: Path, *, overwrit
                 " kept when it is refused",
                 hint="give every export a folder of its own",
             )
+
+
+def push_command(folder: Path, push: PushSettings) -> str:
+    """Return the command that pushes a finished folder as the recipe would have."""
+    repo = push.repo + (f"@{push.revision}" if push.revision else "")
+    words = ["compress", "push", str(folder), repo]
+    words += [] if push.private else ["--public"]
+    words += ["--create-pr"] if push.create_pr else []
+    for option, value in (("--tag", push.tag), ("--message", push.message)):
+        words += [option, value] if value else []
+    words += [] if push.verify_remote else ["--no-verify-remote"]
+    words += ["--overwrite"] if push.overwrite else []
+    return shlex.join(words)
 
 
 def check_target(target: Path, *, overwrite: bool, instead: str = "") -> None:

@@ -7,14 +7,13 @@ holds pushes anything.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from . import preflight
 from .errors import HubError, VerifyError
-from .recipes.export import ExportSettings, PushSettings
+from .recipes.export import ExportSettings
 from .runtime.atomic import commit_folder, replace_folder, sync_tree
 from .state import Run
 from .variants import Variant
@@ -105,25 +104,11 @@ def push_all(state: Run, document: dict[str, Any]) -> None:
         state.work.log("pushed", path=str(export.path), **part["push"])
 
 
-def push_command(folder: Path, push: PushSettings) -> str:
-    """Return the command that pushes a finished folder as the recipe would have."""
-    words = ["compress", "push", str(folder), push.repo + (f"@{push.revision}" if push.revision else "")]
-    if not push.private:
-        words.append("--public")
-    if push.create_pr:
-        words.append("--create-pr")
-    for option, value in (("--tag", push.tag), ("--message", push.message)):
-        words += [option, value] if value else []
-    if not push.verify_remote:
-        words.append("--no-verify-remote")
-    if push.overwrite:
-        words.append("--overwrite")
-    return shlex.join(words)
-
-
 def _not_pushed(error: HubError, left: Sequence[ExportSettings]) -> HubError:
     """Say what is on the disk, and how to push it without running the recipe again."""
-    commands = [push_command(Path(export.path), export.push) for export in left if export.push is not None]
+    commands = [
+        preflight.push_command(export.path, export.push) for export in left if export.push is not None
+    ]
     cause = f"{error.hint}; then " if error.hint else ""
     hint = f"{cause}push the finished folder{'s' if len(commands) > 1 else ''} by: {' && '.join(commands)}"
     return HubError(f"{left[0].path} is finished but was not pushed: {error.message}", hint=hint)

@@ -17,6 +17,7 @@ from typing import Any
 from . import preflight, report
 from .calibration.inputs import FILE_KEYS
 from .errors import PlanError, RecipeError, SourceError, VerifyError
+from .exporters import published
 from .exporters.card import FILE_NAME as CARD_NAME
 from .exporters.card_subject import Subject
 from .models import checkpoint as checkpoints
@@ -73,9 +74,10 @@ class Origin:
     files: dict[str, str]
 
 
-def reproduce(folder: Path, work_root: Path, progress: Progress) -> dict[str, Any]:
+def reproduce(target: str | Path, work_root: Path, progress: Progress) -> dict[str, Any]:
     """Make a folder again and compare; see `pipeline.reproduce`."""
-    origin = read_origin(folder)
+    found = published.locate(target)
+    origin = read_origin(found.folder)
     preflight.check_writable(work_root)
     checkpoint = _check_source(origin, progress)
     preflight.check_stages(origin.loaded, checkpoint)
@@ -89,7 +91,7 @@ def reproduce(folder: Path, work_root: Path, progress: Progress) -> dict[str, An
             work_root.rmdir()
     rows = _compare(origin.files, files)
     result = {
-        "folder": str(folder),
+        "folder": found.name,
         "reproduced": all(row["equal"] for row in rows),
         "files": rows,
         "differences": _differences(origin.report, document),

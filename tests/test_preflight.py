@@ -1,8 +1,18 @@
 import json
+from importlib.util import find_spec
 
 import pytest
 from compress.errors import PlanError, UsageError
-from compress.preflight import check_apart, check_target, check_writable, not_ours, total_memory_bytes
+from compress.preflight import (
+    check_access,
+    check_apart,
+    check_target,
+    check_targets,
+    check_writable,
+    not_ours,
+    total_memory_bytes,
+)
+from compress.recipes.export import ExportSettings
 
 
 def _published(folder):
@@ -66,6 +76,47 @@ def test_output_and_work_directory_lie_apart(output, work, tmp_path):
     with pytest.raises(UsageError, match="within each other"):
         check_apart(tmp_path / output, tmp_path / work)
     check_apart(tmp_path / "out", tmp_path / ".compress")
+
+
+def _exports(*paths, **options):
+    return [ExportSettings(path=path, **options) for path in paths]
+
+
+def test_outputs_that_a_link_puts_into_each_other_are_refused(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    work = tmp_path / "work"
+    for other in ("link/out", "link/out/inner", "real/out.rejected"):
+        with pytest.raises(UsageError, match="these outputs lie within each other"):
+            check_targets(_exports(tmp_path / "real/out", tmp_path / other), work, overwrite=None)
+    check_targets(_exports(tmp_path / "real/out", tmp_path / "link/other"), work, overwrite=None)
+    with pytest.raises(UsageError, match="within each other"):
+        check_targets(_exports(tmp_path / "real/out"), tmp_path / "link", overwrite=None)
+
+
+def test_each_export_says_whether_it_may_be_replaced(tmp_path):
+    one, two = _published(tmp_path / "one"), _published(tmp_path / "two")
+    exports = [*_exports(one, overwrite=True), *_exports(two)]
+    with pytest.raises(UsageError, match="two: the output folder exists"):
+        check_targets(exports, tmp_path / "work", overwrite=None)
+    check_targets(exports, tmp_path / "work", overwrite=True)
+    with pytest.raises(UsageError, match="one: the output folder exists"):
+        check_targets(exports, tmp_path / "work", overwrite=False)
+
+
+def test_a_finished_folder_that_was_to_be_pushed_can_be_pushed_as_it_is(tmp_path):
+    folder = _published(tmp_path / "out")
+    with pytest.raises(UsageError) as caught:
+        check_targets(_exports(folder, push="org/name@next"), tmp_path / "work", overwrite=None)
+    assert caught.value.hint.startswith(f"`compress push {folder} org/name@next` pushes it as it is; or ")
+
+
+def test_what_could_not_be_executed_here_is_not_pushed(tmp_path):
+    if find_spec("sdnq") is not None:
+        pytest.skip("sdnq is installed")
+    with pytest.raises(PlanError, match="must be executed, and sdnq is not installed"):
+        check_access(_exports(tmp_path / "out", format="sdnq", push="org/name"))
+    check_access(_exports(tmp_path / "out", format="sdnq"))
 
 
 def test_the_memory_of_this_machine_is_plausible():

@@ -67,3 +67,12 @@ def test_the_journal_is_json_lines(work):
 def test_digest_depends_on_content_and_not_on_order():
     assert digest({"a": 1, "b": [2, 3]}) == digest({"b": [2, 3], "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})
+
+
+def test_the_journal_holds_no_token(work, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "a-secret-of-no-known-form")
+    token = "hf_" + "x" * 34
+    work.log("rejected", reasons=[f"https://me:pass@host/a?token={token}", "a-secret-of-no-known-form"])
+    text = (work.root / "events.jsonl").read_text()
+    assert not any(secret in text for secret in ("a-secret", "pass", token))
+    assert json.loads(text)["event"] == "rejected"
