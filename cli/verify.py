@@ -79,5 +79,6 @@ def _sections(document: dict[str, Any]) -> list[Section]:
 
 
 def _figure(row: dict[str, Any]) -> list[str]:
-    values = [plain(row[key]) for key in ("recorded", "measured", "tolerance")]
-    return [row["metric"], *values, "ok" if row["agrees"] else "FAILED"]
+    values = [plain(row[key]) for key in ("recorded", "measured")]
+    allowed = plain(row["tolerance"]) if row["tolerance"] else "none"
+    return [row["metric"], *values, allowed, "ok" if row["agrees"] else "FAILED"]

@@ -84,7 +84,7 @@ def compare_metrics(
 
 
 def _row(name: str, stated: Any, measured: Mapping[str, float], samples: int | None) -> Row:
-    before = float(stated) if isinstance(stated, int | float) and not isinstance(stated, bool) else None
+    before = stated if isinstance(stated, int | float) and not isinstance(stated, bool) else None
     now = measured.get(name)
     if before is None or now is None:
         return Row(name, before, now, None, 0.0, agrees=False)
