@@ -111,7 +111,8 @@ def pushed(push: Document | None) -> list[Section]:
         ("downloaded and verified again", push.get("verified")),
     )
     rows = [[name, plain(value)] for name, value in fields if value is not None]
-    return [Table("pushed", ["", str(push.get("url", ""))], rows)]
+    notes = [f"note: {note}" for note in push.get("notes", ())]
+    return [Table("pushed", ["", str(push.get("url", ""))], rows), *notes]
 
 
 def reproduction(document: Document) -> list[Section]:
@@ -121,7 +122,7 @@ def reproduction(document: Document) -> list[Section]:
         for row in document["files"]
     ]
     table = Table("files", ["file", "sha256 in the report", "sha256 of the new run", ""], rows)
-    return [table, *document["differences"], f"{document['folder']}: reproduced"]
+    return [table, *(f"note: {text}" for text in document["differences"])]
 
 
 def plan(document: Document) -> list[Section]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import UsageError
+from ..errors import UsageError, VerifyError
 from . import _github, _options, _render, _runs
 from ._errors import Told
 from ._output import Output
@@ -35,11 +35,11 @@ _NoVerifyRemote = Annotated[
     bool, typer.Option("--no-verify-remote", help="Do not download and verify again what was pushed.")
 ]
 _Reproduce = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--reproduce",
-        metavar="FOLDER",
-        help="Run the recipe in this folder again and compare the hashes of its files; no recipe is given.",
+        metavar="FOLDER_OR_REPO",
+        help="Run the recipe of this result again and compare the hashes of its files; no recipe is given.",
     ),
 ]
 
@@ -126,14 +126,27 @@ def _refuse_with_reproduce(recipes: list[str], changed: dict[str, Any]) -> None:
         )
 
 
-def _again(sink: Output, folder: Path, work_dir: Path) -> None:
-    """Run the recipe of a folder again; a difference is raised as a VerifyError."""
+def _again(sink: Output, target: str, work_dir: Path) -> None:
+    """Run the recipe of a result again; a difference is shown, then raised as a VerifyError."""
     from .. import pipeline
 
-    with sink.progress() as progress:
-        document = pipeline.reproduce(folder, work_dir=work_dir, progress=progress)
-    sections = _render.reproduction(document)
-    sink.result(document, sections)
-    warning = _github.write(f"compress: {folder.name} was reproduced", sections, {"reproduced": True})
+    try:
+        with sink.progress() as progress:
+            document = pipeline.reproduce(target, work_dir=work_dir, progress=progress)
+    except VerifyError as error:
+        result = getattr(error, "result", None)
+        if result is not None:
+            if not sink.as_json:  # there the error is the one document
+                sink.result(result, _render.reproduction(result))
+            _pass_on(sink, target, result)
+        raise
+    sink.result(document, [*_render.reproduction(document), f"{document['folder']}: reproduced"])
+    _pass_on(sink, target, document)
+
+
+def _pass_on(sink: Output, target: str, document: dict[str, Any]) -> None:
+    equal = document["reproduced"]
+    title = f"compress: {target} {'was reproduced' if equal else 'was NOT reproduced'}"
+    warning = _github.write(title, _render.reproduction(document), {"reproduced": equal})
     if warning is not None:
         sink.warning(warning)

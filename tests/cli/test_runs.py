@@ -176,6 +176,7 @@ def test_what_a_push_shows(report):
     assert shown["files sent"] == "none: up to date" and shown["pull request"] == "http://pr"
     assert shown["downloaded and verified again"] == "no"
     assert _render.pushed(None) == []
+    assert _render.pushed({**PUSH, "notes": ["it stays public"]})[1] == "note: it stays public"
 
 
 def test_good_folders_are_shown_beside_a_refused_one(call, fake_pipeline, report):
@@ -194,23 +195,31 @@ def test_good_folders_are_shown_beside_a_refused_one(call, fake_pipeline, report
     assert result.code == 6 and "out/x  (" in result.out and "out/y.rejected  (" in result.out
 
 
-def test_reproduce(call, fake_pipeline):
+def test_reproduce(call, fake_pipeline, monkeypatch, tmp_path):
+    monkeypatch.setenv("GITHUB_OUTPUT", str(tmp_path / "outputs"))
     row = {"name": "config.json", "expected": "aa", "measured": "aa", "equal": True}
-    document = {"folder": "out/x", "reproduced": True, "files": [row], "differences": []}
+    document = {"folder": "out/x", "reproduced": True, "files": [row], "differences": ["another processor"]}
     seen = {}
 
-    def reproduce(folder, *, work_dir, progress):
-        seen.update(folder=folder, work_dir=work_dir)
+    def reproduce(target, *, work_dir, progress):
+        seen.update(target=target, work_dir=work_dir)
         return document
 
     fake_pipeline.reproduce = reproduce
     result = call("run", "--reproduce", "out/x", "--work-dir", "w")
-    assert result.code == 0 and seen == {"folder": Path("out/x"), "work_dir": Path("w")}
-    assert "config.json" in result.out and "out/x: reproduced" in result.out
+    assert result.code == 0 and seen == {"target": "out/x", "work_dir": Path("w")}
+    assert "config.json" in result.out and "note: another processor" in result.out
+    assert result.out.endswith("out/x: reproduced\n")
     assert call("run", "--reproduce", "out/x", "--json").json == document
 
-    def differing(folder, *, work_dir, progress):
-        raise VerifyError("out/x: config.json differs")
+    def differing(target, *, work_dir, progress):
+        error = VerifyError("out/x: config.json differs")
+        error.result = {**document, "reproduced": False, "files": [{**row, "equal": False}]}
+        raise error
 
     fake_pipeline.reproduce = differing
-    assert call("run", "--reproduce", "out/x").code == 6
+    result = call("run", "--reproduce", "out/x")
+    assert result.code == 6 and "FAILED" in result.out and "out/x: reproduced" not in result.out
+    assert call("run", "--reproduce", "out/x", "--json").json["error"]["exit_code"] == 6
+    lines = (tmp_path / "outputs").read_text().splitlines()
+    assert lines == ["reproduced=true"] * 2 + ["reproduced=false"] * 2
