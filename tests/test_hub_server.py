@@ -256,6 +256,34 @@ def test_bytes_that_are_not_the_promised_ones_are_refused(hub):
     assert _post(hub, f"/api/models/{REPO}/commit/main", _lines(operation))[0] == 200
 
 
+def test_parts_that_are_missing_or_others_are_refused(hub):
+    hub.configure(chunk_bytes=4)
+    hub.create(REPO)
+    upload = _batch(hub, b"0123456789")["upload"]
+    paths = {key: href.removeprefix(hub.storage) for key, href in upload["header"].items() if key.isdigit()}
+    assert sorted(paths) == ["1", "2", "3"] and upload["header"]["chunk_size"] == "4"
+
+    def complete(etags, oid=None):
+        parts = [{"partNumber": number, "etag": etag} for number, etag in etags.items()]
+        body = {"oid": oid or hashlib.sha256(b"0123456789").hexdigest(), "parts": parts}
+        path = upload["href"].removeprefix(hub.storage)
+        return _post(hub, path, json.dumps(body).encode(), headers={}, host=hub.storage)
+
+    etags = {n: f'"{hashlib.md5(b"0123456789"[4 * n - 4 : 4 * n]).hexdigest()}"' for n in (1, 2, 3)}
+    for number, data in (("1", b"0123"), ("3", b"89")):
+        assert _post(hub, paths[number], data, "PUT", {}, hub.storage)[0] == 200
+    assert complete(etags)[0] == 400  # the second part has not come
+    assert _post(hub, paths["3"], b"longer", "PUT", {}, hub.storage)[0] == 400
+    assert _post(hub, paths["2"], b"4567", "PUT", {}, hub.storage)[0] == 200
+    assert complete({**etags, 2: etags[1]})[0] == 400
+    assert complete({1: etags[1], 2: etags[2]})[0] == 400
+    assert complete(etags, oid="0" * 64)[0] == 400
+    assert not hub.objects(REPO)
+    assert complete(etags)[0] == 200
+    assert complete(etags)[0] == 200  # asked again, because the answer was lost
+    assert list(hub.objects(REPO).values()) == [10]
+
+
 def test_the_storage_wants_its_signature_and_no_token(hub):
     hub.create(REPO)
     address = _batch(hub, b"right")["upload"]["href"]
