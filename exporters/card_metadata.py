@@ -15,6 +15,7 @@ from .card_subject import Subject
 LIBRARY = "diffusers"
 _NO_FOLDING = 2**16
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./+-]*")
+_IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
 # By class, where the source's own card does not say. The Hub has no task of its own for images from
 # a class label; it lists them with those that are made without a prompt.
@@ -30,8 +31,7 @@ def metadata(subject: Subject) -> dict[str, Any]:
     """Return the metadata; what is not known is left out."""
     model = subject.model
     values = {
-        "license": model.get("license"),
-        "license_name": model.get("license_name"),
+        **_licence(model.get("license"), model.get("license_name")),
         "license_link": model.get("license_link"),
         "library_name": LIBRARY,
         "pipeline_tag": model.get("pipeline_tag") or _TASKS.get(model["class"]),
@@ -40,6 +40,20 @@ def metadata(subject: Subject) -> dict[str, Any]:
         "tags": _tags(subject),
     }
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _licence(stated: str | list[str] | None, name: str | None) -> dict[str, Any]:
+    """Return `license` and `license_name`; the Hub refuses a card whose licence is no identifier of its own.
+
+    What the source calls its licence in words of its own becomes the name of an `other` one.
+    """
+    if stated is None:
+        return {}
+    stated_names = [stated] if isinstance(stated, str) else stated
+    identifiers = [item.lower() for item in stated_names]
+    if all(_IDENTIFIER.fullmatch(item) for item in identifiers):
+        return {"license": identifiers[0] if isinstance(stated, str) else identifiers, "license_name": name}
+    return {"license": "other", "license_name": name or ", ".join(stated_names)}
 
 
 def relation(subject: Subject) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from compress.exporters.card import render_card
 from compress.exporters.card_metadata import front_matter
@@ -75,26 +78,60 @@ def test_an_unknown_licence_is_not_invented(document, tmp_path, license_):
     assert "The licence of `builtin:dit` is not known" in card
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        {"license": "other", "license_name": "stabilityai-ai-community", "license_link": "LICENSE.md"},
-        {"license": ["mit", "cc-by-nc-4.0"]},
-        {"license": 'a "b": c # d'},
-        {"license": "ünï-cødé-許諾"},
-        {"license": "no"},
-        {"license": "1e3"},
-        {"license": "2020-01-01"},
-        {"license": "- x"},
-        {"license": "other", "license_name": "x: y", "license_link": "https://example.org/a?b=c&d=%20#e"},
-        {"license": "{a: b}"},
-        {"license": "a" * 300},
-    ],
-)
-def test_odd_licences_come_back_as_they_were(document, tmp_path, model):
+ODD = "ünï: \"c\" # d 'e' 許諾"
+LICENCES = [
+    ({"license": "other", "license_name": "stability-ai", "license_link": "LICENSE.md"}, {}),
+    ({"license": ["mit", "cc-by-nc-4.0"]}, {}),
+    ({"license": "no"}, {}),
+    ({"license": "1e3"}, {}),
+    ({"license": "2020-01-01"}, {}),
+    ({"license": "other", "license_name": ODD, "license_link": "https://example.org/a?b=c&d=%20#e"}, {}),
+    ({"license": "Apache-2.0"}, {"license": "apache-2.0"}),
+    # The Hub takes its own identifiers only.
+    ({"license": ODD}, {"license": "other", "license_name": ODD}),
+    ({"license": "- x"}, {"license": "other", "license_name": "- x"}),
+    ({"license": "{a: b}"}, {"license": "other", "license_name": "{a: b}"}),
+    ({"license": "my own", "license_name": "mine"}, {"license": "other", "license_name": "mine"}),
+    ({"license": ["mit", "my own"]}, {"license": "other", "license_name": "mit, my own"}),
+]
+
+
+@pytest.mark.parametrize(("model", "changes"), LICENCES)
+def test_odd_licences_are_read_as_they_were_written(document, tmp_path, model, changes):
     document["model"] |= model
+    expected = {**model, **changes}
     metadata = metadata_of(render_card(document, [], RECIPE), tmp_path)
-    assert {key: metadata[key] for key in model} == model
+    assert {key: value for key, value in metadata.items() if key.startswith("license")} == expected
+
+
+def test_the_hub_takes_every_card(document, hub, tmp_path):
+    """The Hub library's own validation, which asks the Hub."""
+    cards = [
+        {"license": None},
+        {"base_model": "org/na.me-1_2", "license": "openrail++"},
+        # `validate` writes the block anew, in YAML 1.1, where 1e3 needs no quotes.
+        *(model for model, _ in LICENCES if model["license"] != "1e3"),
+    ]
+    for number, model in enumerate(cards):
+        card = {**document, "model": {**document["model"], **model}}
+        text = render_card(card, [], RECIPE, place="org/name", revision="v1")
+        (tmp_path / f"{number}.md").write_text(text, encoding="utf-8")
+    (tmp_path / "bad.md").write_text("---\nbase_model_relation: pruned\n---\n")
+    code = (
+        "import sys\nfrom huggingface_hub import ModelCard\n"
+        "for path in sys.argv[2:]: ModelCard.load(path).validate()\n"
+        "try: ModelCard.load(sys.argv[1]).validate()\n"
+        "except ValueError: print('refused')\n"
+    )
+    paths = [str(tmp_path / name) for name in ("bad.md", *(f"{number}.md" for number in range(len(cards))))]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *paths], env=hub.environment(tmp_path / "home"),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "refused\n"
+    asked = [row for row in hub.requests() if row["path"] == "/api/validate-yaml"]
+    assert len(asked) == len(cards) + 1
 
 
 @given(
