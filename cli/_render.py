@@ -145,7 +145,10 @@ def plan(document: Document) -> list[Section]:
         sections.append(before_after(stages[0]["before"], stages[-1]["after"]))
     notes = [f"{stage['method']}: {note}" for stage in stages for note in stage["notes"]]
     sections += [f"note: {note}" for note in notes]
-    sections.append(f"predicted size of the exported weights: {size(document['export']['bytes'])}")
+    found = document["export"]
+    for export in found if isinstance(found, list) else [found]:
+        of = f" of {export['path']} ({export['format']})" if isinstance(found, list) else ""
+        sections.append(f"predicted size of the exported weights{of}: {size(export['bytes'])}")
     return sections
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 from compress.errors import PlanError, UsageError, VerifyError
@@ -159,6 +162,24 @@ def test_the_plan_lists_the_variants_and_holds_the_gates_against_each(recipe, tm
         with pytest.raises(PlanError, match=r"bytes: .* cannot be reached by .*torchao \(torchao\)"):
             carry_out(recipe(changes, ours=OURS, torchao=TORCHAO))
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.slow
+def test_a_run_killed_between_two_variants_is_finished_by_the_next(recipe, outputs, tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe(ours=OURS, torchao=TORCHAO)))
+    command = [sys.executable, "-m", "compress", "run", "recipe.json", "--work-dir", "work", "--quiet"]
+    process = subprocess.Popen(command, cwd=tmp_path)
+    while not list(tmp_path.glob(".torchao.partial-*")):
+        assert process.poll() is None, "it ended before the second variant was begun"
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    (tmp_path / "recipe.json").rename(tmp_path / "work" / "recipe.json")
+    assert {name.partition(".partial")[0] for name in outputs()} == {".ours", ".torchao"}
+    command[4] = "work/recipe.json"
+    assert subprocess.run(command, cwd=tmp_path).returncode == 0
+    assert outputs() == ["ours", "torchao"]
+    assert [_report(tmp_path / name)["stages"][0]["resumed"] for name in outputs()] == [True, True]
 
 
 @pytest.mark.slow

@@ -79,12 +79,14 @@ def test_a_folder_made_with_another_seed_is_not_reproduced(place):
     path = place / "out" / "ours" / "report.json"
     document = json.loads(path.read_text())
     document["recipe"]["seed"] = 6
+    document["environment"]["threads"] = 2
     path.write_text(json.dumps(document))
     before = _names(place)
     with pytest.raises(
         VerifyError, match=r"ours: not reproduced, \d+ of 12 files differ: README\.md"
     ) as caught:
         reproduce(place / "out" / "ours")
+    assert "threads" not in caught.value.hint and torch.get_num_threads() == 1, "as many as there were"
     assert "seed: 5 then, 6 now" in caught.value.hint and "measured sqnr_db: " in caught.value.hint
     result = caught.value.result
     assert result["reproduced"] is False

@@ -213,6 +213,12 @@ def test_plan(call, fake_pipeline, plan_document):
         assert text in result.out, text
     assert result.err == "next: compress run dit_xl_w4a8\n"
     assert call("plan", "dit_xl_w4a8", "--json").json == plan_document
+    plan_document["export"] = [
+        {"path": "out/a", "format": "compress", "bytes": 2_000_000},
+        {"path": "out/b", "format": "torchao", "bytes": 3_000_000},
+    ]
+    result = call("plan", "dit_xl_w4a8")
+    assert "of out/a (compress): 2 MB" in result.out and "of out/b (torchao): 3 MB" in result.out
 
 
 def test_evaluate(call, fake_pipeline, report):
