@@ -156,6 +156,30 @@ def test_a_failing_gate_in_the_action_keeps_its_code(perform, tiny_dit, tmp_path
     assert (tmp_path / "here" / "kept here" / "events.jsonl").is_file()
 
 
+@pytest.mark.slow
+def test_two_recipes_in_the_action(perform, tiny_dit, tmp_path):
+    """The first is refused by its gate; the second is carried out all the same."""
+    for name, gate in (("first", ">= 2"), ("second", "<= 1")):
+        text = RECIPE.format(model=tiny_dit, gate=gate).replace("out/tiny", f"out/{name}")
+        (tmp_path / "here" / f"{name}.yaml").write_text(text)
+    done = perform("Run the recipes", recipes="first.yaml\nsecond.yaml", strict="true")
+    assert done.returncode == 6, done.stderr
+    outputs = _outputs(tmp_path)
+    assert (
+        outputs["exit_code"] == "6" and outputs["gates_passed"] == "false" and outputs["verified"] == "true"
+    )
+    first, second = json.loads(outputs["results"])
+    assert (first["recipe"], first["path"], first["gates_passed"]) == (
+        "first.yaml", "out/first.rejected", False,
+    )  # fmt: skip
+    assert (second["recipe"], second["path"], second["gates_passed"]) == ("second.yaml", "out/second", True)
+    for row in (first, second):
+        report = json.loads((tmp_path / "here" / row["report"]).read_text())
+        assert report["evaluation"]["metrics"]["size_ratio"] == row["size_ratio"]
+    summary = (tmp_path / "STEP_SUMMARY").read_text()
+    assert "first was REJECTED" in summary and "| second.yaml | done | out/second |" in summary
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_input_is_text(perform, tmp_path, text):
     names = ("recipes", "set", "push", "model", "strict", "work_dir")

@@ -131,13 +131,14 @@ def test_a_release_is_built_pushed_and_loads_from_the_hub(machine, job, hub, tmp
     assert all(gate["passed"] for gate in report["gates"])
     assert hub.private("org/dit") and hub.refs("org/dit")["tags"] == {"v1.0": push["commit"]}
 
-    pushed = {row["name"]: row["sha256"] for row in report["export"]["files"]}
     there = hub.commits("org/dit")[0]
     assert there["oid"] == push["commit"]
-    for name, sha256 in pushed.items():
-        if name != "README.md":  # the card in a repository tells how to load from there
-            assert there["files"][name]["sha256"] == sha256, name
-    assert hashlib.sha256(hub.read("org/dit", "config.json")).hexdigest() == pushed["config.json"]
+    written = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    for name, path in written.items():  # the card and the report among them
+        data = path.read_bytes()
+        assert there["files"][name]["sha256"] == hashlib.sha256(data).hexdigest(), name
+        assert hub.read("org/dit", name) == data, name
+    assert set(there["files"]) - set(written) <= {".gitattributes"}
 
     # Another process, another cache, a token that only reads, and no folder of that name at hand.
     elsewhere = tmp_path / "elsewhere"
