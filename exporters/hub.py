@@ -95,10 +95,14 @@ def push_folder(folder: Path, settings: PushSettings, *, progress: Progress) -> 
         sent = bundle(folder, settings, repository.kept(state, listed, scratch / "before"))
         change = changes(sent, state.files)
         _check_tag(settings, state, change)
-        result = _result(repository, _push(repository, state, sent, change, progress), change, private)
+        notes = _visibility(settings, private)
+        for note in notes:
+            progress.note(f"{settings.repo}: {note}")
+        pushed = _push(repository, state, sent, change, progress)
+        result = _result(repository, pushed, change, private, notes)
         if settings.verify_remote:
-            notes = verify_remote(repository, result.commit, sent, scratch / "after", progress)
-            result = replace(result, verified=True, notes=(*result.notes, *notes))
+            unchecked = verify_remote(repository, result.commit, sent, scratch / "after", progress)
+            result = replace(result, verified=True, notes=(*notes, *unchecked))
         if settings.tag is not None:
             repository.tag(result.commit)
     return result
@@ -109,7 +113,7 @@ def _push(
 ) -> Pushed:
     repository.ensure_branch(state)
     if not change and state.head is not None:
-        return Pushed(state.head, MAIN if repository.settings.create_pr else repository.branch)
+        return Pushed(state.head, repository.branch)
     return commit(repository, state, sent, change, progress)
 
 
@@ -120,13 +124,19 @@ def _check_tag(settings: PushSettings, state: State, change: Changes) -> None:
         refuse_tag(settings.repo, str(settings.tag), there)
 
 
-def _result(repository: RemoteRepository, pushed: Pushed, change: Changes, private: bool) -> PushResult:
+def _visibility(settings: PushSettings, private: bool) -> tuple[str, ...]:
+    """Say that an existing repository is seen by others than a new one would be."""
+    if private == settings.private:
+        return ()
+    now, new = ("private", "public") if private else ("public", "private")
+    return (f"the repository exists and stays {now}; only a new one would be {new}",)
+
+
+def _result(
+    repository: RemoteRepository, pushed: Pushed, change: Changes, private: bool, notes: tuple[str, ...]
+) -> PushResult:
     settings = repository.settings
     place = f"{without_user_info(repository.api.endpoint)}/{settings.repo}"
-    notes: tuple[str, ...] = ()
-    if private != settings.private:
-        is_, asked = ("private", "public") if private else ("public", "private")
-        notes = (f"the repository existed and stays {is_}; {asked} holds for new ones only",)
     return PushResult(
         repo=settings.repo,
         revision=pushed.revision,

@@ -85,13 +85,14 @@ def _commit(repository: RemoteRepository, state: State, bundle: Bundle, operatio
         head = repository.state().head
         if head is None or head == state.head:
             return None
-        if changes(bundle, repository.files(head)):
-            raise HubError(
-                f"{settings.repo}@{repository.branch}: moved to {head[:12]} during the push; nothing of this"
-                " push was committed",
-                hint="look at that commit, then push again; what was uploaded is not sent again",
-            )
-        return Pushed(head, repository.branch)
+        for made_since in repository.commits(head, until=state.head):
+            if not changes(bundle, repository.files(made_since)):
+                return Pushed(made_since, repository.branch)
+        raise HubError(
+            f"{settings.repo}@{repository.branch}: moved to {head[:12]} during the push; nothing of this"
+            " push was committed",
+            hint="look at that commit, then push again; what was uploaded is not sent again",
+        )
 
     pushed: Pushed = repository.ask(f"committing to {repository.branch}", send, done=made)
     return pushed

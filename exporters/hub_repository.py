@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -142,6 +143,13 @@ class RemoteRepository:
         )
         return {entry.path: entry for entry in listed if isinstance(entry, RepoFile)}
 
+    def commits(self, head: str, *, until: str | None) -> list[str]:
+        """Return the commits from `head` back to `until`, which is not among them; newest first."""
+        found: list[Any] = self.ask(
+            "reading its history", lambda: self.api.list_repo_commits(self.repo, revision=head)
+        )
+        return list(takewhile(lambda commit: commit != until, (entry.commit_id for entry in found)))
+
     def read(self, name: str, commit: str, scratch: Path) -> bytes:
         """Return a small file of a commit."""
         path: str = self.ask(
@@ -177,7 +185,7 @@ class RemoteRepository:
 
     def ensure_branch(self, state: State) -> None:
         """Make the branch from the default branch where it does not exist."""
-        if state.exists or self.settings.create_pr:
+        if state.exists or self.branch == MAIN:
             return
         self.ask(
             f"creating the branch {self.branch}",

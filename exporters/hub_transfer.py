@@ -79,7 +79,7 @@ def attempt(
 
 def is_passing(error: BaseException) -> bool:
     """Return whether an error may be gone when the same call is made again."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     error = innermost(error)
     status = status_of(error)
@@ -87,9 +87,9 @@ def is_passing(error: BaseException) -> bool:
         return status in _PASSING and _asked_seconds(error) <= _LONGEST_ASKED_SECONDS
     if isinstance(error, OfflineModeIsEnabled):
         return False
-    # An error page in the place of JSON is what proxies before an overloaded server send.
-    passing = (HfHubHTTPError.__bases__[0], LocalEntryNotFoundError, json.JSONDecodeError)
-    return isinstance(error, passing)
+    # An error page in the place of JSON is what proxies before an overloaded server send. Downloads
+    # end with a LocalEntryNotFoundError, after the library has repeated them itself.
+    return isinstance(error, HfHubHTTPError.__bases__[0] | json.JSONDecodeError)
 
 
 def _asked_seconds(error: Any) -> float:

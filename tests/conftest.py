@@ -217,6 +217,30 @@ def hub(hub_process: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
+def exported_cache(tiny_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that a run wrote, once per session; tests get copies from `exported`."""
+    import compress
+
+    folder = tmp_path_factory.mktemp("exported")
+    recipe = {
+        "model": str(tiny_cache("DiTTransformer2DModel", 0, "float32", ())),
+        "calibration": {"samples": 1, "steps": 1},
+        "stages": [{"rtn": {"weight_bits": 8}}],
+        "evaluate": {"fidelity": {"samples": 1, "steps": 1}},
+        "require": {"size_ratio": "<= 0.9"},
+        "export": {"path": str(folder / "dit-w8")},
+    }
+    compress.run(recipe, work_dir=folder / "work")
+    return folder / "dit-w8"
+
+
+@pytest.fixture
+def exported(exported_cache: Path, tmp_path: Path) -> Path:
+    """A folder that a run wrote, with a gate that holds; the test's own, alone in its parent."""
+    return Path(shutil.copytree(exported_cache, tmp_path / "exported" / exported_cache.name))
+
+
+@pytest.fixture(scope="session")
 def cpp_compiler() -> str:
     """The C++ compiler that torch.compile needs on a CPU; skips where there is none."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), None)
