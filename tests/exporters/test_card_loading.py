@@ -87,3 +87,36 @@ def test_the_code_loads_the_model(
     assert torch.isfinite(outputs[0]).all()
     assert torch.equal(outputs[0], space["output"])
     assert torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.slow
+def test_the_code_loads_the_model_from_a_repository(
+    document, hub, make_tiny, open_quantized, schemes, tmp_path, outputs_of
+):
+    import compress
+    import torch
+    from safetensors.torch import load_file
+
+    model = open_quantized(make_tiny(dtype="bfloat16"), schemes["mixed"])
+    folder = tmp_path / "out"
+    folder.mkdir()
+    info = write(model, folder, "compress")
+    files = {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+    commit = hub.create("org/name", files)
+    hub.commit("org/name", {"config.json": b"{}"})  # main is another one by now
+    document["export"] |= {"loads_with": info.loads_with}
+    blocks = blocks_of(render_card(document, [], "", place="org/name", revision=commit))
+    space: dict = {}
+    exec(SAVE.replace("save_file(", "_ = ("), {"model": compress.load(folder)}, space)
+    assert len(blocks) == 2
+    for number, block in enumerate(blocks):
+        home = tmp_path / f"home{number}"
+        home.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", block + SAVE], cwd=home, env=hub.environment(home, hub.reader),
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert torch.equal(load_file(home / "output.safetensors")["output"], space["output"])

@@ -49,6 +49,16 @@ def test_a_plan_fetches_configs_only(hub):
     }  # fmt: skip
 
 
+def test_the_licence_comes_with_the_configs(hub):
+    (hub.remote / "README.md").write_text("---\nlicense: other\nlicense_link: TERMS.md\n---\n")
+    (hub.remote / "LICENSE.md").write_text("terms")
+    card = read_spec(ModelRef(id="org/name")).source.card
+    assert len(hub.calls) == 1
+    assert (card.license, card.base_model) == ("other", "org/name")
+    assert card.license_link == f"https://huggingface.co/org/name/blob/{COMMIT}/TERMS.md"
+    assert [path.name for path in card.texts] == ["LICENSE.md"]
+
+
 def test_weights_are_of_the_same_commit_and_the_plain_variant(hub):
     weights = hub.remote / "transformer" / "diffusion_pytorch_model.safetensors"
     shutil.copy(weights, weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
