@@ -164,9 +164,10 @@ def test_who_may_do_what(hub, api):
         api().model_info(REPO, revision="absent")
     with pytest.raises(EntryNotFoundError):
         api().hf_hub_download(REPO, "absent.txt")
-    with pytest.raises(HfHubHTTPError) as error:
-        api("hf_unknown").whoami()
-    assert _status(error) == 401
+    for act in (lambda api: api.whoami(), lambda api: api.model_info("org/open")):
+        with pytest.raises(HfHubHTTPError) as error:
+            act(api("hf_unknown"))
+        assert _status(error) == 401
     for token, repo in ((hub.reader, REPO), (hub.stranger, "org/open")):
         for act in (
             lambda api, repo: api.upload_file(path_or_fileobj=b"1", path_in_repo="b.txt", repo_id=repo),
@@ -212,6 +213,7 @@ def _lines(*operations):
     ("operation", "message"),
     [
         (("lfsFile", {"path": "w", "algo": "sha256", "oid": "0" * 64, "size": 5}), "does not exist"),
+        (("lfsFile", {"path": "w", "algo": "sha256", "oid": "0" * 64}), "does not exist"),
         (("file", {"path": "../w", "content": "", "encoding": "base64"}), "Invalid path"),
         (("file", {"path": "/w", "content": "", "encoding": "base64"}), "Invalid path"),
         (("file", {"path": "a/.git/config", "content": "", "encoding": "base64"}), "Invalid path"),
@@ -248,12 +250,11 @@ def test_bytes_that_are_not_the_promised_ones_are_refused(hub):
     assert _batch(hub, b"right") is None
     # An object of one repository is no object of another.
     hub.create("org/other")
-    operation = (
-        "lfsFile",
-        {"path": "w", "algo": "sha256", "oid": hashlib.sha256(b"right").hexdigest(), "size": 5},
-    )
-    assert _post(hub, "/api/models/org/other/commit/main", _lines(operation))[0] == 400
-    assert _post(hub, f"/api/models/{REPO}/commit/main", _lines(operation))[0] == 200
+    pointer = {"path": "w", "algo": "sha256", "oid": hashlib.sha256(b"right").hexdigest(), "size": 5}
+    right, too_long = _lines(("lfsFile", pointer)), _lines(("lfsFile", {**pointer, "size": 6}))
+    assert _post(hub, "/api/models/org/other/commit/main", right)[0] == 400
+    assert _post(hub, f"/api/models/{REPO}/commit/main", too_long)[0] == 400
+    assert _post(hub, f"/api/models/{REPO}/commit/main", right)[0] == 200
 
 
 def test_parts_that_are_missing_or_others_are_refused(hub):
