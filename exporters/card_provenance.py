@@ -22,6 +22,8 @@ def provenance(subject: Subject, recipe_text: str) -> Iterator[str]:
     yield from table(("", ""), _rows(subject))
     yield f"The SHA-256 of every file of {subject.here} is in `report.json`. This checks them, and the gates:"
     yield from ("", f"    compress verify {subject.target}", "")
+    yield "and this makes them again from the source, and compares:"
+    yield from ("", f"    compress run --reproduce {subject.target}", "")
 
 
 def _rows(subject: Subject) -> list[tuple[str, Any]]:

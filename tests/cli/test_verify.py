@@ -134,6 +134,18 @@ def test_figures_are_measured_again(call, made, exported):
 
 
 @pytest.mark.slow
+def test_the_commands_on_the_card_work(call, made, monkeypatch):
+    base, folder = made()
+    monkeypatch.chdir(folder.parent)  # where the names on the card are those of the folders
+    card = (folder / "README.md").read_text()
+    commands = [line.split()[1:] for line in card.splitlines() if line.startswith("    compress verify ")]
+    assert commands == [["verify", folder.name, "--against", base.name], ["verify", folder.name]]
+    for arguments in commands:
+        result = call(*arguments)
+        assert result.code == 0, result.err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["torchao", "dequantized"])
 def test_figures_of_other_formats(call, made, format):
     base, folder = made(format)

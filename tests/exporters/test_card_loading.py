@@ -49,6 +49,7 @@ def test_a_revision_is_part_of_the_code_and_of_the_commands(document):
     assert 'compress.load("org/name", revision="v1.0")' in card
     assert 'from_pretrained("org/name", revision="v1.0")' in card
     assert "    compress verify org/name@v1.0 --against builtin:dit\n" in card
+    assert "    compress run --reproduce org/name@v1.0\n" in card
     assert "dit-w4a8" not in card
     assert card.split("---\n")[2].startswith("\n# name\n")
 
