@@ -11,7 +11,8 @@
     verified, gates_passed  `true` where that holds for every result
     results                 JSON: a list with all of the above for every result, and its recipe
 
-A result is a folder that was written; of one that was refused, the folder kept aside.
+A result is a folder that was written; of one that was refused, the folder kept aside. Those of
+`compress push` are repo, revision, commit, url and tag; of `compress run --reproduce`, reproduced.
 """
 
 from __future__ import annotations
@@ -70,6 +71,11 @@ def outputs_of(results: Sequence[tuple[str, Mapping[str, Any]]], exit_code: int)
     return outputs
 
 
+def push_outputs(push: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the outputs that say where a push went; all are empty for an empty mapping."""
+    return {key: push.get(key) or "" for key in _PUSH}
+
+
 def _row(report: Mapping[str, Any]) -> dict[str, Any]:
     export, push = report["export"], report["export"].get("push") or {}
     measured = report["evaluation"].get("metrics", {})
@@ -81,7 +87,7 @@ def _row(report: Mapping[str, Any]) -> dict[str, Any]:
         "verified": export["verified"],
         "gates_passed": all(row["passed"] for row in report["gates"]),
         **{key: measured.get(key, "") for key in _METRICS},
-        **{key: push.get(key) or "" for key in _PUSH},
+        **push_outputs(push),
     }
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import UsageError
+from ..errors import HubError, UsageError, VerifyError
 from . import _github, _render
 from ._errors import DEFECT, INTERRUPTED, Failure, classify
 from ._tables import Table
@@ -162,7 +162,9 @@ def _carry_out_one(sink: Output, ending: Ending, loaded: LoadedRecipe, how: How)
         ending.results = _render.single_reports(ending.report)
         sections = _render.report(ending.report)
     else:
-        ending.results = _left_behind(loaded, began)
+        # Only these end a run that has given folders their names; others left what was there before.
+        named = isinstance(ending.error, VerifyError | HubError)
+        ending.results = _left_behind(loaded, began) if named else []
         sections = [section for result in ending.results for section in _render.judgement(result)]
     if not sink.as_json:
         sink.result(ending.report, sections)

@@ -49,8 +49,12 @@ def to_markdown(section: Section) -> str:
     if isinstance(section, str):
         return section
     lines = [section.columns, ["---"] * len(section.columns), *section.rows]
-    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    body = "\n".join("| " + " | ".join(_markdown_cell(cell) for cell in line) + " |" for line in lines)
     return f"### {section.title}\n\n{body}" if section.title else body
+
+
+def _markdown_cell(text: str) -> str:
+    return " ".join(text.split("\n")).replace("|", "\\|")
 
 
 def to_rich(section: Section) -> RichTable | str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from . import _options, _render
+from . import _github, _options, _render
 
 if TYPE_CHECKING:
     from ..recipes.export import PushSettings
@@ -68,7 +68,11 @@ def push(
         document = pipeline.push(folder, settings, progress=progress)
     pushed = document["push"]
     done = "was up to date" if pushed["up_to_date"] else f"{pushed['files_sent']} files sent"
-    sink.result(document, [*_render.anything(pushed), f"{pushed['url']}: {done}"])
+    sections = [*_render.anything(pushed), f"{pushed['url']}: {done}"]
+    sink.result(document, sections)
+    warning = _github.write(f"compress push: {pushed['repo']}", sections, _github.push_outputs(pushed))
+    if warning is not None:
+        sink.warning(warning)
 
 
 def _settings(**values: Any) -> PushSettings:

@@ -124,6 +124,7 @@ def test_the_cache_is_saved_after_a_failure_under_the_key_that_is_restored(actio
     assert restore["with"]["key"].startswith(restore["with"]["restore-keys"].strip())
 
 
+@pytest.mark.slow
 def test_a_run_in_the_action(action, perform, tiny_dit, tmp_path):
     (tmp_path / "here" / "my recipe.yaml").write_text(RECIPE.format(model=tiny_dit, gate="<= 1"))
     done = perform(
@@ -145,6 +146,7 @@ def test_a_run_in_the_action(action, perform, tiny_dit, tmp_path):
     assert (tmp_path / "here" / ".compress" / "stages").is_dir()
 
 
+@pytest.mark.slow
 def test_a_failing_gate_in_the_action_keeps_its_code(perform, tiny_dit, tmp_path):
     (tmp_path / "here" / "x.yaml").write_text(RECIPE.format(model=tiny_dit, gate=">= 2"))
     done = perform("Run the recipes", recipes="x.yaml", work_dir="kept here")

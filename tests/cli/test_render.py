@@ -22,6 +22,7 @@ def test_markdown():
         "| a\\|b | 1 |",
         "| long name | 22 |",
     ]
+    assert to_markdown(Table("", ["x"], [["two\nlines"]])).endswith("| two lines |")
 
 
 def test_rich_keeps_brackets():

@@ -179,6 +179,32 @@ def test_what_a_push_shows(report):
     assert _render.pushed({**PUSH, "notes": ["it stays public"]})[1] == "note: it stays public"
 
 
+def test_push_passes_on_where_it_went(call, fake_pipeline, monkeypatch, tmp_path):
+    monkeypatch.setenv("GITHUB_OUTPUT", str(tmp_path / "outputs"))
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    fake_pipeline.push = lambda folder, settings, **options: {"push": PUSH}
+    assert call("push", "out/x", "org/x").code == 0
+    assert dict(line.split("=", 1) for line in (tmp_path / "outputs").read_text().splitlines()) == {
+        key: PUSH[key] for key in ("repo", "revision", "commit", "url", "tag")
+    }
+    assert "## compress push: org/x" in (tmp_path / "summary.md").read_text()
+
+
+def test_push_and_its_check_reach_the_recipe(call, recipes, fake_pipeline, report):
+    seen = []
+
+    def run(loaded, **options):
+        seen.append(loaded.recipe.export[0].push)
+        return report
+
+    fake_pipeline.run = run
+    assert call("run", "a.yaml", "--push", "org/x@next").code == 0
+    assert call("run", "a.yaml", "--push", "org/x", "--no-verify-remote").code == 0
+    first, second = seen
+    assert (first.repo, first.revision, first.verify_remote) == ("org/x", "next", True)
+    assert (second.repo, second.revision, second.verify_remote) == ("org/x", None, False)
+
+
 def test_good_folders_are_shown_beside_a_refused_one(call, fake_pipeline, report):
     Path("x.yaml").write_text(
         "model: builtin:dit\nstages: [rtn: {}]\nexport: [{path: out/x}, {path: out/y, format: dequantized}]\n"
