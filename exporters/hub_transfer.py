@@ -133,8 +133,16 @@ def heard_through(progress: Progress) -> Iterator[None]:
     states: dict[str, bool] = import_module("huggingface_hub.utils.tqdm").progress_bar_states
     before, logger = dict(states), logging.getLogger("huggingface_hub")
     handlers, propagate = list(logger.handlers), logger.propagate
+    show = warnings.showwarning
+
+    def tell(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+        if "huggingface_hub" in filename:
+            progress.note(f"Hub: {redact(str(message))}")
+        else:
+            show(message, category, filename, *rest)
+
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: progress.note(f"Hub: {redact(str(message))}")
+        warnings.showwarning = tell
         disable_progress_bars()
         logger.handlers, logger.propagate = [_ToProgress(progress)], False
         try:

@@ -117,6 +117,8 @@ def hub_error(error: BaseException, what: str) -> HubError:
     else:
         told = f"the Hub cannot be reached: {type(error).__name__}: {first_line(error)}"
         hint = "check the network, HF_ENDPOINT and proxies, then run the same command again"
+        if "xet-write-token" in told:
+            hint = "a Hub without Xet storage wants HF_HUB_DISABLE_XET=1"
     return HubError(redact(f"{what}: {told}"), hint=hint)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import warnings
 from pathlib import Path
 
 import huggingface_hub
@@ -235,6 +236,7 @@ def test_a_report_that_is_none_of_ours_lists_nothing(at_hub, exported):
         push(exported)
 
 
+@pytest.mark.slow
 def test_what_was_pushed_is_downloaded_and_run(at_hub, exported):
     progress = Recorder()
     result = push(exported, progress, verify_remote=True, tag="v1")
@@ -362,6 +364,16 @@ def test_access_offline(at_hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
         exporter.check_access(PushSettings(repo=REPO))
+
+
+def test_warnings_of_the_library_become_notes_and_others_pass(monkeypatch):
+    shown, progress = [], Recorder()
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
+    with hub_transfer.heard_through(progress):
+        warnings.warn_explicit("of the card", UserWarning, "lib/huggingface_hub/hf_api.py", 1)
+        warnings.warn_explicit("of somebody else", UserWarning, "lib/other.py", 1)
+    assert progress.notes == ["Hub: of the card"]
+    assert shown == ["of somebody else"]
 
 
 def test_the_library_is_heard_without_tokens_and_left_as_it_was(at_hub, exported):

@@ -36,6 +36,7 @@ def answered(status, said=None, kind=errors.HfHubHTTPError):
         (errors.OfflineModeIsEnabled("offline"), "cannot be fetched", "HF_HUB_OFFLINE"),
         (errors.HFValidationError("bad"), "not a Hub id: bad", "org/name"),
         (ValueError("Invalid metadata in README.md.\n- tags"), "README.md. - tags", "nothing was committed"),
+        (ConnectionError("404, domain: /xet-write-token/main"), "cannot be reached", "HF_HUB_DISABLE_XET=1"),
         (httpx2.ConnectError("refused"), "cannot be reached: ConnectError: refused", "HF_ENDPOINT"),
     ],
 )
