@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from ..progress import Progress
 from ..recipes.secrets import redact
@@ -135,11 +135,18 @@ def heard_through(progress: Progress) -> Iterator[None]:
     handlers, propagate = list(logger.handlers), logger.propagate
     show = warnings.showwarning
 
-    def tell(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+    def tell(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if "huggingface_hub" in filename:
             progress.note(f"Hub: {redact(str(message))}")
         else:
-            show(message, category, filename, *rest)
+            show(message, category, filename, lineno, file, line)
 
     with warnings.catch_warnings():
         warnings.showwarning = tell

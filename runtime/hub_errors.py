@@ -101,16 +101,8 @@ def hub_error(error: BaseException, what: str) -> HubError:
         told, hint = "no such revision", "check the revision: in a recipe model.revision or push.revision"
     elif isinstance(error, errors.HFValidationError):
         told, hint = f"not a Hub id: {first_line(error)}", "write it as org/name"
-    elif status is not None and status >= 500:
-        told, hint = f"the Hub failed ({_server_said(error, status)})", f"check the network; {_AGAIN}"
-    elif status in _BY_STATUS:
-        told, hint = _BY_STATUS[status]
-        told += f" ({_server_said(error, status)})"
     elif status is not None:
-        told, hint = (
-            f"the Hub refused ({_server_said(error, status)})",
-            "check the request's parts named here",
-        )
+        told, hint = _by_status(error, status)
     elif isinstance(error, ValueError):  # checks of the library itself, such as of the card's metadata
         told = f"the Hub's library refused: {redact(' '.join(str(error).split()))[:500]}"
         hint = "nothing was committed; what is named there has to change first"
@@ -120,6 +112,15 @@ def hub_error(error: BaseException, what: str) -> HubError:
         if "xet-write-token" in told:
             hint = "a Hub without Xet storage wants HF_HUB_DISABLE_XET=1"
     return HubError(redact(f"{what}: {told}"), hint=hint)
+
+
+def _by_status(error: BaseException, status: int) -> tuple[str, str]:
+    """Return what a status means and what to do about it."""
+    if status >= 500:
+        told, hint = "the Hub failed", f"check the network; {_AGAIN}"
+    else:
+        told, hint = _BY_STATUS.get(status, ("the Hub refused", "see what it says about the request"))
+    return f"{told} ({_server_said(error, status)})", hint
 
 
 def first_line(error: BaseException) -> str:
