@@ -54,7 +54,7 @@ def compare_folders(
         folder: the checkpoint as it was exported.
         other: a copy of it, such as a download.
         progress: gets one step.
-        device: of both processes.
+        device: of both processes, such as the one of the run; where it is not there, the CPU.
         threads: CPU threads of their arithmetic; None: as many as this process uses.
     """
     try:
@@ -69,6 +69,8 @@ def compare_folders(
         "class_name": stored.class_name, "dtype": stored.dtype, "device": device, "seed": _SEED,
         "threads": threads or torch.get_num_threads(), "ways": ways, "needs": packages_of(format_),
     }  # fmt: skip
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        request["device"] = "cpu"
     inputs = _inputs(stored)
     with step(progress, "run in fresh processes", 2) as bar:
         answers = []

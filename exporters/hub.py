@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import VerifyError
 from ..progress import Progress
 from ..recipes.export import PushSettings
 from ..recipes.secrets import without_user_info
@@ -114,7 +115,15 @@ def _push(
     repository.ensure_branch(state)
     if not change and state.head is not None:
         return Pushed(state.head, repository.branch)
-    return commit(repository, state, sent, change, progress)
+    pushed = commit(repository, state, sent, change, progress)
+    left = changes(sent, repository.files(pushed.commit))
+    if left:
+        name = [*(file.name for file in left.added), *left.removed][0]
+        raise VerifyError(
+            f"{repository.repo}@{pushed.commit}: was pushed, but {name} in it is not as it was sent",
+            hint="see whether a .gitignore in the repository names it; do not use this commit",
+        )
+    return pushed
 
 
 def _check_tag(settings: PushSettings, state: State, change: Changes) -> None:

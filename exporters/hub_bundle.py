@@ -92,8 +92,9 @@ def read_report(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such folder", hint="name a folder that `compress run` wrote")
     path = folder / REPORT_NAME
-    if not path.is_file():
-        raise SourceError(f"{folder}: holds no {REPORT_NAME}", hint="name a folder that `compress run` wrote")
+    for name in (REPORT_NAME, _RECIPE_NAME):
+        if not (folder / name).is_file():
+            raise SourceError(f"{folder}: holds no {name}", hint="name a folder that `compress run` wrote")
     document = parse_object(path.read_bytes(), str(path))
     try:
         export, gates = document["export"], document["gates"]

@@ -64,7 +64,8 @@ def verify_remote(
             raise _damaged(where, error.message.replace(f"{snapshot}: ", "")) from None
         if (snapshot / REPORT_NAME).read_bytes() != bundle.report:
             raise _damaged(where, f"{REPORT_NAME} is not the one that was sent")
-        comparison = compare_folders(bundle.folder, snapshot, progress=progress)
+        device = str(bundle.document["environment"].get("device", "cpu"))
+        comparison = compare_folders(bundle.folder, snapshot, device=device, progress=progress)
     if comparison.failure is not None:
         raise _damaged(where, comparison.failure)
     return comparison.notes

@@ -309,6 +309,18 @@ def test_progress_counts_every_byte_of_a_large_file(at_hub, exported):
     assert progress.details.count("large.safetensors") > 3
 
 
+def test_a_commit_without_what_was_sent_is_named(at_hub, exported, monkeypatch):
+    files = hub_repository.RemoteRepository.files
+
+    def without_one(self, commit):
+        """As where a .gitignore in the repository keeps a file out of the commit."""
+        return {name: file for name, file in files(self, commit).items() if name != "recipe.yaml"}
+
+    monkeypatch.setattr(hub_repository.RemoteRepository, "files", without_one)
+    with pytest.raises(VerifyError, match=rf"{REPO}@[0-9a-f]{{40}}: was pushed, but recipe\.yaml"):
+        push(exported)
+
+
 def test_our_commit_below_that_of_somebody_else_is_found(at_hub, exported, monkeypatch):
     state, calls = hub_repository.RemoteRepository.state, []
 
