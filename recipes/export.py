@@ -20,6 +20,8 @@ from pydantic import (
     model_validator,
 )
 
+from .secrets import holds_secret
+
 _SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # What git and the Hub both take; refs/pr/N is a revision that can be read but not pushed to by name.
@@ -70,6 +72,13 @@ class PushSettings(_Settings):
         if isinstance(value, Mapping) and isinstance(value.get("repo"), str) and not value.get("revision"):
             repo, separator, revision = value["repo"].partition("@")
             return {**value, "repo": repo, "revision": revision} if separator else value
+        return value
+
+    @field_validator("repo", "revision", "tag", "message")
+    @classmethod
+    def _holds_no_secret(cls, value: str | None) -> str | None:
+        if value is not None and holds_secret(value):  # all of them can be read in the repository
+            raise ValueError("holds what looks like an access token or a password")
         return value
 
     @field_validator("repo")

@@ -72,6 +72,8 @@ class Place:
 
     def pushed(self):
         """Yield (place, bytes) for all that the Hub stores and all addresses that it was asked for."""
+        leaked = [request for request in self.hub.requests() if request["token_name"] == "leaked"]
+        assert not leaked, "the token was sent to where the large files lie"
         yield "requests", json.dumps(self.hub.requests()).encode()
         if not self.hub.exists("org/dit"):
             return
@@ -136,6 +138,18 @@ def test_a_stored_token_stays_where_it_was(place, hub, exported):
     code, printed = place.run(place.environment(HF_TOKEN=None), "push", str(exported), "org/dit", "--json")
     assert code == 0, printed
     assert place.find(hub.writer, printed, but=[stored]) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--message", "{token}"), ("--tag", "{token}"), ("--revision", "{token}")]
+)
+def test_a_token_is_not_pushed_as_a_name(place, hub, exported, arguments):
+    given = [argument.replace("{token}", hub.writer) for argument in arguments]
+    command = ("push", str(exported), "org/dit", "--no-verify-remote", *given)
+    code, printed = place.run(place.environment(hub.writer), *command)
+    assert code == 2, printed
+    assert place.find(hub.writer, printed) == []
+    assert not hub.exists("org/dit")
 
 
 @pytest.mark.parametrize("name", FAILURES)
@@ -275,6 +289,28 @@ def test_an_error_that_nobody_catches(place, hub):
     code, printed = place.run(place.environment(hub.writer), program=(str(script),))
     assert code == 1 and b"uncaught ***" in printed
     assert place.find(hub.writer, printed, but=[script]) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("doctor", "--json"),
+        ("validate", "recipe.yaml", "--json"),
+        ("plan", "recipe.yaml", "--json"),
+        ("verify", "org/absent", "--debug"),
+        ("inspect", "{token}", "--debug"),
+        ("evaluate", "{token}", "--debug"),
+        ("push", "{token}", "org/{token}", "--debug"),
+        ("methods", "{token}"),
+        ("{token}",),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_other_commands(place, hub, arguments):
+    given = [argument.replace("{token}", hub.writer) for argument in arguments]
+    code, printed = place.run(place.environment(hub.writer), *given)
+    assert code in (0, 2, 4, 7), printed
+    assert printed and place.find(hub.writer, printed) == []
 
 
 def test_files_for_the_pipeline_hold_no_token(place, hub):
