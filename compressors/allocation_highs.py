@@ -2,7 +2,7 @@
 
 HiGHS computes in floating point, with tolerances. Costs reach it relative to each item's cheapest
 choice and divided by their greatest common divisor; what it returns is added up again in Python's
-integers, and a limit that it overstepped is tightened or the assignment repaired.
+integers, and what oversteps a limit is cut off exactly, or repaired.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .allocation_bounds import Assignment, Floats, Problem, choose_one, repair
 
 _LARGEST_COEFFICIENT = 1 << 16  # of a budget's row; HiGHS tolerates 1e-6, far less than one unit of it
 _LARGEST_OBJECTIVE = float(1 << 20)  # HiGHS stops at an absolute gap of 1e-6
-_ROUNDS = 3  # times a program is tightened because its answer, rounded, was over a budget
+_ROUNDS = 12  # programs solved before an answer that is still over a limit is repaired instead
 _STATUS = {0: "optimal", 1: "limit", 2: "infeasible"}  # of scipy's milp
 _stdout_lock = threading.Lock()
 
@@ -56,8 +56,8 @@ def solve(
 ) -> Answer:
     """Minimise the sum of `objective` over the permitted assignments with HiGHS.
 
-    Where rounding takes its answer over a limit, the limit is lowered by that much and the program
-    is solved again; the bound is that of the first program.
+    HiGHS may overstep a limit within its tolerance, by some units in 10^11. Then the items that
+    overspend are forbidden together, exactly, and the program is solved again.
 
     Args:
         problem: costs and limits.
@@ -73,24 +73,50 @@ def solve(
         options["node_limit"] = node_limit
     deadline = time.monotonic() + time_limit
     chosen: Assignment | None = None
-    limits, bound, stopped = list(problem.limits), -math.inf, "failed"
-    for attempt in range(_ROUNDS):
+    covers: list[NDArray[np.intp]] = []
+    bound, stopped = -math.inf, "failed"
+    for _ in range(_ROUNDS):
         options["time_limit"] = max(deadline - time.monotonic(), 0.01)
-        result, free = _run_highs(problem, limits, objective * scale, options)
-        if attempt == 0:
-            stopped = _STATUS.get(result.status, "failed")
-            dual = result.mip_dual_bound
-            bound = float(dual) / scale if dual is not None and math.isfinite(dual) else -math.inf
+        result, free = _run_highs(problem, covers, objective * scale, options)
+        stopped = _STATUS.get(result.status, "failed")
+        dual = result.mip_dual_bound
+        if stopped != "infeasible" and dual is not None and math.isfinite(dual):
+            bound = max(bound, float(dual) / scale)
         if result.x is None:
             break
         chosen = _largest(problem, free, result.x)
-        over = [max(0, s - limit) for s, limit in zip(problem.spent(chosen), problem.limits, strict=True)]
-        if not any(over):
+        over = [k for k, spent in enumerate(problem.spent(chosen)) if spent > problem.limits[k]]
+        if not over or time.monotonic() > deadline:
             break
-        limits = [limit - excess for limit, excess in zip(limits, over, strict=True)]
+        covers += [_cover(problem, chosen, k) for k in over]
     repaired = repair(problem, chosen) if chosen is not None else None
     permitted = repaired if repaired is not None and problem.permits(repaired) else None
     return Answer(permitted, bound, stopped)
+
+
+def _cover(problem: Problem, chosen: Assignment, k: int) -> NDArray[np.intp]:
+    """Return places of which a permitted assignment takes at least one less than there are items in them.
+
+    A few items that overspend budget `k` whatever the others take: every choice at least as dear as the
+    present one, item by item, as few items as possible. Forbidding them all at once loses nothing.
+    """
+    costs, cheapest = problem.costs, problem.cheapest
+    extra = [costs[i][j][k] - cheapest[i][k] for i, j in enumerate(chosen)]
+    spent, items = 0, []
+    for i in sorted(range(len(chosen)), key=lambda i: -extra[i]):
+        items.append(i)
+        spent += extra[i]
+        if spent > problem.room[k]:
+            break
+    return np.array(
+        [
+            int(problem.starts[i]) + j
+            for i in items
+            for j, cost in enumerate(costs[i])
+            if cost[k] >= costs[i][chosen[i]][k]
+        ],
+        dtype=np.intp,
+    )
 
 
 def _largest(problem: Problem, free: NDArray[np.intp], x: Floats) -> Assignment:
@@ -102,7 +128,7 @@ def _largest(problem: Problem, free: NDArray[np.intp], x: Floats) -> Assignment:
 
 
 def _run_highs(
-    problem: Problem, limits: list[int], objective: Floats, options: dict[str, Any]
+    problem: Problem, covers: list[NDArray[np.intp]], objective: Floats, options: dict[str, Any]
 ) -> tuple[Any, NDArray[np.intp]]:
     """Solve the program of the items that have more than one choice left; return it and their places."""
     counts = np.bincount(problem.owner)
@@ -111,7 +137,12 @@ def _run_highs(
         free = np.arange(len(problem.owner))
     _, owner = np.unique(problem.owner[free], return_inverse=True)
     constraints = [LinearConstraint(choose_one(owner), 1, 1)]
-    constraints += [row for k in range(len(limits)) for row in _row(problem, k, limits[k], free)]
+    constraints += [row for k in range(len(problem.limits)) for row in _row(problem, k, free)]
+    for cover in covers:
+        row = np.isin(free, cover).astype(float)
+        count = len(np.unique(problem.owner[cover]))
+        always = count - len(np.unique(problem.owner[free[row > 0]]))  # items without another choice
+        constraints.append(LinearConstraint(csr_array(row.reshape(1, -1)), -np.inf, count - 1 - always))
     with _silenced_stdout():
         result = milp(
             objective[free],
@@ -123,13 +154,13 @@ def _run_highs(
     return result, free
 
 
-def _row(problem: Problem, k: int, limit: int, free: NDArray[np.intp]) -> Iterator[LinearConstraint]:
+def _row(problem: Problem, k: int, free: NDArray[np.intp]) -> Iterator[LinearConstraint]:
     """Yield the row of a budget, in small numbers; none where it cannot bind."""
     extra = [
         cost[k] - least[k] for row, least in zip(problem.costs, problem.cheapest, strict=True) for cost in row
     ]
-    base = problem.limits[k] - problem.room[k]
-    room, floor = limit - base, problem.floors[k] - base
+    room = problem.room[k]
+    floor = problem.floors[k] - (problem.limits[k] - room)
     divisor = math.gcd(*extra) or 1
     numbers = [value // divisor for value in extra]
     most = sum(int(value) for value in np.maximum.reduceat(np.array(numbers, dtype=object), problem.starts))
