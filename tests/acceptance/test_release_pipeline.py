@@ -78,9 +78,10 @@ def machine(repository, tracked_files, tmp_path_factory):
     """Clone, build the wheel, and install it into a new environment, all without a network."""
     root = tmp_path_factory.mktemp("release")
     clone, dist, environment = root / "clone", root / "dist", root / "environment"
-    if (repository / ".git").exists():
+    head = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], cwd=repository, capture_output=True)
+    if head.returncode == 0:
         _checked("git", "clone", "--quiet", "--depth", "1", repository.as_uri(), str(clone))
-    else:  # an archive of the source
+    else:  # an archive of the source, or a checkout that git does not trust
         for path in tracked_files:
             (clone / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(repository / path, clone / path)
