@@ -76,8 +76,11 @@ def verify_against(
     """
     exported = report.read_report(folder)
     recipe = _recorded_recipe(folder, exported)
-    model = open_model(_base(recipe, exported, against), device=_device(exported, device), progress=progress)
     result: dict[str, Any] = {**checked, "checks": list(checked["checks"]), "against": against}
+    if not exported["model"]["hashes"]:
+        _add(result, "base", "the report records no SHA-256 of the weights it was made from", ok=False)
+        raise FolderError(result)
+    model = open_model(_base(recipe, exported, against), device=_device(exported, device), progress=progress)
     others = _strangers(exported, model)
     if others:
         _add(result, "base", f"{against} has other weights than the folder was made from: {others}", ok=False)
@@ -191,11 +194,13 @@ def _recorded_recipe(folder: Path, exported: Mapping[str, Any]) -> Recipe:
     """
     try:
         recipe = Recipe.model_validate(exported["recipe"])
-        exported["evaluation"]["metrics"].items()
+        for part in (exported["evaluation"]["metrics"], exported["model"]["hashes"]):
+            part.items()
+        for part in (exported["model"]["id"], exported["export"]["format"]):
+            part.encode()
     except (ValidationError, KeyError, AttributeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise SourceError(
-            f"{folder / report.FILE_NAME}: holds no recipe that this version can carry out: {reason}",
+            f"{folder / report.FILE_NAME}: holds no recipe that this version can carry out: {_reason(error)}",
             hint="verify it with the version that made it, or with the packages whose methods it uses",
         ) from None
     copies = {
@@ -204,6 +209,13 @@ def _recorded_recipe(folder: Path, exported: Mapping[str, Any]) -> Recipe:
         if (path := getattr(recipe.calibration, name)) is not None
     }
     return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=copies)})
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_input=False)[0]
+        return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _base(recipe: Recipe, exported: Mapping[str, Any], against: str) -> ModelRef:

@@ -52,12 +52,14 @@ class Agreement:
 
     @property
     def holds(self) -> bool:
-        """Whether every recorded figure was found again."""
-        return all(row.agrees for row in self.rows)
+        """Whether every recorded figure was found again, and there are any."""
+        return bool(self.rows) and all(row.agrees for row in self.rows)
 
     @property
     def text(self) -> str:
         """What they say, in a sentence."""
+        if not self.rows:
+            return "the report records no figures"
         wrong = [row for row in self.rows if not row.agrees]
         if wrong:
             return "; ".join(_told(row) for row in wrong)

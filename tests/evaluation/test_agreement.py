@@ -49,6 +49,12 @@ def test_a_difference_that_matters_is_one_in_either_direction(metric, near, far)
     assert ("must be equal" in found.text) == (metric in ("bytes", "size_ratio", "max_abs_error"))
 
 
+def test_a_report_without_figures_proves_nothing():
+    found = compare(recorded={})
+    assert not found.holds
+    assert found.text == "the report records no figures"
+
+
 def test_few_samples_allow_for_a_few_of_them():
     assert compare({"class_agreement": 0.90}, samples=100).holds
     assert not compare({"class_agreement": 0.90}, samples=1000).holds
