@@ -118,6 +118,24 @@ def test_what_cannot_be_verified(call, exported, arguments, code, words):
     assert words in result.err
 
 
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        (lambda report: report["model"]["hashes"].clear(), 6, "base: the report records no SHA-256"),
+        (lambda report: report["model"].update(hashes=["x"]), 4, "holds no recipe that this version"),
+        (lambda report: report["model"].pop("id"), 4, "holds no recipe that this version"),
+        (lambda report: report["export"].update(format=None), 4, "holds no recipe that this version"),
+        (lambda report: report["recipe"].update(stages=[{"later_method": {}}]), 4, "later_method"),
+        (lambda report: report["recipe"].update(seed="x"), 4, "holds no recipe that this version"),
+    ],
+)
+def test_a_report_that_says_too_little_to_measure(call, made, exported, change, code, words):
+    change_report(exported, change)
+    result = call("verify", "out", "--against", str(made()[0]))
+    assert result.code == code, result.err
+    assert words in result.err
+
+
 def test_figures_are_measured_again(call, made, exported):
     result = call("verify", "out", "--against", str(made()[0]), "--json")
     assert result.code == 0, result.err
@@ -251,6 +269,40 @@ def test_a_repository(hub, made, tmp_path):
     offline = {**online, "HF_HUB_OFFLINE": "1"}
     assert compress(offline, tmp_path, "verify", f"org/name@{first}").returncode == 0
     assert hub.reader not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_an_original_on_the_hub(hub, made, tmp_path):
+    """The card inherits from the repository, and the recorded commit is what is measured against."""
+    base = made()[0]
+    card = b"---\nlicense: other\nlicense_name: terms\nlicense_link: LICENSE\n---\n"
+    commit = hub.create("org/base", {**files_of(base), "README.md": card})
+    hub_environment = hub.environment(tmp_path / "home", hub.reader)
+    recipe = {
+        "model": "org/base",
+        "stages": [{"rtn": {}}],
+        "calibration": {"samples": 1, "steps": 1},
+        "evaluate": {"fidelity": {"samples": 1, "steps": 1}, "layers": False},
+        "export": {"path": "out"},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    done = compress(hub_environment, tmp_path, "run", "recipe.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    model = json.loads(done.stdout)["model"]
+    assert (model["base_model"], model["revision"], model["license"]) == ("org/base", commit, "other")
+    text = (tmp_path / "out" / "README.md").read_text()
+    for line in (
+        "license: other", "license_name: terms", "license_link: LICENSE", "base_model: org/base",
+        "base_model_relation: quantized", f"| source | `org/base` at `{commit}` |",
+        "    compress verify out --against org/base",
+    ):  # fmt: skip
+        assert f"\n{line}\n" in f"\n{text}", line
+    assert (tmp_path / "out" / "LICENSE").read_text() == "MIT\n"
+    hub.commit("org/base", {"diffusion_pytorch_model.safetensors": b"others"})
+    done = compress(hub_environment, tmp_path, "verify", "out", "--against", "org/base")
+    assert done.returncode == 0, done.stderr
+    done = compress(hub_environment, tmp_path, "verify", "out", "--against", "org/base@main")
+    assert done.returncode == 4, done.stderr
 
 
 @pytest.mark.slow
