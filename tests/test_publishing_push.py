@@ -39,7 +39,7 @@ def compress(hub, place):
     def call(*words, token=hub.writer):
         done = subprocess.run(
             [sys.executable, "-m", "compress", *words, "--json"],
-            cwd=place, env=hub.environment(place / "home", token), timeout=300,
+            cwd=place, env=hub.environment(place / "home", token), timeout=900,
             capture_output=True, text=True,
         )  # fmt: skip
         assert done.stdout, done.stderr
