@@ -60,6 +60,17 @@ def test_few_samples_allow_for_a_few_of_them():
     assert not compare({"class_agreement": 0.90}, samples=1000).holds
 
 
+def test_the_closer_to_the_original_the_more_do_other_kernels_show():
+    near = {"psnr_db": 49.829}
+    assert compare({"psnr_db": 50.5103}, recorded=near).holds  # by other kernels alone, on the built-in DiT
+    assert not compare({"psnr_db": 53.0}, recorded=near).holds
+    assert not compare({"psnr_db": 47.0}, recorded=near).holds
+    (row,) = compare(recorded={"psnr_db": 40.0}).rows
+    assert row.tolerance == pytest.approx(20 * math.log10(1.1))
+    (row,) = compare(recorded={"psnr_db": 20.0}).rows
+    assert row.tolerance == 0.5
+
+
 def test_beyond_sixty_decibels_only_rounding_is_left():
     for before, after in ((math.inf, math.inf), (math.inf, 61.0), (90.0, 70.0)):
         assert compare({"sqnr_db": after}, recorded={"sqnr_db": before}).holds
