@@ -261,8 +261,8 @@ def _minimise(named: Named, mip_rel_gap: float, time_limit: float, node_limit: i
         answer = solve(core, core.excess, mip_rel_gap=gap, time_limit=time_limit, node_limit=node_limit)
         if known is None and answer.assignment is None:
             refuse_together(named, time_limit, proven=answer.stopped == "infeasible")
-        # Choices were closed because they lead to more than the known loss, so that bounds them too.
-        proven = min(core.best + answer.bound, known_loss)
+        # What was closed holds no assignment as good as the known one, so the bound holds for all.
+        proven = core.best + answer.bound
         if answer.stopped != "infeasible" and proven > bound:
             bound, certificate = proven, "highs"
         if answer.assignment is not None:

@@ -22,6 +22,12 @@ def layer(name, losses, costs, group=None, key="bytes"):
     return Item(name, tuple(choices), group)
 
 
+def test_the_largest_of_use_is_the_dearest_of_the_best():
+    items = [layer("a", [1, 0, 0, 2], [2, 4, 8, 16]), layer("b", [3], [5])]
+    interval = feasible_interval(items, [Budget("bytes", 1)])["bytes"]
+    assert (interval.smallest, interval.largest, interval.fixed) == (7, 13, 5)
+
+
 class TestInfeasible:
     def test_below_the_minimum_the_feasible_interval_is_named(self):
         items = [layer("a", [1, 0], [1_000, 3_000]), layer("b", [1, 0], [500, 700])]
