@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from compress.compressors import allocation_highs
+from compress.compressors import allocation, allocation_highs
 from compress.compressors.allocation import (
     Budget,
     Choice,
@@ -378,6 +378,17 @@ class TestLimits:
         )
         assert first.stopped == "limit"
         assert replace(first, seconds=0) == replace(second, seconds=0)
+
+    def test_an_answer_of_highs_is_filled_up_and_its_ties_are_settled(self, monkeypatch):
+        # The greedy answer takes `big`; any two of the three twins are better and leave 1 unit for `flat`.
+        items = [layer("big", [7.7, 0], [0, 7]), layer("flat", [1, 1], [0, 1])]
+        items += [layer(f"twin.{i}", [5, 0], [0, 5]) for i in range(3)]
+        answer = allocation_highs.Answer([0, 0, 0, 1, 1], 13.7, "optimal")
+        monkeypatch.setattr(allocation, "solve", lambda *_, **__: answer)
+        found = allocate(items, [Budget("bytes", 11)], mip_rel_gap=0)
+        assert found.found_by == "highs"
+        assert found.choices == {"big": "w0", "flat": "w1", "twin.0": "w1", "twin.1": "w1", "twin.2": "w0"}
+        assert (found.loss, found.budgets[0].used) == (13.7, 11)
 
     def test_without_an_answer_of_highs_the_greedy_one_stands(self, monkeypatch):
         items, budgets = network(50), [Budget("bytes", int(0.45 * total(network(50))))]
