@@ -273,24 +273,32 @@ def refuse_together(named: Named, time_limit: float, *, proven: bool = True) -> 
         proven: False where the solver ran out of time before it found or excluded an assignment.
 
     Raises:
-        InfeasibleBudget: it was proven, or can be.
+        InfeasibleBudget: there is none.
         PlanError: the time was not enough to tell.
     """
-    needs = [_least_alone(named, k, time_limit) for k in range(len(named.budgets))]
-    if not proven and any(
-        need is not None and need <= budget.limit for need, budget in zip(needs, named.budgets, strict=True)
-    ):
+    least = [_least_alone(named, k, time_limit) for k in range(len(named.budgets))]
+    needs = [need for need, _ in least]
+    # A budget that is proven to need more than it may have excludes every assignment.
+    excluded = any(
+        exact and (need is None or need > budget.limit)
+        for budget, (need, exact) in zip(named.budgets, least, strict=True)
+    )
+    if not proven and not excluded:
         raise PlanError(
-            f"no assignment within the budgets was found in {time_limit:g} s, though there is one",
-            hint="raise the time limit",
+            f"in {time_limit:g} s no assignment within the budgets was found, and none excluded",
+            hint="raise the time limit, or widen the budgets",
         )
     able = [k for k, need in enumerate(needs) if need is not None]
     first = able[0] if able else 0
     budget = named.budgets[first]
     parts = [
         f"{other.name!r} {other.limit:,} {other.unit} asked, "
-        + (f"smallest with the others as they are {need:,}" if need is not None else "not enough by itself")
-        for other, need in zip(named.budgets, needs, strict=True)
+        + (
+            f"smallest with the others as they are {'' if exact else 'at most '}{need:,}"
+            if need is not None
+            else "not enough by itself"
+        )
+        for other, (need, exact) in zip(named.budgets, least, strict=True)
     ]
     if len(parts) == 1:
         text = f"no assignment costs between {budget.at_least:,} and {budget.limit:,} {budget.unit}; "
@@ -306,15 +314,19 @@ def refuse_together(named: Named, time_limit: float, *, proven: bool = True) -> 
     raise _infeasible(budget, needs[first], largest)(text, hint=hint)
 
 
-def _least_alone(named: Named, k: int, time_limit: float) -> int | None:
-    """Return the least that budget `k` must allow while the others stay, or None if there is none."""
+def _least_alone(named: Named, k: int, time_limit: float) -> tuple[int | None, bool]:
+    """Return the least that budget `k` must allow while the others stay, and whether that is proven.
+
+    None where no value of this budget is enough.
+    """
     problem = named.problem
     most = sum(max(cost[k] for cost in costs) for costs in problem.costs)
     freed = replace(problem, limits=(*problem.limits[:k], most, *problem.limits[k + 1 :]))
     if any(room < 0 for room in freed.room):
-        return None
+        return None, True
     answer = solve(freed, freed.weight[k], mip_rel_gap=0.0, time_limit=time_limit)
-    return None if answer.assignment is None else problem.spent(answer.assignment)[k]
+    needed = problem.spent(answer.assignment)[k] if answer.assignment is not None else None
+    return needed, answer.stopped in ("optimal", "infeasible")
 
 
 def _infeasible(budget: Budget, smallest: int | None, largest: int) -> Callable[..., InfeasibleBudget]:

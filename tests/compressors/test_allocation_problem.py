@@ -12,6 +12,7 @@ from compress.compressors.allocation import (
     allocate,
     feasible_interval,
 )
+from compress.compressors.allocation_highs import Answer
 from compress.errors import PlanError
 
 
@@ -65,6 +66,15 @@ class TestInfeasible:
         assert allocate(items, [Budget("bytes", 24), budgets[1]]).budgets[0].used == 24
         with pytest.raises(InfeasibleBudget):
             allocate(items, [Budget("bytes", 23), budgets[1]])
+
+    def test_too_little_time_is_not_called_infeasible(self, monkeypatch):
+        items = [layer("a", [1, 0], [10, 20]), layer("b", [1, 0], [10, 20])]
+        monkeypatch.setattr(allocation, "greedy", lambda *_: None)
+        assert allocate(items, [Budget("bytes", 30)]).budgets[0].used == 30
+        monkeypatch.setattr(allocation, "solve", lambda *_, **__: Answer(None, -math.inf, "limit"))
+        with pytest.raises(PlanError, match="in 7 s no assignment within the budgets was found") as caught:
+            allocate(items, [Budget("bytes", 30)], time_limit=7)
+        assert not isinstance(caught.value, InfeasibleBudget)
 
     def test_a_lower_end_that_cannot_be_reached(self):
         items = [layer("a", [1, 0], [10, 20])]
