@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
+from compress.compressors import allocation
 from compress.compressors.allocation import (
     Budget,
     Choice,
