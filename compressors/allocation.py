@@ -11,10 +11,10 @@ c_ib in {0, 1}, sum_b c_ib = 1. Three things differ from the paper, on purpose:
   - score, but a sum of scores is large and its useful range small, so that a solver's relative gap of
   1e-4 allowed a visible part of that range to be lost.
 - A budget has one side, sum_i cost_ib c_ib <= limit. The paper's band (mean +- .02 bits) forbids leaving
-  bits unused, which costs time and gains nothing: whatever is left is spent at the end. `mean_bits_band`
-  gives the paper's form.
+  bits unused, which costs time and gains nothing: whatever is left is spent at the end. `allocation_forms`
+  has the paper's form.
 - All groups may share one program, with several budgets; the paper solves one program per group and
-  sweeps over their shares (`group_means`).
+  sweeps over their shares (`allocation_forms.group_means`).
 """
 
 from __future__ import annotations
