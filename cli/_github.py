@@ -12,7 +12,7 @@
     results                 JSON: a list with all of the above for every result, and its recipe
 
 A result is a folder that was written; of one that was refused, the folder kept aside. Those of
-`compress push` are repo, revision, commit, url and tag; of `compress run --reproduce`, reproduced.
+`compress push` are exit_code, repo, revision, commit, url and tag; of `compress run --reproduce`, reproduced.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _PUSH = ("repo", "revision", "commit", "url", "tag")
 
 def write(title: str, sections: Sequence[Section], outputs: Mapping[str, Any]) -> str | None:
     """Append a part to the job summary, and outputs; see `summarise` and `write_outputs`."""
-    return summarise(title, sections) or write_outputs(outputs)
+    warnings = [summarise(title, sections), write_outputs(outputs)]
+    return "; ".join(filter(None, warnings)) or None
 
 
 def summarise(title: str, sections: Sequence[Section]) -> str | None:
@@ -42,7 +43,7 @@ def summarise(title: str, sections: Sequence[Section]) -> str | None:
         What could not be written, as a warning: the run itself has succeeded or failed by then.
     """
     body = "\n\n".join([f"## {title}", *(to_markdown(section) for section in sections)])
-    return _append(os.environ.get("GITHUB_STEP_SUMMARY"), body + "\n\n")
+    return _append(os.environ.get("GITHUB_STEP_SUMMARY"), body + "\n\n", "the job summary is incomplete")
 
 
 def write_outputs(outputs: Mapping[str, Any]) -> str | None:
@@ -52,7 +53,7 @@ def write_outputs(outputs: Mapping[str, Any]) -> str | None:
         What could not be written, as a warning.
     """
     lines = "".join(f"{key}={_value(value)}\n" for key, value in outputs.items())
-    return _append(os.environ.get("GITHUB_OUTPUT"), lines)
+    return _append(os.environ.get("GITHUB_OUTPUT"), lines, "later steps get no outputs")
 
 
 def outputs_of(results: Sequence[tuple[str, Mapping[str, Any]]], exit_code: int) -> dict[str, Any]:
@@ -96,13 +97,13 @@ def _value(value: Any) -> str:
     return text.replace("\r", " ").replace("\n", " ")  # a line is one output
 
 
-def _append(path: str | None, text: str) -> str | None:
-    """Append to a file; what fails is returned as a warning."""
+def _append(path: str | None, text: str, otherwise: str) -> str | None:
+    """Append to a file; what fails is returned as a warning that says what follows `otherwise`."""
     if not path:
         return None
     try:
         with Path(path).open("a", encoding="utf-8") as stream:
             stream.write(redact(text))
     except OSError as error:
-        return f"{error.filename}: cannot be written: {error.strerror}; the job summary is incomplete"
+        return f"{error.filename}: cannot be written: {error.strerror}; {otherwise}"
     return None

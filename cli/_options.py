@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,6 +51,8 @@ def sink(context: typer.Context, as_json: bool, quiet: bool, debug: bool) -> Out
     output = context.ensure_object(Output)
     if not debug:
         _hush_libraries()
+    if quiet or not sys.stderr.isatty():  # bars of downloads are for people
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return output.configure(as_json=as_json, quiet=quiet, debug=debug)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect as inspect_module
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -83,9 +85,15 @@ def invoke(arguments: Sequence[str], output: Output) -> int:
         return failure.exit_code
 
 
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """End as after Ctrl-C: a cancelled CI job too says how it goes on and leaves no process behind."""
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Entry point of the console script; ends quietly where the reader of its output is gone."""
     guard_streams()
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         code = invoke(sys.argv[1:], Output())
         sys.stdout.flush()

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UsageError
+from ..errors import CompressError, UsageError
 from . import _github, _options, _render
+from ._errors import classify
 
 if TYPE_CHECKING:
     from ..recipes.export import PushSettings
+    from ._output import Output
 
 _Repository = Annotated[
     str,
@@ -32,7 +34,7 @@ def push(
         bool, typer.Option("--public", help="Make a new repository public; else it is private.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace files there that compress did not write.")
+        bool, typer.Option("--overwrite", help="Replace or delete files there that compress did not write.")
     ] = False,
     no_verify_remote: Annotated[
         bool, typer.Option("--no-verify-remote", help="Do not download and verify what was pushed.")
@@ -64,13 +66,30 @@ def push(
     )
     from .. import pipeline
 
-    with sink.progress() as progress:
-        document = pipeline.push(folder, settings, progress=progress)
+    try:
+        with sink.progress() as progress:
+            document = pipeline.push(folder, settings, progress=progress)
+    except CompressError as error:
+        _pass_on(sink, settings.repo, error)
+        raise
     pushed = document["push"]
     done = "was up to date" if pushed["up_to_date"] else f"{pushed['files_sent']} files sent"
     sections = [*_render.anything(pushed), f"{pushed['url']}: {done}"]
     sink.result(document, sections)
-    warning = _github.write(f"compress push: {pushed['repo']}", sections, _github.push_outputs(pushed))
+    warning = _github.write(
+        f"compress push: {pushed['repo']}", sections, {"exit_code": 0, **_github.push_outputs(pushed)}
+    )
+    if warning is not None:
+        sink.warning(warning)
+
+
+def _pass_on(sink: Output, repo: str, error: CompressError) -> None:
+    """Tell the job summary and later steps that the push failed, and why."""
+    failure = classify(error, started=False)
+    sections = [f"exit code {failure.exit_code}: {failure.message}"]
+    sections += [f"hint: {failure.hint}"] if failure.hint else []
+    outputs = {"exit_code": failure.exit_code, **_github.push_outputs(getattr(error, "push", None) or {})}
+    warning = _github.write(f"compress push: {repo} FAILED", sections, outputs)
     if warning is not None:
         sink.warning(warning)
 

@@ -243,7 +243,8 @@ def test_folders_that_are_not_there(call):
     assert call("verify", "nowhere").code == 4
 
 
-def test_ctrl_c_in_a_real_process(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_interrupted_in_a_real_process(tmp_path, number):
     program = """
 import sys, time
 from types import ModuleType
@@ -268,7 +269,7 @@ main()
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stderr.readline() == "work ...\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130 and out == ""
     assert err == "error: interrupted\n  hint: the same command continues where this run stopped\n"

@@ -185,9 +185,26 @@ def test_push_passes_on_where_it_went(call, fake_pipeline, monkeypatch, tmp_path
     fake_pipeline.push = lambda folder, settings, **options: {"push": PUSH}
     assert call("push", "out/x", "org/x").code == 0
     assert dict(line.split("=", 1) for line in (tmp_path / "outputs").read_text().splitlines()) == {
-        key: PUSH[key] for key in ("repo", "revision", "commit", "url", "tag")
+        "exit_code": "0",
+        **{key: PUSH[key] for key in ("repo", "revision", "commit", "url", "tag")},
     }
     assert "## compress push: org/x" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_failed_push_tells_later_steps_too(call, fake_pipeline, monkeypatch, tmp_path):
+    def push(folder, settings, *, progress):
+        raise HubError("org/name: refused", hint="ask")
+
+    fake_pipeline.push = push
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "absent" / "summary"))
+    monkeypatch.setenv("GITHUB_OUTPUT", str(tmp_path / "outputs"))
+    result = call("push", "out/x", "org/name")
+    assert result.code == 7 and "the job summary is incomplete" in result.err
+    assert "exit_code=7\n" in (tmp_path / "outputs").read_text()
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary"))
+    assert call("push", "out/x", "org/name").code == 7
+    summary = (tmp_path / "summary").read_text()
+    assert "FAILED" in summary and "org/name: refused" in summary and "hint: ask" in summary
 
 
 def test_push_and_its_check_reach_the_recipe(call, recipes, fake_pipeline, report):
