@@ -20,6 +20,7 @@ from .errors import PlanError, RecipeError, SourceError, VerifyError
 from .exporters import published
 from .exporters.card import FILE_NAME as CARD_NAME
 from .exporters.card_subject import Subject
+from .exporters.verify import is_kept
 from .models import checkpoint as checkpoints
 from .progress import Progress, step
 from .recipes.export import ExportSettings, PushSettings
@@ -65,7 +66,7 @@ class Origin:
     Attributes:
         report: its report.json.
         loaded: the recipe as it ran, with this folder's export alone and with pinned inputs.
-        files: name -> recorded SHA-256, of everything but the report.
+        files: name -> recorded SHA-256, of everything that the run wrote but the report.
     """
 
     folder: Path
@@ -135,10 +136,12 @@ def read_origin(folder: Path) -> Origin:
 
 
 def _recorded_files(folder: Path, found: Mapping[str, Any]) -> dict[str, str]:
-    """Return name -> SHA-256 as recorded, of files that still have it."""
+    """Return name -> SHA-256 as recorded, of the run's files, after a check that all still have it."""
     try:
-        files = {str(row["name"]): str(row["sha256"]) for row in found["export"]["files"]}
-    except (KeyError, TypeError):
+        rows = found["export"]["files"]
+        files = {str(row["name"]): str(row["sha256"]) for row in rows}
+        kept = {str(row["name"]) for row in rows if is_kept(row)}
+    except (KeyError, TypeError, AttributeError):
         raise SourceError(f"{folder / report.FILE_NAME}: has no readable export.files") from None
     for name, expected in files.items():
         parts = PurePosixPath(name).parts
@@ -150,7 +153,7 @@ def _recorded_files(folder: Path, found: Mapping[str, Any]) -> dict[str, str]:
                 f"{folder}: {name!r} is not the file that {report.FILE_NAME} describes",
                 hint="it was changed or removed since the run; fetch the folder again",
             )
-    return files
+    return {name: expected for name, expected in files.items() if name not in kept}
 
 
 def _own_export(recipe: Recipe, recorded: Mapping[str, Any]) -> ExportSettings:

@@ -20,7 +20,7 @@ from ..recipes.export import PushSettings
 from ..recipes.secrets import holds_secret
 from ..runtime.hashes import file_sha256
 from ..runtime.strict_json import parse_object
-from .verify import REPORT_NAME
+from .verify import REPORT_NAME, is_kept
 
 CARD_NAME = "README.md"  # what the Hub shows
 _RECIPE_NAME = "recipe.yaml"
@@ -37,17 +37,19 @@ class PushedFile:
         size_bytes: its size.
         sha256: of its content.
         content: the file on the disk, or the content itself.
+        kept: the repository's own licence, which no run wrote.
     """
 
     name: str
     size_bytes: int
     sha256: str
     content: Path | bytes
+    kept: bool = False
 
     @classmethod
-    def of(cls, name: str, content: bytes) -> PushedFile:
+    def of(cls, name: str, content: bytes, *, kept: bool = False) -> PushedFile:
         """Describe content that is in memory."""
-        return cls(name, len(content), hashlib.sha256(content).hexdigest(), content)
+        return cls(name, len(content), hashlib.sha256(content).hexdigest(), content, kept)
 
     @cached_property
     def git_oid(self) -> str:
@@ -58,7 +60,8 @@ class PushedFile:
 
     def row(self) -> dict[str, Any]:
         """Return its row in the report's `export.files`."""
-        return {"name": self.name, "bytes": self.size_bytes, "sha256": self.sha256}
+        row = {"name": self.name, "bytes": self.size_bytes, "sha256": self.sha256}
+        return row | {"kept": True} if self.kept else row
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def bundle(folder: Path, settings: PushSettings, kept: Mapping[str, bytes]) -> B
         folder: exported and verified.
         settings: where it goes; the card says how to load it from there.
         kept: files of the repository that stay although the folder does not have them, such as a
-            licence: the report lists them, so that a download is as whole as the folder.
+            licence: the report lists them as `kept`, so that a download is as whole as the folder.
 
     Raises:
         SourceError, VerifyError: as `read_report`.
@@ -127,8 +130,13 @@ def bundle(folder: Path, settings: PushSettings, kept: Mapping[str, bytes]) -> B
     """
     document = copy.deepcopy(read_report(folder))
     rows = {row["name"]: row for row in document["export"]["files"]}
-    files = {name: PushedFile(name, row["bytes"], row["sha256"], folder / name) for name, row in rows.items()}
-    changed = {name: PushedFile.of(name, content) for name, content in kept.items() if name not in files}
+    files = {
+        name: PushedFile(name, row["bytes"], row["sha256"], folder / name, is_kept(row))
+        for name, row in rows.items()
+    }
+    changed = {
+        name: PushedFile.of(name, content, kept=True) for name, content in kept.items() if name not in files
+    }
     card = PushedFile.of(CARD_NAME, _card(folder, document, settings).encode())
     if CARD_NAME not in files or files[CARD_NAME].sha256 != card.sha256:
         changed[CARD_NAME] = card

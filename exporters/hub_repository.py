@@ -8,21 +8,21 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import HubError, SourceError
+from ..errors import HubError, SourceError, TagTakenError
+from ..models.source_card import MAX_TEXT_BYTES, is_text_name
 from ..progress import Progress
 from ..recipes.export import PushSettings
 from ..runtime.strict_json import parse_object
 from ..version import __version__
 from .hub_bundle import CARD_NAME, Bundle, PushedFile
 from .hub_transfer import ATTEMPTS, attempt
-from .verify import REPORT_NAME
+from .verify import MAX_REPORT_BYTES, REPORT_NAME, is_kept
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
 MAIN = "main"
-_LICENCE = "LICENSE"
 
 
 @dataclass(frozen=True)
@@ -151,12 +151,19 @@ class RemoteRepository:
         return list(takewhile(lambda commit: commit != until, (entry.commit_id for entry in found)))
 
     def read(self, name: str, commit: str, scratch: Path) -> bytes:
-        """Return a small file of a commit."""
+        """Return a file of a commit whose size is known to be small."""
         path: str = self.ask(
             f"reading {name}",
             lambda: self.api.hf_hub_download(self.repo, name, revision=commit, cache_dir=scratch),
         )
         return Path(path).read_bytes()
+
+    def ours(self, state: State, scratch: Path) -> set[str]:
+        """Return the names of what an earlier push of ours wrote: its report, and what that lists."""
+        report = state.files.get(REPORT_NAME)
+        if report is None or state.head is None or report.size > MAX_REPORT_BYTES:
+            return set()
+        return _listed(self.read(REPORT_NAME, state.head, scratch))
 
     def refuse_foreign(self, state: State, scratch: Path) -> None:
         """Refuse a revision with files that no push of ours put there, unless `overwrite`.
@@ -164,13 +171,10 @@ class RemoteRepository:
         Raises:
             HubError: naming one of them.
         """
-        names = set(state.files)
         if self.settings.overwrite or state.head is None:
             return
-        ours = {CARD_NAME}
-        if REPORT_NAME in names:
-            ours |= _listed(self.read(REPORT_NAME, state.head, scratch))
-        foreign = [name for name in names - ours if not name.startswith(".") and not is_licence(name)]
+        others = state.files.keys() - {CARD_NAME} - self.ours(state, scratch)
+        foreign = [name for name in others if not name.startswith(".") and not _is_licence(state.files[name])]
         if foreign:
             raise HubError(
                 f"{self.repo}@{self.branch}: holds {min(foreign)}, which compress did not write",
@@ -178,10 +182,15 @@ class RemoteRepository:
             )
 
     def kept(self, state: State, names: Iterable[str], scratch: Path) -> dict[str, bytes]:
-        """Return the licence files of the repository that are not among `names`: a push leaves them."""
-        names = set(names)
-        found = [name for name in state.files if is_licence(name) and name not in names]
-        return {name: self.read(name, state.head or self.branch, scratch) for name in found}
+        """Return the repository's own licence files that are not among `names`: a push leaves them.
+
+        What an earlier push of ours brought along is not the repository's own: it goes with its result.
+        """
+        licences = {name for name, file in state.files.items() if _is_licence(file)} - set(names)
+        if not licences:
+            return {}
+        own = sorted(licences - self.ours(state, scratch))
+        return {name: self.read(name, state.head or self.branch, scratch) for name in own}
 
     def ensure_branch(self, state: State) -> None:
         """Make the branch from the default branch where it does not exist."""
@@ -213,15 +222,15 @@ class RemoteRepository:
 
 def refuse_tag(repo: str, tag: str, commit: str) -> NoReturn:
     """Refuse to move a tag."""
-    raise HubError(
+    raise TagTakenError(
         f"{repo}: the tag {tag} exists, on the commit {commit[:12]}",
         hint="choose another --tag: what was released under one is not replaced",
     )
 
 
-def is_licence(name: str) -> bool:
-    """Return whether a name is that of a licence at the repository's root."""
-    return name.upper().startswith(_LICENCE) and "/" not in name
+def _is_licence(file: RepoFile) -> bool:
+    """Return whether a file is a licence or notice text, by the rule for those of a source."""
+    return is_text_name(file.path) and file.size <= MAX_TEXT_BYTES
 
 
 def changes(bundle: Bundle, files: Mapping[str, RepoFile]) -> Changes:
@@ -241,9 +250,9 @@ def _same(file: PushedFile, remote: RepoFile | None) -> bool:
 
 
 def _listed(content: bytes) -> set[str]:
-    """Return the names that a report lists, with its own; none where it is not a report of ours."""
+    """Return the names of what a push wrote, by its report; none where that is not one of ours."""
     try:
         rows = parse_object(content, REPORT_NAME)["export"]["files"]
-        return {REPORT_NAME, *(str(row["name"]) for row in rows)}
-    except (SourceError, KeyError, TypeError):
+        return {REPORT_NAME, *(str(row["name"]) for row in rows if not is_kept(row))}
+    except (SourceError, KeyError, TypeError, AttributeError):
         return set()

@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import CompressError, SourceError, VerifyError
+from ..models.source_card import is_text_name
 from ..recipes.gates import Gate, judge
 from ..runtime.strict_json import parse_object
 from ..runtime.validate import open_folder
 
 REPORT_NAME = "report.json"
+MAX_REPORT_BYTES = 16 * 2**20
 
 
 class FolderError(VerifyError):
@@ -79,6 +81,14 @@ def _report(folder: Path) -> dict[str, Any]:
         return parse_object((folder / REPORT_NAME).read_bytes(), REPORT_NAME)
     except OSError:
         raise VerifyError(f"{REPORT_NAME} is missing") from None
+
+
+def is_kept(row: Mapping[str, Any]) -> bool:
+    """Return whether a row of `export.files` is of a licence that was in the repository before a push.
+
+    No run wrote it, so none can write it again. Nothing but a licence is ever kept.
+    """
+    return row.get("kept") is True and is_text_name(str(row["name"]))
 
 
 def listed_files(folder: Path) -> list[dict[str, Any]]:

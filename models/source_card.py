@@ -100,15 +100,16 @@ def _front_matter(folder: Path) -> dict[str, Any] | None:
     return data if isinstance(data, dict) else None
 
 
+def is_text_name(name: str) -> bool:
+    """Return whether a name at the top of a repository is that of a licence or notice text."""
+    return bool(_TEXT_NAME.fullmatch(name)) and PurePath(name).suffix.lower() in _TEXT_SUFFIXES
+
+
 def _texts(folder: Path) -> Iterator[Path]:
     if not folder.is_dir():
         return
-    names = [path for path in folder.iterdir() if _TEXT_NAME.fullmatch(path.name)]
-    readable = (
-        path
-        for path in sorted(names)
-        if path.suffix.lower() in _TEXT_SUFFIXES and _read(folder, path, MAX_TEXT_BYTES)
-    )
+    names = [path for path in folder.iterdir() if is_text_name(path.name)]
+    readable = (path for path in sorted(names) if _read(folder, path, MAX_TEXT_BYTES))
     for path, _ in zip(readable, range(MAX_TEXTS), strict=False):
         yield path
 

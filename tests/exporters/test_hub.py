@@ -17,6 +17,7 @@ from compress.exporters import hub_remote, hub_repository, hub_transfer
 from compress.exporters.verify import verify_folder
 from compress.progress import SilentProgress
 from compress.recipes.export import PushSettings
+from compress.reproduction import read_origin
 from compress.runtime.hashes import digest
 
 REPO = "org/model"
@@ -228,6 +229,49 @@ def test_a_licence_in_the_repository_stays_and_is_listed(at_hub, exported, tmp_p
     snapshot = huggingface_hub.HfApi().snapshot_download(REPO, cache_dir=tmp_path / "fresh")
     assert verify_folder(snapshot)["verified"]
     assert push(exported).commit == first.commit
+    rows = {row["name"]: row for row in json.loads(at_hub.read(REPO, "report.json"))["export"]["files"]}
+    assert [name for name, row in rows.items() if "kept" in row] == ["LICENSE.md"]
+    assert read_origin(Path(snapshot)).files.keys() == rows.keys() - {"LICENSE.md"}, "no run writes it"
+    (Path(snapshot) / "LICENSE.md").chmod(0o644)
+    (Path(snapshot) / "LICENSE.md").write_bytes(b"ours")
+    with pytest.raises(VerifyError, match=r"'LICENSE\.md'"):
+        verify_folder(snapshot)
+
+
+def test_only_a_licence_may_be_said_to_be_kept(exported):
+    report = json.loads((exported / "report.json").read_text())
+    for row in report["export"]["files"]:
+        row["kept"] = True
+    (exported / "report.json").write_text(json.dumps(report))
+    assert WEIGHTS in read_origin(exported).files
+
+
+def test_the_licence_of_an_earlier_result_goes_with_it(at_hub, exported):
+    at_hub.create(REPO, {"NOTICE": b"theirs", "licence.txt": b"theirs"})
+    change(exported, {"LICENSE": b"of the first source"})
+    push(exported)
+    change(exported, {"LICENSE.md": b"of the second source"}, remove=["LICENSE"])
+    push(exported)
+    texts = [name for name in at_hub.commits(REPO)[0]["files"] if name.lower().startswith(("lic", "not"))]
+    assert sorted(texts) == ["LICENSE.md", "NOTICE", "licence.txt"]
+
+
+def test_overwrite_leaves_every_kind_of_licence(at_hub, exported):
+    at_hub.create(REPO, {"NOTICE.md": b"theirs", "LICENCE": b"theirs", "license_plates.safetensors": b"w"})
+    with pytest.raises(HubError, match=r"holds license_plates\.safetensors, which compress did not write"):
+        push(exported)
+    push(exported, overwrite=True)
+    files = at_hub.commits(REPO)[0]["files"]
+    assert {"NOTICE.md", "LICENCE"} <= files.keys() and "license_plates.safetensors" not in files
+
+
+def test_large_files_of_a_repository_are_not_read(at_hub, exported, monkeypatch):
+    monkeypatch.setattr(hub_repository, "MAX_TEXT_BYTES", 8)
+    monkeypatch.setattr(hub_repository, "MAX_REPORT_BYTES", 8)
+    at_hub.create(REPO, {"report.json": b'{"export": 3}', "LICENSE": b"too long to keep"})
+    with pytest.raises(HubError, match="holds LICENSE, which compress did not write"):
+        push(exported)
+    assert not [row for row in at_hub.requests() if "/resolve/" in row["path"]]
 
 
 def test_a_report_that_is_none_of_ours_lists_nothing(at_hub, exported):
