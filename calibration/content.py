@@ -26,7 +26,7 @@ def content_key(model: OpenModel, settings: Mapping[str, Any]) -> str:
     """
     reference = next(model.module.parameters())
     content = {
-        "weights": dict(model.source.hashes) or _hash_weights(model.module),
+        "weights": dict(model.source.hashes) or hash_weights(model.module),
         "config": dict(model.config),
         "dtype": str(reference.dtype),
         "device": reference.device.type,
@@ -37,8 +37,8 @@ def content_key(model: OpenModel, settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _hash_weights(module: nn.Module) -> str:
-    """Hash the weights of a model that did not come from files."""
+def hash_weights(module: nn.Module) -> str:
+    """Return the SHA-256 of what a module holds in memory, 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())

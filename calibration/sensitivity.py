@@ -1,0 +1,178 @@
+"""How much a model's output suffers when one linear layer is quantized: a table for bit allocation.
+
+One layer at a time (MixDQ, arXiv 2405.17873, section on sensitivity): for every layer and candidate the
+recorded calls run through the model with this one layer computing as if quantized, and the output is
+compared with the original's. Weights and activations are candidates of their own.
+
+- Quality: the loss is the power of the error relative to the power of the output, 10^(-SQNR/10). Powers
+  of independent errors add up, decibels do not. The paper uses the decibels: they stand in the table too.
+- Content: the loss is 1 - SSIM, with the ordinary window of 11 pixels in floating point. The paper's code
+  takes windows of 511 pixels on 8-bit images, which is little more than global statistics.
+
+The outputs compared are the denoiser's in each recorded call, all channels; the paper's model has one
+step, so there they are the samples. The model is never copied.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import SourceError
+from ..models.base import OpenModel
+from ..progress import Progress, step
+from .content import content_key, hash_weights
+from .precision import computing_in
+from .sensitivity_calls import Calls
+from .sensitivity_probe import KEPT_LIMIT_BYTES, Candidate, Plan, Probe, Quantizer, Target
+from .sensitivity_table import VERSION, Place, Row, Table, appending
+from .sensitivity_workers import Team, spread
+
+__all__ = ["Candidate", "Quantizer", "Row", "Table", "Target", "measure"]
+
+_JOBS_PER_WORKER = 4
+
+
+def measure(
+    model: OpenModel,
+    calls: Calls,
+    targets: Sequence[Target],
+    quantizer: Quantizer,
+    *,
+    path: Path,
+    settings: Mapping[str, Any],
+    replace: bool = False,
+    dtype: torch.dtype | None = torch.float32,
+    workers: int = 1,
+    threads: int | None = None,
+    opener: Callable[[], OpenModel] | None = None,
+    kept_limit_bytes: int = KEPT_LIMIT_BYTES,
+    progress: Progress,
+) -> Table:
+    """Measure every candidate of every target and keep the rows in a file; go on where it stops.
+
+    Args:
+        model: to measure; unchanged afterwards.
+        calls: to measure on.
+        targets: layers and their candidates.
+        quantizer: makes one layer compute as if quantized.
+        path: of the table (JSON lines). A folder keeps tables by hash: `sensitivity-KEY.jsonl`.
+        settings: what the quantizer depends on beside the candidates: JSON values.
+        replace: begin anew where `path` is a table of something else; otherwise that is an error.
+        dtype: to compute in, see `precision.computing_in`; None: as the model is. In 16 bits every change,
+            however small, makes all later roundings different: that adds the same error to every row, hides
+            what 8 bits do, and is counted once per layer when losses are added up.
+        workers: processes; above 1, `calls` and `quantizer` must be picklable.
+        threads: of each process. None: as many as this process uses, divided by `workers`. The values
+            of two runs are equal bit by bit when this number is equal; `workers` is of no effect.
+        opener: opens the same model in a process of its own; picklable. Needed for workers above 1.
+        kept_limit_bytes: see `Probe`; for each process.
+        progress: gets one step, in rows.
+
+    Returns:
+        The table, rows in the order of the targets and their candidates. In the file they are in the
+        order in which they were measured.
+
+    Raises:
+        StageError: see `Probe` and `Probe.measure`; or a process died.
+        SourceError: see `sensitivity_table.appending`.
+        ValueError: workers or threads below 1, no opener for several, a candidate twice, or `dtype`
+            cannot hold the model's numbers.
+    """
+    places = _places(targets)
+    if workers < 1 or (threads is not None and threads < 1) or (workers > 1 and opener is None):
+        raise ValueError(f"workers {workers}, threads {threads}, opener {opener}")
+    threads = threads or max(1, torch.get_num_threads() // workers)
+    weights = hash_weights(model.module)
+    key = _key(model, weights, calls.key, targets, [settings, str(dtype)])
+    path = path / f"sensitivity-{key[:32]}.jsonl" if path.is_dir() else path
+    about = {"calls": calls.key, "rows": len(places), "threads": threads}
+    layers = tuple(target.layer for target in targets if target.candidates)
+    plan = Plan(calls, layers, quantizer, dtype, kept_limit_bytes)
+    team = None if workers == 1 or opener is None else Team(opener, weights, workers, threads)
+    with appending(path, key, about, replace=replace) as (table, append):
+        done = {row.place: row for row in table.rows}
+        _check_resumed(path, table, places, threads, progress)
+        with step(progress, "sensitivities", len(places)), _threads(threads):
+            progress.advance(len(done))
+            if len(done) < len(places):
+                for row in _measured(model, plan, targets, dict(done), team):
+                    append(row)
+                    done[row.place] = row
+                    progress.advance(1, row.layer)
+    return Table(table.key, table.about, tuple(done[place] for place in places))
+
+
+def _measured(
+    model: OpenModel,
+    plan: Plan,
+    targets: Sequence[Target],
+    done: Mapping[Place, Row],
+    team: Team | None,
+) -> Iterator[Row]:
+    """Yield what is not done, measured here or by several processes."""
+    with computing_in(model.module, plan.dtype):
+        probe = Probe(model, plan)
+        if team is None:
+            for job in probe.jobs(targets, done):
+                yield from probe.measure(job)
+            return
+        jobs = probe.jobs(targets, done, _JOBS_PER_WORKER * team.workers)
+    yield from spread(jobs, plan, team)
+
+
+def _key(
+    model: OpenModel, weights: str, calls: str, targets: Sequence[Target], quantizer: Sequence[Any]
+) -> str:
+    """Return the hash of what the rows depend on, 64 hexadecimal digits.
+
+    The weights count as they are in memory, whatever stages have done to them before.
+    """
+    listed = [asdict(target) for target in targets]
+    content = {"sensitivity": VERSION, "weights": weights, "calls": calls, "targets": listed}
+    return content_key(model, {**content, "quantizer": list(quantizer)})
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute with so many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _places(targets: Sequence[Target]) -> list[Place]:
+    places: list[Place] = [
+        (item.kind, target.layer, item.label) for target in targets for item in target.candidates
+    ]
+    twice = next((place for place, count in Counter(places).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice[0]} {twice[2]} of {twice[1]} is asked for twice")
+    return places
+
+
+def _check_resumed(
+    path: Path, table: Table, places: Sequence[Place], threads: int, progress: Progress
+) -> None:
+    """Refuse rows that nobody asked for; tell where the new ones may differ in the last bit."""
+    unknown = {row.place for row in table.rows}.difference(places)
+    if unknown:
+        kind, layer, label = min(unknown)
+        raise SourceError(
+            f"{path}: {kind} {label} of {layer} is none of the candidates", hint="delete the table"
+        )
+    before = table.about.get("threads")
+    if len(table.rows) < len(places) and before != threads:
+        progress.note(
+            f"{path}: begun with {before} threads a process, continued with {threads}:"
+            " rows may differ in the last bits from those of one run"
+        )

@@ -1,0 +1,95 @@
+"""The calls of the denoiser on which a sensitivity is measured: a few of the recorded ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .diffusion import DiffusionCalibration
+
+
+class Calls(Protocol):
+    """Keyword arguments of forwards, on the CPU; a process that measures reads them for itself."""
+
+    @property
+    def key(self) -> str:
+        """Content hash of everything that they depend on."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the recording."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield one call after the other, always the same ones in the same order."""
+
+
+@dataclass(frozen=True)
+class RecordedCalls:
+    """Some of the calls of recorded trajectories, both halves of a guided one.
+
+    Attributes:
+        calibration: the recording; the folder stays where it is as long as this is used.
+        steps: timesteps of each trajectory, at even distances; more than there are: all of them.
+        samples: the first trajectories; None: all of them.
+    """
+
+    calibration: DiffusionCalibration
+    steps: int
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("steps", self.steps), ("samples", self.samples)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value} is not at least 1")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The keeper of a temporary folder belongs to this process alone.
+        return {**self.__dict__, "calibration": replace(self.calibration, keeper=None)}
+
+    @property
+    def seed(self) -> int:
+        """Seed of the recording."""
+        return self.calibration.seed
+
+    @property
+    def key(self) -> str:
+        """Content hash of the recording and of the choice."""
+        content = [self.calibration.key, self.steps, self.samples]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield the calls, file by file, from the first timestep to the last."""
+        wanted = self.calibration.samples if self.samples is None else self.samples
+        halves = 2 if self.calibration.guided else 1
+        for path in self.calibration.files:
+            if wanted <= 0:
+                return
+            calls = list(replace(self.calibration, files=(path,)).calls())
+            batch = len(calls[0]["hidden_states"]) // halves
+            taken = min(batch, wanted)
+            wanted -= taken
+            rows = torch.cat([torch.arange(taken) + half * batch for half in range(halves)])
+            for index in evenly(len(calls), self.steps):
+                yield {name: _take(value, batch * halves, rows) for name, value in calls[index].items()}
+
+
+def evenly(count: int, wanted: int) -> list[int]:
+    """Return the middles of `wanted` equal parts of range(count); all of it where it is shorter."""
+    if wanted >= count:
+        return list(range(count))
+    return [(2 * index + 1) * count // (2 * wanted) for index in range(wanted)]
+
+
+def _take(value: Any, batch: int, rows: Tensor) -> Any:
+    """Take rows of every tensor, nested ones included, that has one per item of the batch."""
+    if isinstance(value, Mapping):
+        return {key: _take(item, batch, rows) for key, item in value.items()}
+    if isinstance(value, Tensor) and value.ndim and len(value) == batch and len(rows) < batch:
+        return value[rows]
+    return value
