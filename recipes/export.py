@@ -26,6 +26,7 @@ _SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # What git and the Hub both take; refs/pr/N is a revision that can be read but not pushed to by name.
 _REF = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w-][\w.-]*)*", re.ASCII)
+_DEFAULT_BRANCH = "main"  # of every repository that the Hub makes
 
 
 class _Settings(BaseModel):
@@ -133,11 +134,16 @@ def clash(exports: Sequence[ExportSettings]) -> tuple[tuple[str | int, ...], str
             if one == two or one in two.parents or two in one.parents:
                 message = f"{item.path} and {other.path} lie within each other"
                 return (index, "path"), message, "give every export a folder of its own"
-            if item.push is None or other.push is None or item.push.create_pr or other.push.create_pr:
+            if item.push is None or other.push is None or item.push.repo.lower() != other.push.repo.lower():
+                continue  # the Hub does not tell upper from lower case in the name of a repository
+            push, repo = item.push, item.push.repo
+            if push.tag is not None and push.tag == other.push.tag:
+                message = f"{push.tag} is already the tag of another export to {repo}"
+                return (index, "push", "tag"), message, "give every export a tag of its own"
+            if push.create_pr or other.push.create_pr:
                 continue
-            target = (item.push.repo, item.push.revision)
-            if target == (other.push.repo, other.push.revision):
-                message = f"{item.push.repo} is already the repository of another export"
+            if (push.revision or _DEFAULT_BRANCH) == (other.push.revision or _DEFAULT_BRANCH):
+                message = f"{repo} is already the repository of another export"
                 return (index, "push"), message, "push to another repository, or to another `revision`"
     return None
 

@@ -50,6 +50,20 @@ def test_several_exports_dump_as_a_list_that_loads_again(load):
         ("export:\n  - {path: a}\n  - {path: ./a}\n", (5, 6), "lie within each other"),
         ("export:\n  - {path: a/b}\n  - {path: a}\n", (5, 6), "lie within each other"),
         ("export:\n  - {path: a, push: o/n}\n  - {path: b, push: o/n}\n", (5, 15), "already the repository"),
+        ("export:\n  - {path: a, push: o/n}\n  - {path: b, push: o/n@main}\n", (5, 15), "already the repo"),
+        ("export:\n  - {path: a, push: O/n@x}\n  - {path: b, push: o/N@x}\n", (5, 15), "already the repo"),
+        (
+            "export:\n  - {path: a, push: {repo: o/n, tag: v1}}\n"
+            "  - {path: b, push: {repo: o/n, revision: x, tag: v1}}\n",
+            (5, 46),
+            "v1 is already the tag of another export to o/n",
+        ),
+        (
+            "export:\n  - {path: a, push: {repo: o/n, tag: v1}}\n"
+            "  - {path: b, push: {repo: O/n, create_pr: true, tag: v1}}\n",
+            (5, 50),
+            "v1 is already the tag of another export to O/n",
+        ),
     ],
 )
 def test_refused(load, text, place, words):
@@ -62,6 +76,8 @@ def test_refused(load, text, place, words):
 def test_two_branches_or_two_pull_requests_of_one_repository(load):
     load("export:\n  - {path: a, push: o/n}\n  - {path: b, push: o/n@torchao}\n")
     load("export:\n  - {path: a, push: o/n}\n  - {path: b, push: {repo: o/n, create_pr: true}}\n")
+    load("export:\n  - {path: a, push: o/n@x}\n  - {path: b, push: o/n@X}\n")  # branches do differ by case
+    load("export:\n  - {path: a, push: {repo: o/n, tag: v1}}\n  - {path: b, push: {repo: o/m, tag: v1}}\n")
 
 
 def test_push_option_keeps_the_other_keys(load):
