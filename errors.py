@@ -5,18 +5,31 @@ A message says what is wrong and where; `hint` says what to do about it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 class CompressError(Exception):
-    """Base of every error that is meant for the user; a defect of ours is any other exception."""
+    """Base of every error that is meant for the user; a defect of ours is any other exception.
+
+    Attributes:
+        message: what is wrong, and where.
+        hint: what to do about it.
+        push: what a push had done on the Hub when it failed, as `PushResult.to_json`; None: nothing.
+        pushed: of a run whose pushes had begun: path of a folder -> what was done on the Hub with it.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, hint: str | None = None, push: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.push = push
+        self.pushed: Mapping[str, Mapping[str, Any]] | None = None
 
 
 class UsageError(CompressError):
@@ -80,3 +93,26 @@ class HubError(CompressError):
     """The network or the Hub refused."""
 
     exit_code = 7
+
+
+class TagTakenError(HubError):
+    """The tag of a push is on another commit."""
+
+
+class InterruptedPush(KeyboardInterrupt):
+    """Ctrl-C, or a termination, while something was pushed.
+
+    Args:
+        message: how far it was.
+        hint: how to go on.
+
+    Attributes:
+        push, pushed: as of `CompressError`.
+    """
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, push: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message, self.hint, self.push = message, hint, push
+        self.pushed: Mapping[str, Mapping[str, Any]] | None = None

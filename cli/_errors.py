@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from ..errors import CompressError, RecipeError
+from ..errors import CompressError, InterruptedPush, RecipeError
 from ..recipes.secrets import redact
 from ..recipes.suggest import suggestion
 
@@ -47,6 +47,7 @@ class Failure:
         message: what is wrong and where.
         hint: what to do.
         place: file, line and column of a recipe error.
+        pushes: what had been done on the Hub by then: `push` of the push that failed, `pushed` of a run.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class Failure:
     message: str
     hint: str | None = None
     place: Mapping[str, Any] = field(default_factory=dict)
+    pushes: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the document that `--json` prints."""
@@ -63,7 +65,7 @@ class Failure:
             "message": self.message,
             "hint": self.hint,
         }
-        return {"error": {**described, **self.place}}
+        return {"error": {**described, **self.place, **self.pushes}}
 
 
 def classify(error: BaseException, *, started: bool, log_folder: Path | None = None) -> Failure:
@@ -125,7 +127,15 @@ def _ours(error: BaseException, started: bool) -> Failure:
     if isinstance(error, RecipeError):
         file = None if error.file is None else str(error.file)
         place = {"file": file, "line": error.line, "column": error.column}
-    return Failure(type(error).__name__, error.exit_code, error.message, error.hint, place)
+    kind = type(error).__name__
+    return Failure(kind, error.exit_code, error.message, error.hint, place, _pushes(error))
+
+
+def _pushes(error: CompressError | InterruptedPush) -> dict[str, Any]:
+    found: dict[str, Any] = {} if error.push is None else {"push": dict(error.push)}
+    if error.pushed:
+        found["pushed"] = [{"path": path, **push} for path, push in error.pushed.items()]
+    return found
 
 
 def _usage(error: BaseException, started: bool) -> Failure:
@@ -154,8 +164,11 @@ def _usage(error: BaseException, started: bool) -> Failure:
 
 
 def _interrupted(error: BaseException, started: bool) -> Failure:
-    hint = _RESUMES if started else None
-    return Failure("Interrupted", INTERRUPTED, "interrupted", hint)
+    if isinstance(error, InterruptedPush):
+        return Failure(
+            "Interrupted", INTERRUPTED, error.message, error.hint or _RESUMES, pushes=_pushes(error)
+        )
+    return Failure("Interrupted", INTERRUPTED, "interrupted", _RESUMES if started else None)
 
 
 def _disk(error: BaseException, started: bool) -> Failure:

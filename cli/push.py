@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import CompressError, UsageError
+from ..errors import CompressError, InterruptedPush, UsageError
 from . import _github, _options, _render
-from ._errors import classify
+from ._errors import INTERRUPTED, Told, classify
 
 if TYPE_CHECKING:
     from ..recipes.export import PushSettings
@@ -72,6 +72,10 @@ def push(
     except CompressError as error:
         _pass_on(sink, settings.repo, error)
         raise
+    except InterruptedPush as error:  # typer would make a plain Ctrl-C of it
+        _pass_on(sink, settings.repo, error)
+        sink.failure(classify(error, started=True), error)
+        raise Told(INTERRUPTED) from None
     pushed = document["push"]
     done = "was up to date" if pushed["up_to_date"] else f"{pushed['files_sent']} files sent"
     sections = [*_render.anything(pushed), f"{pushed['url']}: {done}"]
@@ -83,12 +87,12 @@ def push(
         sink.warning(warning)
 
 
-def _pass_on(sink: Output, repo: str, error: CompressError) -> None:
+def _pass_on(sink: Output, repo: str, error: CompressError | InterruptedPush) -> None:
     """Tell the job summary and later steps that the push failed, and why."""
     failure = classify(error, started=False)
     sections = [f"exit code {failure.exit_code}: {failure.message}"]
     sections += [f"hint: {failure.hint}"] if failure.hint else []
-    outputs = {"exit_code": failure.exit_code, **_github.push_outputs(getattr(error, "push", None) or {})}
+    outputs = {"exit_code": failure.exit_code, **_github.push_outputs(error.push or {})}
     warning = _github.write(f"compress push: {repo} FAILED", sections, outputs)
     if warning is not None:
         sink.warning(warning)

@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import VerifyError
+from ..errors import CompressError, HubError, InterruptedPush, StageError, VerifyError
 from ..progress import Progress
 from ..recipes.export import PushSettings
 from ..recipes.secrets import without_user_info
 from ..runtime.atomic import scratch_folder, sweep_partials
 from .hub_access import check_access
 from .hub_bundle import Bundle, bundle, read_report
-from .hub_commit import commit
+from .hub_commit import commit, open_pull_request
 from .hub_remote import check_room, verify_remote
 from .hub_repository import MAIN, Changes, Pushed, RemoteRepository, State, changes, refuse_tag
 from .hub_transfer import heard_through
@@ -81,6 +81,9 @@ def push_folder(folder: Path, settings: PushSettings, *, progress: Progress) -> 
             sent; the message names the commit.
         PlanError: the download that verifies would not fit on the disk.
         HubError: the Hub or the network refused.
+        StageError: the disk refused the download that verifies.
+        InterruptedPush: somebody ended it after the commit.
+        Where something had been committed by then, the error's `push` says what.
     """
     folder = Path(folder).resolve()
     document = read_report(folder)
@@ -99,31 +102,66 @@ def push_folder(folder: Path, settings: PushSettings, *, progress: Progress) -> 
         notes = _visibility(settings, private)
         for note in notes:
             progress.note(f"{settings.repo}: {note}")
-        pushed = _push(repository, state, sent, change, progress)
+        pushed, change = _push(repository, state, sent, change, progress)
         result = _result(repository, pushed, change, private, notes)
-        if settings.verify_remote:
-            unchecked = verify_remote(repository, result.commit, sent, scratch / "after", progress)
-            result = replace(result, verified=True, notes=(*notes, *unchecked))
+        with _told(result, "verified"):
+            if change:
+                _check_arrived(repository, pushed, sent)
+            if settings.verify_remote:
+                unchecked = verify_remote(repository, result.commit, sent, scratch / "after", progress)
+                result = replace(result, verified=True, notes=(*notes, *unchecked))
         if settings.tag is not None:
-            repository.tag(result.commit)
+            with _told(result, "tagged"):
+                repository.tag(result.commit)
+            result = replace(result, tag=settings.tag)
     return result
 
 
 def _push(
     repository: RemoteRepository, state: State, sent: Bundle, change: Changes, progress: Progress
-) -> Pushed:
+) -> tuple[Pushed, Changes]:
+    """Commit what changes, if anything; an open pull request that says the same is taken instead."""
     repository.ensure_branch(state)
     if not change and state.head is not None:
-        return Pushed(state.head, repository.branch)
-    pushed = commit(repository, state, sent, change, progress)
+        return Pushed(state.head, repository.branch), change
+    found = open_pull_request(repository, sent) if repository.settings.create_pr else None
+    if found is not None:
+        return found, Changes()
+    return commit(repository, state, sent, change, progress), change
+
+
+def _check_arrived(repository: RemoteRepository, pushed: Pushed, sent: Bundle) -> None:
     left = changes(sent, repository.files(pushed.commit))
     if left:
         name = [*(file.name for file in left.added), *left.removed][0]
         raise VerifyError(
-            f"{repository.repo}@{pushed.commit}: was pushed, but {name} in it is not as it was sent",
+            f"{repository.repo}@{pushed.commit}: {name} in it is not as it was sent",
             hint="see whether a .gitignore in the repository names it; do not use this commit",
         )
-    return pushed
+
+
+@contextmanager
+def _told(result: PushResult, wanted: str) -> Iterator[None]:
+    """Let whatever ends the body say that the commit was made, and where it is.
+
+    Raises:
+        HubError, VerifyError: of the body.
+        StageError: the disk refused.
+        InterruptedPush: somebody ended it.
+    """
+    where = result.pull_request or result.url
+    head = f"{result.repo}: pushed as {result.commit} ({where}), but not {wanted}"
+    try:
+        yield
+    except CompressError as error:
+        kind = type(error) if isinstance(error, HubError) else VerifyError
+        raise kind(f"{head}: {error.message}", hint=error.hint, push=result.to_json()) from error
+    except OSError as error:
+        hint = "free some space, or see its permissions; nothing that arrived is sent again"
+        told = f"{head}: {error.filename or 'the disk'}: {error.strerror or error}"
+        raise StageError(told, hint=hint, push=result.to_json()) from error
+    except KeyboardInterrupt as error:
+        raise InterruptedPush(f"interrupted; {head}", push=result.to_json()) from error
 
 
 def _check_tag(settings: PushSettings, state: State, change: Changes) -> None:
@@ -152,7 +190,7 @@ def _result(
         commit=pushed.commit,
         url=place if pushed.revision == MAIN else f"{place}/tree/{pushed.revision}",
         private=private,
-        tag=settings.tag,
+        tag=None,
         pull_request=None if pushed.pull_request is None else without_user_info(pushed.pull_request),
         files_sent=len(change.added),
         up_to_date=not change,

@@ -71,7 +71,8 @@ def _exists(repository: RemoteRepository) -> bool:
     """
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-    write = not repository.settings.create_pr  # a pull request needs no right to write to the branch
+    settings = repository.settings
+    write = not settings.create_pr or settings.tag is not None  # a pull request alone needs no such right
 
     def check() -> bool:
         try:
@@ -105,7 +106,8 @@ def _described(repository: RemoteRepository) -> bool:
 
 def _forbidden(repository: RemoteRepository, error: Exception) -> HubError:
     told = hub_error(error, f"{repository.repo}: writing to it")
-    hint = f"get write access to {repository.repo} and set {_source()}, or use --create-pr"
+    without = " without --tag" if repository.settings.tag else ""
+    hint = f"get write access to {repository.repo} and set {_source()}, or use --create-pr{without}"
     return HubError(told.message, hint=hint)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import HubError
 from ..progress import Progress, step
 from ..runtime.hashes import digest
-from ..runtime.hub_errors import translated
+from ..runtime.hub_errors import status_of, translated
 from ..version import __version__
 from .hub_bundle import Bundle, PushedFile
 from .hub_repository import Changes, Pushed, RemoteRepository, State, changes
@@ -112,6 +112,39 @@ def _new_pull_request(repository: RemoteRepository, bundle: Bundle, before: dict
             number = ref.rpartition("/")[2]
             url = f"{repository.api.endpoint}/{repository.repo}/discussions/{number}"
             return Pushed(head, ref, url)
+    return None
+
+
+def open_pull_request(repository: RemoteRepository, bundle: Bundle) -> Pushed | None:
+    """Find an open pull request of this account that holds the bundle already.
+
+    The card names the branch, so what is equal was meant for the same one.
+
+    Raises:
+        HubError: the Hub or the network refused.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api, repo = repository.api, repository.repo
+
+    def opened() -> list[int]:
+        account = api.whoami()["name"]
+        try:
+            found = list(
+                api.get_repo_discussions(
+                    repo, author=account, discussion_type="pull_request", discussion_status="open"
+                )
+            )
+        except HfHubHTTPError as error:
+            if status_of(error) in (403, 404):  # switched off there; creating one says what is the matter
+                return []
+            raise
+        return [one.num for one in found if one.author == account]
+
+    mine = {f"refs/pr/{number}": number for number in repository.ask("reading its pull requests", opened)}
+    for ref, head in _pull_requests(repository).items() if mine else ():
+        if ref in mine and not changes(bundle, repository.files(head)):
+            return Pushed(head, ref, f"{api.endpoint}/{repo}/discussions/{mine[ref]}")
     return None
 
 

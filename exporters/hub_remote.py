@@ -73,6 +73,6 @@ def verify_remote(
 
 def _damaged(where: str, why: str) -> VerifyError:
     return VerifyError(
-        f"{where}: was pushed, but does not verify after a download: {why}",
+        f"{where}: does not verify after a download: {why}",
         hint="do not use this commit; push again, and see that the Hub gives back what it was sent",
     )

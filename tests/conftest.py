@@ -216,6 +216,27 @@ def hub(hub_process: Any) -> Any:
     return hub_process
 
 
+@pytest.fixture
+def at_hub(hub: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The hub, and this process set to it as the writer; waiting between attempts is short."""
+    from compress.exporters import hub_transfer
+    from huggingface_hub import constants
+
+    for name, value in {
+        "ENDPOINT": hub.endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_TOKEN_PATH": str(tmp_path / "no-token"),
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", hub.writer)
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(hub_transfer, "_FIRST_WAIT_SECONDS", 0.01)
+    return hub
+
+
 @pytest.fixture(scope="session")
 def exported_cache(tiny_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that a run wrote, once per session; tests get copies from `exported`."""

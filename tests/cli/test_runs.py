@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from compress.cli import _render, _runs
-from compress.errors import HubError, SourceError, VerifyError
+from compress.errors import HubError, InterruptedPush, SourceError, VerifyError
 
 RECIPE = "model: builtin:dit\nstages: [rtn: {{}}]\nexport: {{path: {path}}}\n"
 PUSH = {
@@ -205,6 +205,22 @@ def test_a_failed_push_tells_later_steps_too(call, fake_pipeline, monkeypatch, t
     assert call("push", "out/x", "org/name").code == 7
     summary = (tmp_path / "summary").read_text()
     assert "FAILED" in summary and "org/name: refused" in summary and "hint: ask" in summary
+
+
+@pytest.mark.parametrize(("kind", "code"), [(VerifyError, 6), (HubError, 7), (InterruptedPush, 130)])
+def test_a_push_that_fails_after_its_commit_passes_the_commit_on(
+    call, fake_pipeline, monkeypatch, tmp_path, kind, code
+):
+    def push(folder, settings, *, progress):
+        raise kind("org/x: pushed as c, but not tagged", hint="again", push={**PUSH, "tag": None})
+
+    fake_pipeline.push = push
+    monkeypatch.setenv("GITHUB_OUTPUT", str(tmp_path / "outputs"))
+    result = call("push", "out/x", "org/x", "--json")
+    assert result.code == code
+    assert result.json["error"]["push"] == {**PUSH, "tag": None} and "pushed" not in result.json["error"]
+    found = dict(line.split("=", 1) for line in (tmp_path / "outputs").read_text().splitlines())
+    assert (found["exit_code"], found["commit"], found["tag"]) == (str(code), PUSH["commit"], "")
 
 
 def test_push_and_its_check_reach_the_recipe(call, recipes, fake_pipeline, report):

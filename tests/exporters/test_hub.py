@@ -38,26 +38,6 @@ class Recorder(SilentProgress):
         self.details.append(detail)
 
 
-@pytest.fixture
-def at_hub(hub, monkeypatch, tmp_path):
-    """The hub, and this process set to it as the writer; waiting between attempts is short."""
-    from huggingface_hub import constants
-
-    for name, value in {
-        "ENDPOINT": hub.endpoint,
-        "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_TOKEN_PATH": str(tmp_path / "no-token"),
-    }.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setenv("HF_TOKEN", hub.writer)
-    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-    monkeypatch.setattr(hub_transfer, "_FIRST_WAIT_SECONDS", 0.01)
-    return hub
-
-
 def push(folder, progress=None, **settings):
     settings = {"repo": REPO, "verify_remote": False, **settings}
     return exporter.push_folder(
@@ -361,7 +341,7 @@ def test_a_commit_without_what_was_sent_is_named(at_hub, exported, monkeypatch):
         return {name: file for name, file in files(self, commit).items() if name != "recipe.yaml"}
 
     monkeypatch.setattr(hub_repository.RemoteRepository, "files", without_one)
-    with pytest.raises(VerifyError, match=rf"{REPO}@[0-9a-f]{{40}}: was pushed, but recipe\.yaml"):
+    with pytest.raises(VerifyError, match=rf"{REPO}@[0-9a-f]{{40}}: recipe\.yaml in it is not"):
         push(exported)
 
 
