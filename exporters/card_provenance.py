@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ..models.source_card import WEB_LINK
 from .card_subject import Subject
 from .markdown import code, fenced, table
 
@@ -66,4 +67,5 @@ def licence(subject: Subject) -> Iterator[str]:
     names = ", ".join(code(item) for item in ([known] if isinstance(known, str) else known))
     yield f"That of {code(subject.source)}: {names}" + (f" ({code(name)})." if name else ".")
     if "license_link" in subject.model:
-        yield f"Its text: <{subject.model['license_link']}>."
+        link = str(subject.model["license_link"])
+        yield f"Its text: {f'<{link}>' if WEB_LINK.fullmatch(link) else code(link)}."

@@ -2,25 +2,31 @@
 
 A result inherits its source's licence, so the card of the source (the YAML block of README.md) is read
 and its licence texts are found. Both are untrusted: the sizes are bounded, only plain texts are taken
-over, and no link leads out of the model's folder.
+over, no link leads out of the model's folder, and what cannot be read is a licence that is not known.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
+from urllib.parse import quote
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 CARD_NAME = "README.md"
 MAX_CARD_BYTES = 2**20
+MAX_BLOCK_CHARACTERS = 2**16
 MAX_TEXT_BYTES = 2**20
 MAX_TEXTS = 8
+# What may stand between < and > in a card: nothing in it ends the link or starts another one.
+WEB_LINK = re.compile(r"https?://[^\s<>\"]+")
 _MAX_VALUE = 300
+_TEXT_TAG = "tag:yaml.org,2002:str"
 _BLOCK = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _TEXT_NAME = re.compile(r"(licen[sc]e|notice)([-_.][\w.-]*)?", re.IGNORECASE)
 _TEXT_SUFFIXES = ("", ".md", ".txt")
@@ -91,13 +97,26 @@ def snapshot_of(folder: PurePath) -> tuple[str, str] | None:
 def _front_matter(folder: Path) -> dict[str, Any] | None:
     text = _read(folder, folder / CARD_NAME, MAX_CARD_BYTES)
     found = _BLOCK.match(text.removeprefix("\ufeff")) if text else None
-    if found is None:
+    if found is None or len(found[1]) > MAX_BLOCK_CHARACTERS:
         return None
+    # Only nodes are read, and no value is built from them: that is where a tag, a merge key or a number
+    # without digits does harm. The parser has errors of its own for some texts, so all count as not readable.
     try:
-        data = YAML(typ="safe", pure=True).load(found[1])
-    except (YAMLError, ValueError, RecursionError):  # dates that do not exist are ValueErrors
+        root = YAML(typ="safe", pure=True).compose(found[1])
+    except Exception:
         return None
-    return data if isinstance(data, dict) else None
+    if not isinstance(root, MappingNode):
+        return None
+    entries = [(str(key.value), item) for key, item in root.value if isinstance(key, ScalarNode)]
+    times = Counter(name for name, _ in entries)
+    return {name: _plain(item) for name, item in entries if times[name] == 1}
+
+
+def _plain(node: Node) -> Any:
+    """Return a text, or a list of the first texts in a list; None for whatever else stands there."""
+    if isinstance(node, SequenceNode):
+        return [item.value for item in node.value if isinstance(item, ScalarNode) and item.tag == _TEXT_TAG]
+    return node.value if isinstance(node, ScalarNode) and node.tag == _TEXT_TAG else None
 
 
 def is_text_name(name: str) -> bool:
@@ -151,11 +170,11 @@ def _license(value: Any) -> str | tuple[str, ...] | None:
 
 def _link(link: str | None, texts: set[str], repo: str | None, revision: str | None) -> str | None:
     """Return a link that holds where the result lies: to a copied text, or to the Web."""
-    if link is None or re.match(r"https?://", link):
+    if link is None or WEB_LINK.fullmatch(link):
         return link
     name = link.removeprefix("./")
     if name in texts:
         return name
     if repo is None or name.startswith("/") or ".." in name.split("/") or ":" in name:
         return None
-    return f"https://huggingface.co/{repo}/blob/{revision or 'main'}/{name}"
+    return f"https://huggingface.co/{repo}/blob/{revision or 'main'}/{quote(name, safe='/%#?')}"

@@ -78,6 +78,19 @@ def test_an_unknown_licence_is_not_invented(document, tmp_path, license_):
     assert "The licence of `builtin:dit` is not known" in card
 
 
+@pytest.mark.parametrize(
+    ("link", "written"),
+    [
+        ("https://example.org/x", "Its text: <https://example.org/x>."),
+        ("LICENSE.md", "Its text: `LICENSE.md`."),
+        ("https://x> <img src=y>", "Its text: `https://x> <img src=y>`."),
+    ],
+)
+def test_a_link_to_the_licence_is_no_markup(document, link, written):
+    document["model"].update(license="other", license_name="terms", license_link=link)
+    assert written in render_card(document, [], RECIPE)
+
+
 ODD = "ünï: \"c\" # d 'e' 許諾"
 LICENCES = [
     ({"license": "other", "license_name": "stability-ai", "license_link": "LICENSE.md"}, {}),

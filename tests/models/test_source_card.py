@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+import tracemalloc
 
 import pytest
 from compress.models.checkpoint import locate
@@ -52,13 +54,33 @@ def test_the_licence_and_the_task_are_read(tmp_path):
         ("just text", None),
         ("license: [", None),
         ("license: mit\nlicense: gpl", None),
-        ("date: 2000-99-99\nlicense: mit", None),
+        ("date: 2000-99-99\nlicense: mit", "mit"),
+        ("a: !!bool maybe\nb: !!int ''\nc: !!float _\nlicense: mit", "mit"),
+        ("license: !!bool maybe", None),
+        ("license: !!int ''", None),
+        ("license: !!float _", None),
+        ('license: "\\UFFFFFFFF"', None),
+        ("<<: {license: mit}", None),
+        ("license: mit\nx: " + "a" * 2**16, None),
+        ("license: ${HOME}", "${HOME}"),
         ("a: " + "[" * 3000, None),
         ("license: !!python/object/apply:os.getcwd []", None),
     ],
 )
 def test_only_plain_texts_are_taken_over(tmp_path, block, expected):
     assert read(tmp_path, f"---\n{block}\n---\n").to_json()["license"] == expected
+
+
+def test_a_block_made_to_cost_time_and_memory_costs_little(tmp_path):
+    lines = ["a0: &a0 {k: v}"]
+    lines += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 9)]
+    text = "\n".join(["---", *lines, "license: mit", "---", ""])
+    tracemalloc.start()
+    start = time.process_time()
+    assert read(tmp_path, text).license == "mit"
+    assert time.process_time() - start < 5
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("text", [None, "", "# no block", "---\nlicense: mit\n", "\nlicense: mit\n---\n"])
@@ -107,6 +129,10 @@ def test_a_folder_of_the_hub_cache_is_known_by_its_path(tmp_path):
     ("link", "repo", "expected"),
     [
         ("https://example.org/x", None, "https://example.org/x"),
+        ("https://example.org/<b>x", None, None),
+        ("https://example.org/x> [y](javascript:z)", "org/name", None),
+        ("https://", None, None),
+        ("docs/my <b>.md", "org/name", f"https://huggingface.co/org/name/blob/{COMMIT}/docs/my%20%3Cb%3E.md"),
         ("LICENSE", None, None),
         ("LICENSE", "org/name", f"https://huggingface.co/org/name/blob/{COMMIT}/LICENSE"),
         ("../x", "org/name", None),
