@@ -20,6 +20,7 @@ from .errors import PlanError, RecipeError, SourceError, VerifyError
 from .exporters import published
 from .exporters.card import FILE_NAME as CARD_NAME
 from .exporters.card_subject import Subject
+from .exporters.recorded_recipe import RECIPE_NAME, check_recipe
 from .exporters.verify import is_kept
 from .models import checkpoint as checkpoints
 from .progress import Progress, step
@@ -31,7 +32,6 @@ from .runtime.hashes import file_sha256
 from .workdir import WorkDirectory
 
 _NAME = "reproduction"
-_RECIPE = "recipe.yaml"
 _VERIFY = re.compile(r"^    compress verify (\S+)$", re.MULTILINE)
 _MOST_THREADS = 1024
 _ENVIRONMENT = ("platform", "processor", "device", "accelerator", "threads", "seed")
@@ -107,7 +107,7 @@ def read_origin(folder: Path) -> Origin:
 
     Raises:
         SourceError: it has no report, or one that does not say how to make the folder again.
-        VerifyError: a file was changed since.
+        VerifyError: a file was changed since, or its recipe.yaml is another recipe than its report's.
     """
     found = report.read_report(folder)
     files = _recorded_files(folder, found)
@@ -125,7 +125,8 @@ def read_origin(folder: Path) -> Origin:
                 ),
             }
         )
-        text = (folder / _RECIPE).read_text(encoding="utf-8")
+        check_recipe(folder, found)
+        text = (folder / RECIPE_NAME).read_text(encoding="utf-8")
     except (RecipeError, OSError, KeyError, TypeError, ValueError) as error:
         made_by = _environment(found).get("versions", {}).get("compress", "another version")
         raise SourceError(

@@ -20,10 +20,10 @@ from ..recipes.export import PushSettings
 from ..recipes.secrets import holds_secret
 from ..runtime.hashes import file_sha256
 from ..runtime.strict_json import parse_object
+from .recorded_recipe import RECIPE_NAME, check_recipe
 from .verify import REPORT_NAME, is_kept
 
 CARD_NAME = "README.md"  # what the Hub shows
-_RECIPE_NAME = "recipe.yaml"
 _TEXTS = (".json", ".md", ".yaml", ".txt")
 REJECTED = ".rejected"
 
@@ -90,12 +90,13 @@ def read_report(folder: Path) -> dict[str, Any]:
 
     Raises:
         SourceError: there is no folder, or it holds no report of a run.
-        VerifyError: it was rejected, was not verified, or a gate failed.
+        VerifyError: it was rejected, was not verified, a gate failed, or its recipe.yaml is another
+            recipe than its report's.
     """
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such folder", hint="name a folder that `compress run` wrote")
     path = folder / REPORT_NAME
-    for name in (REPORT_NAME, _RECIPE_NAME):
+    for name in (REPORT_NAME, RECIPE_NAME):
         if not (folder / name).is_file():
             raise SourceError(f"{folder}: holds no {name}", hint="name a folder that `compress run` wrote")
     document = parse_object(path.read_bytes(), str(path))
@@ -112,6 +113,10 @@ def read_report(folder: Path) -> dict[str, Any]:
         raise VerifyError(f"{folder}: the gate {failed[0]} of its report failed", hint=hint)
     if not verified:
         raise VerifyError(f"{folder}: its report says that it was not verified", hint=hint)
+    try:
+        check_recipe(folder, document)
+    except VerifyError as error:
+        raise VerifyError(f"{folder}: {error.message}", hint=hint) from None
     return document
 
 
@@ -158,13 +163,13 @@ def _card(folder: Path, document: dict[str, Any], settings: PushSettings) -> str
     from .figures import BITS, LAYERS, SAMPLES, TIMESTEPS
 
     figures = [name for name in (SAMPLES, TIMESTEPS, LAYERS, BITS) if (folder / name).is_file()]
-    recipe_text = (folder / _RECIPE_NAME).read_text(encoding="utf-8")
+    recipe_text = (folder / RECIPE_NAME).read_text(encoding="utf-8")
     return render_card(document, figures, recipe_text, place=settings.repo, revision=settings.revision)
 
 
 def _refuse_secrets(files: Mapping[str, PushedFile]) -> None:
     for file in files.values():
-        if not file.name.endswith(_TEXTS):
+        if Path(file.name).suffix.lower() not in ("", *_TEXTS):
             continue
         content = file.content if isinstance(file.content, bytes) else file.content.read_bytes()
         if holds_secret(content.decode("utf-8", "replace")):

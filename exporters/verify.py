@@ -15,6 +15,7 @@ from ..models.source_card import is_text_name
 from ..recipes.gates import Gate, judge
 from ..runtime.strict_json import parse_object
 from ..runtime.validate import open_folder
+from .recorded_recipe import check_recipe
 
 REPORT_NAME = "report.json"
 MAX_REPORT_BYTES = 16 * 2**20
@@ -60,6 +61,7 @@ def verify_folder(
         _check("files", lambda: _check_files(folder, set(elsewhere))),
         _check("gates", lambda: _check_gates(folder)),
         _check("tensors", lambda: _check_tensors(folder)),
+        _check("recipe", lambda: check_recipe(folder, _report(folder))),
     ]
     result = {"path": name or str(folder), "verified": all(check["ok"] for check in checks), "checks": checks}
     if not result["verified"]:

@@ -85,8 +85,13 @@ def dotted(location: Location) -> str:
     return text
 
 
-def read(text: str, file: str | None) -> Tree:
+def read(text: str, file: str | None, *, expand: bool = True) -> Tree:
     """Read a recipe's text.
+
+    Args:
+        text: YAML.
+        file: what errors call it.
+        expand: put the environment's values in the place of `${NAME}`.
 
     Raises:
         RecipeError: with file, line and column of what cannot be read.
@@ -103,7 +108,7 @@ def read(text: str, file: str | None) -> Tree:
         _refuse_syntax(error, text, file)
     if root is None:
         raise Place(file, 1, 1).error("the recipe is empty", "start from a shipped one: `compress recipes`")
-    builder = _Builder(yaml, file)
+    builder = _Builder(yaml, file, expand=expand)
     value = builder.build(root, ())
     if not isinstance(value, dict):
         raise builder.mark(root).error("a recipe is a mapping of keys such as model, stages and export")
@@ -162,9 +167,9 @@ def _syntax_hint(lines: list[str]) -> str | None:
 class _Builder:
     """Builds plain values from YAML nodes and notes where each stood."""
 
-    def __init__(self, yaml: YAML, file: str | None) -> None:
+    def __init__(self, yaml: YAML, file: str | None, *, expand: bool = True) -> None:
         self.tree = Tree(None, default=Place(file))
-        self._yaml, self._file, self._nodes = yaml, file, 0
+        self._yaml, self._file, self._nodes, self._expands = yaml, file, 0, expand
 
     def mark(self, node: Node) -> Place:
         """Return where a node starts."""
@@ -211,7 +216,7 @@ class _Builder:
     def _scalar(self, node: ScalarNode, location: Location) -> Any:
         if node.tag == _CORE + "timestamp":
             return node.value
-        if node.tag != _CORE + "str" or "${" not in node.value:
+        if node.tag != _CORE + "str" or "${" not in node.value or not self._expands:
             return self._yaml.constructor.construct_object(node)
         text = _VARIABLE.sub(partial(self._expand, self.mark(node), location), node.value)
         tag = str(self._yaml.resolver.resolve(ScalarNode, text, (True, False)))

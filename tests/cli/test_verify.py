@@ -70,7 +70,9 @@ def test_a_sound_folder(call, exported):
     document = call("verify", "out", "--json").json
     assert document["verified"] is True
     assert document["path"] == "out"
-    assert [check["name"] for check in document["checks"]] == ["report", "files", "gates", "tensors"]
+    assert [check["name"] for check in document["checks"]] == [
+        "report", "files", "gates", "tensors", "recipe",
+    ]  # fmt: skip
 
 
 def test_the_licence_went_with_the_weights(exported):
@@ -141,7 +143,17 @@ def test_figures_are_measured_again(call, made, exported):
     assert result.code == 0, result.err
     document = result.json
     names = [check["name"] for check in document["checks"]]
-    assert names == ["report", "files", "gates", "tensors", "base", "outputs", "figures", "gates now"]
+    assert names == [
+        "report",
+        "files",
+        "gates",
+        "tensors",
+        "recipe",
+        "base",
+        "outputs",
+        "figures",
+        "gates now",
+    ]
     assert all(check["ok"] for check in document["checks"])
     recorded = json.loads((exported / "report.json").read_text())["evaluation"]["metrics"]
     assert {row["metric"]: row["recorded"] for row in document["metrics"]} == recorded

@@ -183,7 +183,7 @@ def test_records_of_a_sound_folder(exported):
     add_report(out)
     result = verify_folder(out)
     assert result["verified"]
-    assert [check["name"] for check in result["checks"]] == ["report", "files", "gates", "tensors"]
+    assert [check["name"] for check in result["checks"]] == ["report", "files", "gates", "tensors", "recipe"]
     assert all(check["ok"] for check in result["checks"])
 
 
@@ -225,10 +225,14 @@ def leave_the_folder(out):
         ),
         (
             lambda out: (out / "report.json").write_text("{"),
-            ["report", "files", "gates"],
+            ["report", "files", "gates", "recipe"],
             "no readable export.files",
         ),
-        (lambda out: (out / "report.json").unlink(), ["report", "files", "gates"], "report.json is missing"),
+        (
+            lambda out: (out / "report.json").unlink(),
+            ["report", "files", "gates", "recipe"],
+            "report.json is missing",
+        ),
     ],
 )
 def test_damage_to_a_folder_is_named(exported, damage, failed, words):
