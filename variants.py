@@ -25,7 +25,7 @@ from .exporters.licence import copy_licence
 from .models.base import OpenModel
 from .progress import step
 from .recipes.export import ExportSettings
-from .recipes.secrets import redact
+from .recipes.secrets import redacted
 from .state import Product, Run
 from .workdir import file_sha256
 
@@ -77,7 +77,7 @@ def make_variant(
         state.recipe.seed, product.device, torch.get_num_threads(), state.started
     )
     # Errors of the libraries below may quote a URL or a header; nothing of that may be kept.
-    document = json.loads(redact(json.dumps({key: parts[key] for key in report.TOP_KEYS})))
+    document = redacted(json.loads(json.dumps({key: parts[key] for key in report.TOP_KEYS})))
     _write_documents(state, export, folder, document, evaluation)
     return Variant(export, folder, document, failure)
 

@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ..recipes.secrets import redact
+from ..recipes.secrets import redact, redacted
 from ._errors import Failure, traceback_of
 from ._progress import PlainProgress, RichProgress
-from ._redaction import redacted
 from ._tables import Section, to_plain, to_rich, without_tokens
 
 if TYPE_CHECKING:

@@ -52,14 +52,3 @@ def guard_streams() -> None:
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, RedactedStream):
             setattr(sys, name, cast(TextIO, RedactedStream(stream)))
-
-
-def redacted(value: Any) -> Any:
-    """Return a JSON value with every text in it, keys too, redacted."""
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, dict):
-        return {redacted(key): redacted(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [redacted(item) for item in value]
-    return value

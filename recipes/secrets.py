@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 MASK = "***"
@@ -34,8 +35,11 @@ _TOKEN = re.compile(
     r"|\bgh[oprsu]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
     r"|\bglpat-[\w-]{16,}"
 )
-# The user part alone may be a token as well; the part before the colon never has a slash.
-_USER_INFO = re.compile(r"(?<=://)[^\s/@\"'<>]+@")
+# The user part alone may be a token as well, so nothing of it is shown. A password may hold an @ itself: the
+# last one before the next slash ends it.
+_USER_INFO = re.compile(r"(?<=://)[^\s/\"'<>]+@")
+_PASSWORD = re.compile(r"(?<=://)[^\s/:@\"'<>?#]*:[^\s/\"'<>?#]+@")
+_TOKEN_LIKE = re.compile(r"(?=.*[0-9])(?=.*[A-Za-z])[\w.~+=-]{16,}", re.ASCII)
 _HEADER = re.compile(r"(?i)\b(bearer|authorization.{1,6}basic)\s+[\w.~+/=-]{8,}")
 _SIGNED = re.compile(
     r"(?i)([?&](?:x-amz-(?:signature|credential|security-token)|signature|sig|policy|token)=)[^&\s\"'<>]+"
@@ -47,19 +51,25 @@ def _values() -> Iterator[str]:
     for name in _TOKEN_VARIABLES:
         yield os.environ.get(name, "").strip()
     for name in _URL_VARIABLES:
-        user, _, rest = os.environ.get(name, "").partition("://")[2].partition("@")
-        if rest:
-            yield from map(unquote, user.split(":", 1))
+        # A proxy may be given without its scheme.
+        user_info = os.environ.get(name, "").rpartition("://")[2].partition("/")[0].rpartition("@")[0]
+        user, has_password, password = user_info.partition(":")
+        if not has_password and name == "HF_ENDPOINT" and _TOKEN_LIKE.fullmatch(user):
+            password = user
+        yield from (password, unquote(password))
     yield _stored_token()
 
 
 def _stored_token() -> str:
     """Return the token that the Hub library keeps for this user, or nothing."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    home = os.environ.get("HF_HOME") or Path(cache, "huggingface")
-    path = Path(os.environ.get("HF_TOKEN_PATH") or Path(home, "token")).expanduser()
     try:
+        home = os.environ.get("HF_HOME") or Path(
+            os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "huggingface"
+        )
+        path = Path(os.environ.get("HF_TOKEN_PATH") or Path(home, "token")).expanduser()
         return path.read_text(encoding="utf-8").strip()
+    except RuntimeError:  # a user without a home, as in a container
+        return ""
     except (OSError, ValueError):  # none, or not for us: then it cannot be in our texts either
         return ""
 
@@ -81,6 +91,17 @@ def redact(text: str) -> str:
     return _TOKEN.sub(MASK, text)
 
 
+def redacted(value: Any) -> Any:
+    """Return a JSON value with every text in it, keys too, redacted."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {redacted(key): redacted(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(item) for item in value]
+    return value
+
+
 def holds_secret(text: str) -> bool:
     """Return whether `text` holds an access token, or a URL with a password in it."""
     return secret_position(text) is not None
@@ -90,7 +111,7 @@ def secret_position(text: str) -> int | None:
     """Return where in `text` the first token or URL with a password starts, or None."""
     found = [position for value in _known() if (position := text.find(value)) >= 0]
     found += [match.start() for match in _TOKEN.finditer(text)]
-    found += [match.start() for match in _USER_INFO.finditer(text) if match[0] != MASK + "@"]
+    found += [match.start() for match in _PASSWORD.finditer(text) if not match[0].endswith(f":{MASK}@")]
     return min(found, default=None)
 
 

@@ -9,9 +9,10 @@ import sys
 import pytest
 from compress.cli._errors import classify
 from compress.cli._output import Output
-from compress.cli._redaction import RedactedStream, guard_streams, redacted
+from compress.cli._redaction import RedactedStream, guard_streams
 from compress.cli._tables import Table
 from compress.errors import RecipeError
+from compress.recipes.secrets import redacted
 
 from .conftest import Terminal
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from compress.errors import RecipeError
 from compress.recipes.loader import load_recipe
-from compress.recipes.secrets import holds_secret, redact, without_user_info
+from compress.recipes.secrets import holds_secret, redact, redacted, without_user_info
 
 PLANTED = "hf_" + "PlAnTeD" * 5
 BASE = "model: builtin:dit\nstages: [{rtn: {}}]\nexport: {path: out/x}\n"
@@ -41,6 +43,52 @@ def test_values_of_the_environment_are_known_whatever_they_look_like(monkeypatch
     assert holds_secret("x stored-on-disk x")
 
 
+@pytest.mark.parametrize("url", ["http://user:p@ss@wordlong12@host:3128", "user:p@ss@wordlong12@host:3128/"])
+def test_a_password_with_an_at_sign_ends_at_the_last_one(monkeypatch, url):
+    assert redact("to http://user:p@ss@wordlong12@host/a@b failed") == "to http://***@host/a@b failed"
+    monkeypatch.setenv("https_proxy", url)
+    assert redact("auth p@ss@wordlong12 and p%40ss%40wordlong12 refused") == "auth *** and *** refused"
+    assert holds_secret("x p@ss@wordlong12 x")
+
+
+@pytest.mark.parametrize(
+    ("variable", "url"),
+    [
+        ("HTTPS_PROXY", "http://compress:a-long-password@host"),
+        ("HTTPS_PROXY", "http://compress@host"),
+        ("HF_ENDPOINT", "https://compress@host"),
+        ("HF_ENDPOINT", "https://host/compress@b"),
+    ],
+)
+def test_the_name_of_a_user_is_no_secret(monkeypatch, variable, url):
+    monkeypatch.setenv(variable, url)
+    assert redact("compress run") == "compress run" and not holds_secret("compress run")
+
+
+def test_a_token_alone_before_the_host_is_known(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://0a1b2c3d4e5f6a7b8c9d@host")
+    assert redact("with 0a1b2c3d4e5f6a7b8c9d") == "with ***"
+
+
+def test_only_texts_of_a_document_are_changed(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "12345678")
+    document = {"bytes": 12345678, "note": "12345678!", "x": [12345678.5, None]}
+    assert redacted(document) == {"bytes": 12345678, "note": "***!", "x": [12345678.5, None]}
+
+
+def test_a_user_without_a_home(monkeypatch, tmp_path):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("HF_HOME", "HF_TOKEN_PATH", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert redact(f"a {PLANTED}") == "a ***"
+    (tmp_path / "token").write_text("stored-on-disk\n")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert redact("a stored-on-disk") == "a ***"
+
+
 def test_short_values_do_not_blot_out_words(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "test")
     assert redact("a test") == "a test" and not holds_secret("a test")
@@ -51,6 +99,13 @@ def test_short_values_do_not_blot_out_words(monkeypatch):
 )
 def test_harmless_text_stays(text):
     assert redact(text) == text and not holds_secret(text)
+
+
+@pytest.mark.parametrize("url", ["ssh://git@github.com/org/name", "https://me@host/x", "https://host?a:b@c"])
+def test_a_user_without_a_password_is_not_refused(tmp_path, url):
+    assert not holds_secret(url)
+    (tmp_path / "r.yaml").write_text(f"# from {url}\n{BASE}")
+    load_recipe(tmp_path / "r.yaml")
 
 
 def test_user_info_is_cut_off():
