@@ -7,13 +7,21 @@ holds pushes anything.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import preflight
-from .errors import HubError, VerifyError
-from .recipes.export import ExportSettings
+from .errors import (
+    CompressError,
+    HubError,
+    InterruptedPush,
+    StageError,
+    TagTakenError,
+    UsageError,
+    VerifyError,
+)
+from .recipes.export import ExportSettings, PushSettings
 from .runtime.atomic import commit_folder, replace_folder, sync_tree
 from .state import Run
 from .variants import Variant
@@ -77,8 +85,13 @@ def push_all(state: Run, document: dict[str, Any]) -> None:
             they are what was pushed.
 
     Raises:
-        HubError: the network or the Hub refused; the folders stay, and the hint says how to go on.
+        HubError: the network or the Hub refused.
         VerifyError: what came back from the Hub is not what was sent.
+        UsageError: a file holds an access token.
+        StageError: this machine's disk, or anything else, refused.
+        InterruptedPush: somebody ended it.
+        The folders stay, the hint has the commands that push what is left, and `pushed` says what is on
+        the Hub already.
     """
     exports = state.recipe.export
     if not any(export.push for export in exports):
@@ -92,26 +105,52 @@ def push_all(state: Run, document: dict[str, Any]) -> None:
                 f"{export.path}: was not executed when it was verified, so nothing was pushed",
                 hint="its notes in report.json say why; the folder itself is finished",
             )
-    for index, (export, part) in enumerate(zip(exports, parts, strict=True)):
-        if export.push is None:
-            continue
+    pushes = [(export.path, export.push) for export in exports if export.push is not None]
+    done: dict[str, Mapping[str, Any]] = {}
+    for index, (path, push) in enumerate(pushes):
         try:
-            result = hub.push_folder(Path(export.path), export.push, progress=state.progress)
-        except HubError as error:
-            state.work.log("push_failed", path=str(export.path), repo=export.push.repo, error=error.message)
-            raise _not_pushed(error, exports[index:]) from error
-        part["push"] = result.to_json()
-        state.work.log("pushed", path=str(export.path), **part["push"])
+            done[str(path)] = hub.push_folder(Path(path), push, progress=state.progress).to_json()
+            _log(state, "pushed", path=str(path), **done[str(path)])
+        except (CompressError, InterruptedPush, KeyboardInterrupt, OSError) as error:
+            told = _not_pushed(error, pushes[index:], done)
+            _log(state, "push_failed", path=str(path), repo=push.repo, error=told.message)
+            raise told from error
+    for export, part in zip(exports, parts, strict=True):
+        if export.push is not None:
+            part["push"] = done[str(export.path)]
 
 
-def _not_pushed(error: HubError, left: Sequence[ExportSettings]) -> HubError:
-    """Say what is on the disk, and how to push it without running the recipe again."""
-    commands = [
-        preflight.push_command(export.path, export.push) for export in left if export.push is not None
-    ]
-    cause = f"{error.hint}; then " if error.hint else ""
+def _log(state: Run, event: str, **fields: Any) -> None:
+    """Log what became of a push; a journal that cannot be written must not hide it."""
+    try:
+        state.work.log(event, **fields)
+    except OSError as error:
+        state.progress.warn(f"the journal misses that {fields['path']} was {event}: {error}")
+
+
+def _not_pushed(
+    error: BaseException, left: Sequence[tuple[Path, PushSettings]], done: Mapping[str, Mapping[str, Any]]
+) -> CompressError | InterruptedPush:
+    """Say what is on the disk and on the Hub, and how to push the rest without running the recipe again."""
+    path, first = left[0]
+    if isinstance(error, TagTakenError):
+        first = first.model_copy(update={"tag": None})
+    commands = [preflight.push_command(folder, push) for folder, push in [(path, first), *left[1:]]]
+    hint = getattr(error, "hint", None)
+    cause = f"{hint}; then " if hint else ""
     hint = f"{cause}push the finished folder{'s' if len(commands) > 1 else ''} by: {' && '.join(commands)}"
-    return HubError(f"{left[0].path} is finished but was not pushed: {error.message}", hint=hint)
+    push = getattr(error, "push", None)
+    head = f"{path} is finished" + ("" if push else " but was not pushed")
+    told: CompressError | InterruptedPush
+    if isinstance(error, KeyboardInterrupt):
+        told = InterruptedPush(f"{head}: {getattr(error, 'message', 'interrupted')}", hint=hint, push=push)
+    else:
+        # What else refuses after hours of work, such as a full disk, is no matter of the plan any more.
+        kinds = (HubError, VerifyError, UsageError)
+        kind = next((kind for kind in kinds if isinstance(error, kind)), StageError)
+        told = kind(f"{head}: {getattr(error, 'message', error)}", hint=hint, push=push)
+    told.pushed = {**done, str(path): push} if push else dict(done)
+    return told
 
 
 def _reasons(state: Run, variant: Variant) -> list[str]:

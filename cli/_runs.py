@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import HubError, UsageError, VerifyError
+from ..errors import UsageError, VerifyError
 from . import _github, _render
 from ._errors import DEFECT, INTERRUPTED, Failure, classify
 from ._tables import Table
@@ -163,8 +163,9 @@ def _carry_out_one(sink: Output, ending: Ending, loaded: LoadedRecipe, how: How)
         sections = _render.report(ending.report)
     else:
         # Only these end a run that has given folders their names; others left what was there before.
-        named = isinstance(ending.error, VerifyError | HubError)
-        ending.results = _left_behind(loaded, began) if named else []
+        pushed = getattr(ending.error, "pushed", None)
+        named = isinstance(ending.error, VerifyError) or pushed is not None
+        ending.results = _left_behind(loaded, began, pushed or {}) if named else []
         sections = [section for result in ending.results for section in _render.judgement(result)]
     if not sink.as_json:
         sink.result(ending.report, sections)
@@ -172,7 +173,9 @@ def _carry_out_one(sink: Output, ending: Ending, loaded: LoadedRecipe, how: How)
     _summarise(sink, ending, sections)
 
 
-def _left_behind(loaded: LoadedRecipe, began: float) -> list[dict[str, Any]]:
+def _left_behind(
+    loaded: LoadedRecipe, began: float, pushed: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """Return the reports of the folders that a failed run left: refused ones, and good ones beside them."""
     found: list[dict[str, Any]] = []
     for export in loaded.recipe.export:
@@ -181,7 +184,8 @@ def _left_behind(loaded: LoadedRecipe, began: float) -> list[dict[str, Any]]:
             if not path.is_file() or path.stat().st_mtime < began - _SECONDS:  # none, or an earlier run's
                 continue
             report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            found.append({**report, "export": {**report["export"], "path": str(folder)}})
+            push = {"push": pushed[str(folder)]} if str(folder) in pushed else {}
+            found.append({**report, "export": {**report["export"], "path": str(folder), **push}})
     return found
 
 
@@ -191,7 +195,8 @@ def _summarise(sink: Output, ending: Ending, sections: Sequence[Section]) -> Non
     if failure is None:
         title, extra = f"compress: {name}", []
     else:
-        title = f"compress: {name} {'was REJECTED' if failure.exit_code == 6 else 'FAILED'}"
+        rejected = isinstance(ending.error, VerifyError) and ending.error.pushed is None
+        title = f"compress: {name} {'FAILED' if not rejected else 'was REJECTED'}"
         extra = [f"exit code {failure.exit_code}: {failure.message}"]
         extra += [f"hint: {failure.hint}"] if failure.hint else []
     _warn(sink, _github.summarise(title, [*extra, *sections]))

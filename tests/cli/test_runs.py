@@ -254,6 +254,39 @@ def test_good_folders_are_shown_beside_a_refused_one(call, fake_pipeline, report
     assert result.code == 6 and "out/x  (" in result.out and "out/y.rejected  (" in result.out
 
 
+@pytest.mark.parametrize(("kind", "code"), [(HubError, 7), (VerifyError, 6), (InterruptedPush, 130)])
+def test_what_was_pushed_before_a_failure_is_passed_on(
+    call, fake_pipeline, report, monkeypatch, tmp_path, kind, code
+):
+    Path("x.yaml").write_text(
+        "model: builtin:dit\nstages: [rtn: {}]\n"
+        "export: [{path: out/x, push: org/x}, {path: out/y, format: dequantized, push: org/y}]\n"
+    )
+
+    def run(loaded, *, progress, **options):
+        progress.start("work", None)
+        progress.finish()
+        for name in "xy":
+            Path("out", name).mkdir(parents=True, exist_ok=True)
+            Path("out", name, "report.json").write_text(json.dumps(report))
+        error = kind("out/y is finished but was not pushed", hint="push it by: compress push out/y org/y")
+        error.pushed = {"out/x": PUSH}
+        raise error
+
+    fake_pipeline.run = run
+    monkeypatch.setenv("GITHUB_OUTPUT", str(tmp_path / "outputs"))
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    result = call("run", "x.yaml", "--json")
+    assert result.code == code
+    assert result.json["error"]["pushed"] == [{"path": "out/x", **PUSH}]
+    assert result.json["error"]["hint"] == "push it by: compress push out/y org/y"
+    found = dict(line.split("=", 1) for line in (tmp_path / "outputs").read_text().splitlines())
+    assert (found["repo"], found["commit"], found["url"]) == ("org/x", "c" * 40, "http://hub/org/x")
+    assert [row["commit"] for row in json.loads(found["results"])] == ["c" * 40, ""]
+    summary = (tmp_path / "summary.md").read_text()
+    assert "## compress: x FAILED" in summary and "http://hub/org/x" in summary
+
+
 def test_reproduce(call, fake_pipeline, monkeypatch, tmp_path):
     monkeypatch.setenv("GITHUB_OUTPUT", str(tmp_path / "outputs"))
     row = {"name": "config.json", "expected": "aa", "measured": "aa", "equal": True}
