@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from compress.errors import UsageError
+from compress.exporters import hub_bundle
 from compress.exporters.licence import copy_licence, name_of
 from compress.models.base import Source
 from compress.models.open import read_spec
@@ -57,3 +59,10 @@ def test_the_name_is_one_that_others_know(tmp_path, source, name):
     identifier, revision, card = source
     (tmp_path / "folder").mkdir()
     assert name_of(Source(identifier, tmp_path / "folder", revision, card=card)) == name
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "NOTICE.TXT", "recipe.yaml"])
+def test_a_token_in_a_licence_text_is_not_pushed(name):
+    file = hub_bundle.PushedFile.of(name, b"by hf_" + b"a1" * 17)
+    with pytest.raises(UsageError, match=f"{name} holds an access token"):
+        hub_bundle._refuse_secrets({name: file})
