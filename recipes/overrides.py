@@ -39,7 +39,9 @@ def apply_options(
 ) -> None:
     """Apply `--model`, `--output`, `--seed`, `--device`, `--push` and `--no-verify-remote`.
 
-    Another model keeps the recipe's dtype; revision and subfolder belonged to the old one.
+    Another model keeps the recipe's dtype; revision and subfolder belonged to the old one. Likewise another
+    repository keeps what else the recipe says of the push, but not its branch: `--push org/name` means the
+    default branch, in whichever form the recipe has its `push`.
 
     Raises:
         RecipeError: an option that means one export, and the recipe has several; nothing is pushed.
@@ -64,12 +66,18 @@ def apply_options(
     if push is not None:
         place = Place(f"--push {push}")
         _only_export(tree, place, "push=org/name")
-        repo, _, revision = push.partition("@")
-        _assign(tree, ("export", "push", "repo"), repo, place)
-        if revision:
-            _assign(tree, ("export", "push", "revision"), revision, place)
+        _set_push(tree, push, place)
     if verify_remote is not None:
         _set_verify_remote(tree, verify_remote)
+
+
+def _set_push(tree: Tree, push: str, place: Place) -> None:
+    repo, separator, revision = push.partition("@")
+    _assign(tree, ("export", "push", "repo"), repo, place)  # makes a mapping of the short form
+    _forget(tree, ("export", "push", "revision"))
+    tree.value["export"]["push"].pop("revision", None)
+    if separator:
+        _assign(tree, ("export", "push", "revision"), revision, place)
 
 
 def _only_export(tree: Tree, place: Place, example: str) -> None:

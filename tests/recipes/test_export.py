@@ -92,6 +92,21 @@ def test_push_option_keeps_the_other_keys(load):
     assert short is not None and (short.repo, short.tag) == ("o/n", "v2")
 
 
+@pytest.mark.parametrize(
+    "push", ["org/a@b", "{repo: org/a@b}", "{repo: org/a, revision: b}", "{repo: org/a, revision: '-'}"]
+)
+def test_push_option_drops_the_branch_of_the_old_repository(load, push):
+    for option, revision in (("my/own", None), ("my/own@next", "next")):
+        (export,) = load(f"export: {{path: a, push: {push}}}\n", push=option).recipe.export
+        assert export.push is not None
+        assert (export.push.repo, export.push.revision) == ("my/own", revision)
+
+
+def test_push_option_without_a_branch_behind_the_at_sign(load):
+    with pytest.raises(RecipeError, match="is not the name of a branch"):
+        load("export: {path: a}\n", push="my/own@")
+
+
 def test_options_for_one_export_are_refused_for_several(load):
     several = "export:\n  - {path: a}\n  - {path: b}\n"
     with pytest.raises(RecipeError, match="list of 2 exports") as caught:
