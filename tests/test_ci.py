@@ -108,7 +108,7 @@ def test_every_input_is_told_and_used(action):
 
 def test_no_expression_stands_in_a_script(action):
     scripts = [step["run"] for step in action["runs"]["steps"] if "run" in step]
-    assert len(scripts) == 2
+    assert len(scripts) == 3
     assert not [script for script in scripts if "${{" in script]
 
 
@@ -199,6 +199,27 @@ def test_no_input_becomes_an_option(perform, name, text):
     assert "absent.yaml: no such recipe file" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("name", ["strict", "cache"])
+@pytest.mark.parametrize("text", ["", "True", "yes", "1", "on", " true", *HOSTILE])
+def test_a_switch_is_true_or_false(perform, tmp_path, name, text):
+    done = perform("Check the inputs", **{name: text})
+    assert (done.returncode, done.stderr) == (2, "")
+    (line,) = done.stdout.splitlines()  # a second one could be another workflow command
+    assert line.startswith(f"::error title=compress::the input {name} is ") and '"true" or "false"' in line
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_the_switches_are_looked_at_first(action, perform):
+    assert action["runs"]["steps"][0]["name"] == "Check the inputs"
+    switches = {
+        name for name, described in action["inputs"].items() if described.get("default") in ("true", "false")
+    }
+    assert switches == {"strict", "cache"}
+    for text in ("true", "false"):
+        done = perform("Check the inputs", **dict.fromkeys(switches, text))
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_no_recipe_is_a_usage_error(perform, tmp_path):
     assert perform("Run the recipes", recipes="\n \n").returncode == 2
     assert _outputs(tmp_path)["exit_code"] == "2"
@@ -223,12 +244,22 @@ def test_the_installation_in_the_action(perform, repository, tracked_files, tmp_
     done = perform("Install compress", environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = Path((tmp_path / "PATH").read_text().strip())
+    assert [path.name for path in folder.iterdir()] == ["compress"], "python and pip stay the workflow's own"
+    told = subprocess.run(
+        [folder / "compress", "--version"],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": environment["PYTHONPATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.strip()
+    python = (folder / "compress").resolve().parent / "python"
     program = "import compress; print(compress.__file__)"
     found = subprocess.run(
-        [folder / "python", "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+        [python, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert Path(found.stdout.strip()).is_relative_to(folder.parent)
-    assert (folder / "compress").is_file()
+    assert Path(found.stdout.strip()).is_relative_to(python.parent.parent)
 
 
 def _blocks(text, language):
