@@ -80,16 +80,29 @@ def check_plan(recipe: Recipe, targets: Sequence[Path], work_root: Path) -> None
     spec = read_spec(recipe.model)
     plans = plan_stages(spec, recipe)
     written = check_size_gates(recipe, spec, plans[-1].spec if plans else spec)
-    _check_resources(plans, list(zip(targets, written, strict=True)), work_root)
+    writes = list(zip(targets, written, strict=True))
+    downloads = [
+        write
+        for write, export in zip(writes, recipe.export, strict=True)
+        if export.push is not None and export.push.verify_remote
+    ]
+    _check_resources(plans, writes, work_root, downloads)
 
 
-def _check_resources(plans: Sequence[StagePlan], writes: Sequence[tuple[Path, int]], work_root: Path) -> None:
+def _check_resources(
+    plans: Sequence[StagePlan],
+    writes: Sequence[tuple[Path, int]],
+    work_root: Path,
+    downloads: Sequence[tuple[Path, int]],
+) -> None:
     """Refuse a run that cannot fit, before anything is written.
 
     Args:
         plans: of the stages.
         writes: output folder and bytes of every variant; all of them lie on the disk at once.
         work_root: where a checkpoint per stage is kept.
+        downloads: output folder and bytes of every variant that is fetched again after its push; that
+            is put beside the folder, and only one of them is there at a time.
     """
     needs = [*writes, (work_root, sum(item.after.bytes for item in plans))]
     by_disk: dict[int, tuple[Path, int]] = {}
@@ -97,6 +110,12 @@ def _check_resources(plans: Sequence[StagePlan], writes: Sequence[tuple[Path, in
         parent = preflight.nearest_existing(path)
         first, sofar = by_disk.get(parent.stat().st_dev, (parent, 0))
         by_disk[parent.stat().st_dev] = (first, sofar + needed)
+    largest: dict[int, int] = {}
+    for path, size in downloads:
+        disk = preflight.nearest_existing(path).stat().st_dev
+        largest[disk] = max(largest.get(disk, 0), size)
+    for disk, size in largest.items():
+        by_disk[disk] = (by_disk[disk][0], by_disk[disk][1] + size)
     for parent, needed in by_disk.values():
         free = shutil.disk_usage(parent).free
         if needed > free:

@@ -66,7 +66,8 @@ def push_command(folder: Path, push: PushSettings) -> str:
     """Return the command that pushes a finished folder as the recipe would have."""
     repo = push.repo + (f"@{push.revision}" if push.revision else "")
     words = ["compress", "push", str(folder), repo]
-    words += [] if push.private else ["--public"]
+    if "private" in push.model_fields_set or not push.private:
+        words.append("--private" if push.private else "--public")
     words += ["--create-pr"] if push.create_pr else []
     for option, value in (("--tag", push.tag), ("--message", push.message)):
         words += [option, value] if value else []
@@ -168,7 +169,7 @@ def check_access(exports: Sequence[ExportSettings]) -> None:
 
     Raises:
         PlanError: the format could not be executed here, and only what was executed is pushed.
-        HubError: no token, no network, or no right to write.
+        HubError: no token, no network, no right to write, or a tag that is taken.
     """
     pushes = [(export, export.push) for export in exports if export.push is not None]
     for export, push in pushes:
@@ -181,7 +182,7 @@ def check_access(exports: Sequence[ExportSettings]) -> None:
         from .exporters import hub
 
         for _, push in pushes:
-            hub.check_access(push)
+            hub.check_access(push, new=True)
 
 
 def check_calibration(loaded: LoadedRecipe) -> None:

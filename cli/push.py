@@ -18,6 +18,14 @@ _Repository = Annotated[
     str,
     typer.Argument(metavar="ORG/NAME[@BRANCH]", help="The repository; made if absent.", show_default=False),
 ]
+_Public = Annotated[
+    bool | None,
+    typer.Option(
+        "--public/--private",
+        help="Who sees a new repository; without either, its members. --private refuses a public one.",
+        show_default=False,
+    ),
+]
 
 
 def push(
@@ -30,9 +38,7 @@ def push(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     tag: Annotated[str | None, typer.Option(help="Tag the commit once it is verified.")] = None,
     message: Annotated[str | None, typer.Option(help="First line of the commit message.")] = None,
-    public: Annotated[
-        bool, typer.Option("--public", help="Make a new repository public; else it is private.")
-    ] = False,
+    public: _Public = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace or delete files there that compress did not write.")
     ] = False,
@@ -62,7 +68,7 @@ def push(
         message=message,
         overwrite=overwrite,
         verify_remote=not no_verify_remote,
-        **({"private": False} if public else {}),
+        **({} if public is None else {"private": not public}),
     )
     from .. import pipeline
 
@@ -76,6 +82,11 @@ def push(
         _pass_on(sink, settings.repo, error)
         sink.failure(classify(error, started=True), error)
         raise Told(INTERRUPTED) from None
+    _show(sink, document)
+
+
+def _show(sink: Output, document: dict[str, Any]) -> None:
+    """Show where the folder was pushed, also to the job summary and later steps."""
     pushed = document["push"]
     done = "was up to date" if pushed["up_to_date"] else f"{pushed['files_sent']} files sent"
     sections = [*_render.anything(pushed), f"{pushed['url']}: {done}"]

@@ -11,7 +11,7 @@ from ..errors import HubError
 from ..progress import SilentProgress
 from ..recipes.export import PushSettings
 from ..runtime.hub_errors import hub_error, status_of
-from .hub_repository import RemoteRepository
+from .hub_repository import RemoteRepository, refuse_tag
 
 _ATTEMPTS = 3  # a Hub that cannot be reached now is told soon, before anything is computed
 _WRITE = "repo.write"
@@ -19,15 +19,16 @@ _READ_ONLY_ROLES = ("read",)
 _MEMBERS_WITHOUT_WRITE = ("read", "no_access")
 
 
-def check_access(settings: PushSettings) -> None:
+def check_access(settings: PushSettings, *, new: bool = False) -> None:
     """Refuse a push that cannot succeed.
 
     Args:
         settings: of the push.
+        new: what will be pushed is yet to be made, so that no tag can be on it already.
 
     Raises:
         HubError: there is no token, it is not accepted or may not write, the endpoint cannot be
-            reached, or the repository holds what compress did not write.
+            reached, the repository holds what compress did not write, or the tag is taken.
     """
     _require_token(settings.repo)
     repository = RemoteRepository(settings, SilentProgress(), attempts=_ATTEMPTS)
@@ -42,8 +43,11 @@ def check_access(settings: PushSettings) -> None:
         _require_namespace(settings.repo, account)
         return
     repository.is_private()
+    state = repository.state()
+    if new and settings.tag is not None and settings.tag in state.tags:
+        refuse_tag(settings.repo, settings.tag, state.tags[settings.tag])
     with tempfile.TemporaryDirectory(prefix="compress-push-") as scratch:
-        repository.refuse_foreign(repository.state(), Path(scratch))
+        repository.refuse_foreign(state, Path(scratch))
 
 
 def _require_token(repo: str) -> None:

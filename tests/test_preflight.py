@@ -10,9 +10,10 @@ from compress.preflight import (
     check_targets,
     check_writable,
     not_ours,
+    push_command,
     total_memory_bytes,
 )
-from compress.recipes.export import ExportSettings
+from compress.recipes.export import ExportSettings, PushSettings
 
 
 def _published(folder):
@@ -109,6 +110,23 @@ def test_a_finished_folder_that_was_to_be_pushed_can_be_pushed_as_it_is(tmp_path
     with pytest.raises(UsageError) as caught:
         check_targets(_exports(folder, push="org/name@next"), tmp_path / "work", overwrite=None)
     assert caught.value.hint.startswith(f"`compress push {folder} org/name@next` pushes it as it is; or ")
+
+
+@pytest.mark.parametrize(
+    ("private", "option"), [({}, ""), ({"private": True}, " --private"), ({"private": False}, " --public")]
+)
+def test_the_command_of_a_push_keeps_who_may_see_it(tmp_path, private, option):
+    push = PushSettings(repo="org/name", **private)
+    assert push_command(tmp_path, push) == f"compress push {tmp_path} org/name{option}"
+
+
+def test_a_tag_is_looked_up_for_what_is_yet_to_be_made(tmp_path, monkeypatch):
+    from compress.exporters import hub
+
+    asked = []
+    monkeypatch.setattr(hub, "check_access", lambda push, **options: asked.append((push.repo, options)))
+    check_access(_exports(tmp_path / "out", push="org/name"))
+    assert asked == [("org/name", {"new": True})]
 
 
 def test_what_could_not_be_executed_here_is_not_pushed(tmp_path):

@@ -207,6 +207,15 @@ def test_a_failed_push_tells_later_steps_too(call, fake_pipeline, monkeypatch, t
     assert "FAILED" in summary and "org/name: refused" in summary and "hint: ask" in summary
 
 
+@pytest.mark.parametrize(("words", "private"), [([], {}), (["--private"], {True}), (["--public"], {False})])
+def test_who_may_see_a_push(call, fake_pipeline, words, private):
+    seen = []
+    fake_pipeline.push = lambda folder, settings, **options: seen.append(settings) or {"push": PUSH}
+    assert call("push", "out/x", "org/x", *words).code == 0
+    (settings,) = seen
+    assert ({settings.private} if "private" in settings.model_fields_set else {}) == private
+
+
 @pytest.mark.parametrize(("kind", "code"), [(VerifyError, 6), (HubError, 7), (InterruptedPush, 130)])
 def test_a_push_that_fails_after_its_commit_passes_the_commit_on(
     call, fake_pipeline, monkeypatch, tmp_path, kind, code

@@ -78,6 +78,16 @@ def test_a_pull_request_is_not_opened_twice(at_hub, exported, monkeypatch):
     assert push(exported, create_pr=True, revision="next").revision == "refs/pr/2", "to another branch"
 
 
+def test_a_tag_that_is_taken_is_known_before_the_work(at_hub, exported):
+    push(exported, tag="v1")
+    settings = PushSettings(repo=REPO, tag="v1")
+    with pytest.raises(TagTakenError, match="the tag v1 exists"):
+        hub.check_access(settings, new=True)
+    hub.check_access(PushSettings(repo=REPO, tag="v2"), new=True)
+    hub.check_access(settings)
+    assert push(exported, tag="v1").up_to_date
+
+
 def test_a_tag_wants_the_right_to_write_also_with_a_pull_request(at_hub, monkeypatch):
     at_hub.create(REPO)
     monkeypatch.setenv("HF_TOKEN", at_hub.stranger)
