@@ -125,26 +125,22 @@ def evaluate(
 
     Args:
         folder: written by `run`.
-        recipe: whose `model`, `evaluate` and `require` are used; None: the folder's own recipe.
+        recipe: whose `model`, `evaluate` and `require` are used; None: the recipe of the folder's report.
         progress: told what is happening.
 
     Returns:
         `{"evaluation": {...}, "gates": [...]}`.
 
     Raises:
-        SourceError: the folder holds no recipe and none was given.
+        SourceError: there is no such folder, or its report holds no recipe that this version knows.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise SourceError(f"{folder}: no such folder", hint="name a folder that `compress run` wrote")
-    if recipe is None:
-        recipe = folder / "recipe.yaml"
-        if not recipe.is_file():
-            raise SourceError(f"{folder}: holds no recipe.yaml", hint="give one with --recipe")
-    loaded = _as_loaded(recipe)
+    given = None if recipe is None else _as_loaded(recipe).recipe
     from .verification import evaluate_folder
 
-    return evaluate_folder(loaded, folder, progress or SilentProgress())
+    return evaluate_folder(given, folder, progress or SilentProgress())
 
 
 def push(folder: str | Path, settings: PushSettings, *, progress: Progress | None = None) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import resource
@@ -16,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import SourceError
+from .exporters.verify import MAX_REPORT_BYTES
 from .recipes.gates import Gate, judge
 from .runtime.cpu import processor
+from .runtime.validate import read_json
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -220,15 +221,9 @@ def read_report(folder: Path) -> dict[str, Any]:
         SourceError: there is none, or it is not one of ours.
     """
     path = folder / FILE_NAME
-    try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        complete = all(isinstance(document[key], dict) for key in ("model", "export"))
-    except OSError:
-        raise SourceError(
-            f"{folder}: holds no {FILE_NAME}", hint="name a folder that `compress run` wrote"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise SourceError(f"{path}: not a report of a run: {error}") from None
-    if not complete:
+    if not path.is_file():
+        raise SourceError(f"{folder}: holds no {FILE_NAME}", hint="name a folder that `compress run` wrote")
+    document = read_json(path, MAX_REPORT_BYTES)
+    if not all(isinstance(document.get(key), dict) for key in ("model", "export")):
         raise SourceError(f"{path}: not a report of a run")
     return document

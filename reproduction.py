@@ -21,7 +21,7 @@ from .exporters import published
 from .exporters.card import FILE_NAME as CARD_NAME
 from .exporters.card_subject import Subject
 from .exporters.recorded_recipe import RECIPE_NAME, check_recipe
-from .exporters.verify import is_kept
+from .exporters.verify import is_kept, recorded_device
 from .models import checkpoint as checkpoints
 from .progress import Progress, step
 from .recipes.export import ExportSettings, PushSettings
@@ -110,6 +110,7 @@ def read_origin(folder: Path) -> Origin:
         VerifyError: a file was changed since, or its recipe.yaml is another recipe than its report's.
     """
     found = report.read_report(folder)
+    recorded_device(found)
     files = _recorded_files(folder, found)
     try:
         loaded = load_recipe(found["recipe"])
@@ -229,7 +230,7 @@ def _run_again(origin: Origin, scratch: Path, progress: Progress) -> tuple[dict[
     from .state import Run, Warnings
 
     recipe, environment = origin.loaded.recipe, _environment(origin.report)
-    made_on = str(environment.get("device") or recipe.device)
+    made_on = recorded_device(origin.report) or recipe.device
     try:
         device = execution.resolve_device(made_on)
     except PlanError:

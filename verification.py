@@ -29,15 +29,15 @@ from .models.checkpoint import BUILTIN_PREFIX
 from .models.open import open_model
 from .progress import Progress
 from .recipes.gates import judge
-from .recipes.loader import LoadedRecipe
 from .recipes.schema import ModelRef, Recipe
 from .runtime.load import load, read_checkpoint
 from .runtime.validate import INDEX_NAME, weight_files
 
 
-def evaluate_folder(loaded: LoadedRecipe, folder: Path, progress: Progress) -> dict[str, Any]:
+def evaluate_folder(recipe: Recipe | None, folder: Path, progress: Progress) -> dict[str, Any]:
     """Measure an exported folder against its original; see `pipeline.evaluate`."""
-    recipe, exported = loaded.recipe, report.read_report(folder)
+    exported = report.read_report(folder)
+    recipe = recipe or _recorded_recipe(folder, exported)
     model = open_model(recipe.model, device=resolve_device(recipe.device), progress=progress)
     if _strangers(exported, model):
         raise SourceError(
@@ -45,7 +45,7 @@ def evaluate_folder(loaded: LoadedRecipe, folder: Path, progress: Progress) -> d
             hint=f"it was made from {exported['model']['id']}; give a recipe with that model",
         )
     result = _measure(recipe, model, folder, exported, progress)
-    if exported["export"]["max_abs_error"] is not None:  # measured when the folder was verified
+    if exported["export"].get("max_abs_error") is not None:  # measured when the folder was verified
         result.metrics["max_abs_error"] = exported["export"]["max_abs_error"]
     return {
         "evaluation": {"metrics": result.metrics, **result.details},

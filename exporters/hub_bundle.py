@@ -12,18 +12,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ..errors import SourceError, UsageError, VerifyError
 from ..recipes.export import PushSettings
 from ..recipes.secrets import holds_secret
 from ..runtime.hashes import file_sha256
-from ..runtime.strict_json import parse_object
+from ..runtime.validate import read_json
 from .recorded_recipe import RECIPE_NAME, check_recipe
-from .verify import REPORT_NAME, is_kept
+from .verify import MAX_REPORT_BYTES, REPORT_NAME, is_kept, recorded_device
 
 CARD_NAME = "README.md"  # what the Hub shows
+_DAMAGE = (KeyError, TypeError, AttributeError, ValueError, IndexError)
 _TEXTS = (".json", ".md", ".yaml", ".txt")
 REJECTED = ".rejected"
 
@@ -99,16 +100,18 @@ def read_report(folder: Path) -> dict[str, Any]:
     for name in (REPORT_NAME, RECIPE_NAME):
         if not (folder / name).is_file():
             raise SourceError(f"{folder}: holds no {name}", hint="name a folder that `compress run` wrote")
-    document = parse_object(path.read_bytes(), str(path))
+    document = read_json(path, MAX_REPORT_BYTES)
     try:
-        export, gates = document["export"], document["gates"]
-        failed = [str(row["metric"]) for row in gates if row["passed"] is not True]
-        verified, _ = export["verified"] is True, [row["name"] for row in export["files"]]
-    except (KeyError, TypeError):
-        raise SourceError(f"{path}: is not the report of a run", hint="export the folder again") from None
+        _check_shape(document)
+        failed = [str(row["metric"]) for row in document["gates"] if row["passed"] is not True]
+        verified = document["export"]["verified"] is True
+    except _DAMAGE as error:
+        raise _not_a_report(path, error) from None
     hint = "nothing was pushed; run the recipe again until its result is accepted"
-    if folder.name.endswith(REJECTED):
-        raise VerifyError(f"{folder}: this result was rejected", hint=hint)
+    rejected = document["export"].get("rejected")
+    if rejected or folder.name.endswith(REJECTED):
+        why = f": {'; '.join(map(str, rejected))}" if isinstance(rejected, list) else ""
+        raise VerifyError(f"{folder}: this result was rejected{why}", hint=hint)
     if failed:
         raise VerifyError(f"{folder}: the gate {failed[0]} of its report failed", hint=hint)
     if not verified:
@@ -118,6 +121,24 @@ def read_report(folder: Path) -> dict[str, Any]:
     except VerifyError as error:
         raise VerifyError(f"{folder}: {error.message}", hint=hint) from None
     return document
+
+
+def _check_shape(document: Mapping[str, Any]) -> None:
+    """Look at what is read after something has been sent; whatever is missing raises one of `_DAMAGE`."""
+    for row in document["export"]["files"]:
+        PurePath(row["name"]), row["bytes"] + 0, bytes.fromhex(row["sha256"])
+    for row in document["gates"]:
+        row["metric"], row["expected"], row["measured"]
+    for stage in document["stages"]:
+        stage["method"]
+    document["recipe"], document["model"]["id"], document["export"]["format"], document["export"]["bytes"] + 0
+    document["environment"]["versions"].get("compress")
+    recorded_device(document)
+
+
+def _not_a_report(path: Path, error: Exception) -> SourceError:
+    what = f"{type(error).__name__}: {error}"
+    return SourceError(f"{path}: is not the report of a run ({what})", hint="export the folder again")
 
 
 def bundle(folder: Path, settings: PushSettings, kept: Mapping[str, bytes]) -> Bundle:
@@ -164,7 +185,10 @@ def _card(folder: Path, document: dict[str, Any], settings: PushSettings) -> str
 
     figures = [name for name in (SAMPLES, TIMESTEPS, LAYERS, BITS) if (folder / name).is_file()]
     recipe_text = (folder / RECIPE_NAME).read_text(encoding="utf-8")
-    return render_card(document, figures, recipe_text, place=settings.repo, revision=settings.revision)
+    try:
+        return render_card(document, figures, recipe_text, place=settings.repo, revision=settings.revision)
+    except _DAMAGE as error:
+        raise _not_a_report(folder / REPORT_NAME, error) from None
 
 
 def _refuse_secrets(files: Mapping[str, PushedFile]) -> None:

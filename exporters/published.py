@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import SourceError, UsageError, VerifyError
 from ..models.hub import fetch
 from ..runtime.hub_errors import translated
-from .verify import REPORT_NAME, listed_files
+from .verify import MAX_REPORT_BYTES, REPORT_NAME, listed_files
 
 _REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(\S+))?", re.ASCII)
 
@@ -63,6 +63,7 @@ def locate(target: str | Path, revision: str | None = None) -> Published:
 
 def _fetch(repo: str, revision: str | None) -> Published:
     shown = repo if revision is None else f"{repo}@{revision}"
+    _check_size(repo, revision, shown)
     folder = fetch(repo, revision, [REPORT_NAME])
     commit = folder.name
     if not (folder / REPORT_NAME).is_file():
@@ -76,6 +77,19 @@ def _fetch(repo: str, revision: str | None) -> Published:
     # As patterns, because the library fetches by them; what is no name in the repository matches nothing.
     fetch(repo, commit, [REPORT_NAME, *(glob.escape(name) for name in names)])
     return Published(f"{repo}@{commit}", folder, repo, commit, _files(repo, commit))
+
+
+def _check_size(repo: str, revision: str | None, shown: str) -> None:
+    """Refuse a report that is too long before it is fetched."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    with translated(shown):
+        found = HfApi().get_paths_info(repo, [REPORT_NAME], revision=revision)
+    for size in (getattr(entry, "size", 0) for entry in found):
+        if size > MAX_REPORT_BYTES:
+            raise SourceError(f"{shown}: {REPORT_NAME} has {size} bytes; at most {MAX_REPORT_BYTES} are read")
 
 
 def _files(repo: str, commit: str) -> tuple[str, ...]:

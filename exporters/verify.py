@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,15 @@ from typing import Any
 from ..errors import CompressError, SourceError, VerifyError
 from ..models.source_card import is_text_name
 from ..recipes.gates import Gate, judge
-from ..runtime.strict_json import parse_object
-from ..runtime.validate import open_folder
+from ..runtime.hashes import file_sha256
+from ..runtime.validate import open_folder, read_json
 from .recorded_recipe import check_recipe
 
 REPORT_NAME = "report.json"
 MAX_REPORT_BYTES = 16 * 2**20
+
+
+_DEVICE = re.compile(r"cpu|cuda(:[0-9]+)?", re.ASCII)
 
 
 class FolderError(VerifyError):
@@ -79,10 +82,22 @@ def _check(name: str, body: Callable[[], str]) -> dict[str, Any]:
 
 
 def _report(folder: Path) -> dict[str, Any]:
-    try:
-        return parse_object((folder / REPORT_NAME).read_bytes(), REPORT_NAME)
-    except OSError:
-        raise VerifyError(f"{REPORT_NAME} is missing") from None
+    if not (folder / REPORT_NAME).is_file():
+        raise VerifyError(f"{REPORT_NAME} is missing")
+    return read_json(folder / REPORT_NAME, MAX_REPORT_BYTES)
+
+
+def recorded_device(document: Mapping[str, Any]) -> str | None:
+    """Return the device that a report names, None where it names none.
+
+    Raises:
+        SourceError: it names something else.
+    """
+    environment = document.get("environment")
+    device = environment.get("device") if isinstance(environment, Mapping) else None
+    if device is not None and not (isinstance(device, str) and _DEVICE.fullmatch(device)):
+        raise SourceError(f"{REPORT_NAME}: environment.device {device!r} is neither cpu nor cuda")
+    return device
 
 
 def is_kept(row: Mapping[str, Any]) -> bool:
@@ -107,7 +122,12 @@ def listed_files(folder: Path) -> list[dict[str, Any]]:
 
 
 def _check_report(folder: Path) -> str:
-    return f"{len(listed_files(folder))} files listed"
+    listed = listed_files(folder)
+    rejected = _report(folder)["export"].get("rejected")
+    if rejected:
+        why = "; ".join(map(str, rejected)) if isinstance(rejected, list) else str(rejected)
+        raise VerifyError(f"the run rejected this result: {why}")
+    return f"{len(listed)} files listed"
 
 
 def _check_files(folder: Path, elsewhere: set[str]) -> str:
@@ -121,9 +141,8 @@ def _check_files(folder: Path, elsewhere: set[str]) -> str:
             raise VerifyError(f"{name!r} is missing")
         if path.stat().st_size != entry["bytes"]:
             raise VerifyError(f"{name!r} has {path.stat().st_size} bytes, the report says {entry['bytes']}")
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                raise VerifyError(f"{name!r} has another SHA-256 than the report says")
+        if file_sha256(path) != entry["sha256"]:
+            raise VerifyError(f"{name!r} has another SHA-256 than the report says")
         total += entry["bytes"]
     extra = _unlisted(folder, {entry["name"] for entry in listed_files(folder)}, elsewhere)
     if extra:

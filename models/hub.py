@@ -12,9 +12,15 @@ from ..runtime.hub_errors import translated
 _CONFIG_PATTERNS = (
     "config.json", "model_index.json", "transformer/config.json", "transformer/*.safetensors.index.json",
     "scheduler/scheduler_config.json", "*.safetensors.index.json",
-    # The licence is inherited: the card names it, these hold its text.
-    "README.md", "LICENSE*", "LICENCE*", "License*", "license*", "NOTICE*", "Notice*", "notice*",
+    "README.md",
 )  # fmt: skip
+# The licence is inherited: the card names it, these hold its text. They say by patterns what
+# `source_card.is_text_name` says: at the top, and .md, .txt or no suffix at all.
+_TEXTS = ("[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]", "[Nn][Oo][Tt][Ii][Cc][Ee]")
+_TEXT_PATTERNS = tuple(f"{text}{rest}" for text in _TEXTS for rest in ("", "[-_.]*"))
+_NO_TEXTS = ("/*", ".*[!dDtT]", ".*[!mM][dD]", ".*[!.][mM][dD]", ".*[!xX][tT]", ".*[!tT][xX][tT]",
+             ".*[!.][tT][xX][tT]", ".[dD]", ".[tT]", ".[xX][tT]")  # fmt: skip
+_NO_TEXT_PATTERNS = tuple(f"{text}*{rest}" for text in _TEXTS for rest in _NO_TEXTS)
 _OTHER_VARIANTS = ("*.fp16.*", "*.bf16.*", "*.non_ema.*", "*.fp16-*", "*.bf16-*")
 
 
@@ -27,10 +33,10 @@ def fetch_configs(repo_id: str, revision: str | None, subfolder: str | None) -> 
     Raises:
         HubError: the repository is missing, private or gated, or the network is down.
     """
-    patterns = [*_CONFIG_PATTERNS]
+    patterns = [*_CONFIG_PATTERNS, *_TEXT_PATTERNS]
     if subfolder:
         patterns += [f"{subfolder}/config.json", f"{subfolder}/*.safetensors.index.json"]
-    folder = fetch(repo_id, revision, patterns)
+    folder = fetch(repo_id, revision, patterns, ignore=_NO_TEXT_PATTERNS)
     return folder, folder.name
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from compress.pipeline import run
+from compress.pipeline import evaluate, run
 
 
 @pytest.fixture(scope="module")
@@ -144,26 +144,26 @@ def test_figures_are_measured_again(call, made, exported):
     document = result.json
     names = [check["name"] for check in document["checks"]]
     assert names == [
-        "report",
-        "files",
-        "gates",
-        "tensors",
-        "recipe",
-        "base",
-        "outputs",
-        "figures",
-        "gates now",
-    ]
+        "report", "files", "gates", "tensors", "recipe", "base", "outputs", "figures", "gates now",
+    ]  # fmt: skip
     assert all(check["ok"] for check in document["checks"])
     recorded = json.loads((exported / "report.json").read_text())["evaluation"]["metrics"]
     assert {row["metric"]: row["recorded"] for row in document["metrics"]} == recorded
     # The same machine and versions: to the last digit.
     assert {row["metric"]: row["measured"] for row in document["metrics"]} == recorded
-    assert document["checks"][6]["detail"] == f"{len(recorded)} measured again, all equal"
+    assert document["checks"][7]["detail"] == f"{len(recorded)} measured again, all equal"
     assert [row["passed"] for row in document["gates"]] == [True] * 3
 
 
 @pytest.mark.slow
+def test_evaluate_reads_the_recipe_of_the_report(made, exported):
+    (exported / "recipe.yaml").write_text("model: ${NOT_TO_BE_READ}\n")
+    document = evaluate(exported)
+    recorded = json.loads((exported / "report.json").read_text())
+    assert document["evaluation"]["metrics"]["sqnr_db"] == recorded["evaluation"]["metrics"]["sqnr_db"]
+    assert document["gates"] == recorded["gates"]
+
+
 def test_the_commands_on_the_card_work(call, made, monkeypatch):
     base, folder = made()
     monkeypatch.chdir(folder.parent)  # where the names on the card are those of the folders

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from compress.errors import HubError, PlanError, UsageError, VerifyError
+from compress.errors import HubError, PlanError, SourceError, UsageError, VerifyError
 from compress.exporters import hub as exporter
-from compress.exporters import hub_remote, hub_repository, hub_transfer
+from compress.exporters import hub_remote, hub_repository, hub_transfer, published
 from compress.exporters.verify import verify_folder
 from compress.progress import SilentProgress
 from compress.recipes.export import PushSettings
@@ -312,6 +312,53 @@ def test_what_was_not_accepted_is_refused_before_any_traffic(at_hub, exported, s
         push(exported)
     assert caught.value.exit_code == 6
     assert not at_hub.requests()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda report: report.pop("model"),
+        lambda report: report.update(stages=3),
+        lambda report: report["export"].update(bytes="many"),
+        lambda report: report["export"]["files"][0].pop("sha256"),
+        lambda report: report["environment"].pop("versions"),
+        lambda report: report["environment"].update(device="x"),
+        lambda report: report["gates"][0].pop("expected"),
+        lambda report: report.update(padding="x" * (16 << 20)),
+    ],
+)
+def test_a_damaged_report_is_refused_before_any_traffic(at_hub, exported, damage):
+    report = json.loads((exported / "report.json").read_text())
+    damage(report)
+    (exported / "report.json").write_text(json.dumps(report))
+    with pytest.raises(SourceError, match=r"report\.json"):
+        push(exported)
+    assert not at_hub.requests()
+
+
+def test_a_report_that_gives_no_card_is_not_pushed(at_hub, exported):
+    report = json.loads((exported / "report.json").read_text())
+    del report["model"]["class"]
+    (exported / "report.json").write_text(json.dumps(report))
+    with pytest.raises(SourceError, match=r"report\.json: is not the report of a run"):
+        push(exported)
+    assert not writes(at_hub)
+
+
+def test_a_device_that_is_none(exported):
+    report = json.loads((exported / "report.json").read_text())
+    report["environment"]["device"] = "x"
+    (exported / "report.json").write_text(json.dumps(report))
+    with pytest.raises(SourceError, match=r"environment\.device 'x' is neither cpu nor cuda"):
+        read_origin(exported)
+
+
+def test_a_report_that_is_too_long_is_not_fetched(at_hub, monkeypatch):
+    at_hub.create(REPO, {"report.json": b'{"export": {"files": []}}'})
+    monkeypatch.setattr(published, "MAX_REPORT_BYTES", 8)
+    with pytest.raises(SourceError, match=r"org/model: report\.json has 25 bytes; at most 8 are read"):
+        published.locate(REPO)
+    assert not [row for row in at_hub.requests() if "/resolve/" in row["path"]]
 
 
 def test_a_token_in_a_file_is_not_pushed(at_hub, exported):

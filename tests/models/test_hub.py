@@ -10,6 +10,7 @@ import pytest
 from compress.errors import HubError, SourceError
 from compress.models.checkpoint import locate
 from compress.models.open import read_spec
+from compress.models.source_card import is_text_name
 from compress.recipes.schema import ModelRef
 from huggingface_hub import errors
 
@@ -57,6 +58,29 @@ def test_the_licence_comes_with_the_configs(hub):
     assert (card.license, card.base_model) == ("other", "org/name")
     assert card.license_link == f"https://huggingface.co/org/name/blob/{COMMIT}/TERMS.md"
     assert [path.name for path in card.texts] == ["LICENSE.md"]
+
+
+def test_only_texts_are_fetched_as_licences(hub):
+    names = [
+        *("LICENSE", "Licence.TXT", "LICENSE-2.0.md", "license_code", "LICENSE.", "NOTICE", "notice.v1.txt"),
+        *(
+            "LICENSE.md",
+            "LICENSE.txt",
+            "LICENSE.safetensors",
+            "LICENSE-1.0",
+            "license_plates.pt",
+            "LICENSE.d",
+        ),
+        *("LICENSE.t", "LICENSE.xt", "NOTICE.cmd", "NOTICE.1txt", "noticeboard.md", "NOTICE.md.bin"),
+        *("LICENCE-texts/all.md", "licenses/big.bin", "NOTICE-of/weights"),
+    ]
+    for name in names:
+        path = hub.remote / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("terms")
+    locate(ModelRef(id="org/name"), weights=False)
+    found = {path.relative_to(hub.local).as_posix() for path in hub.local.rglob("*") if path.is_file()}
+    assert found & set(names) == {name for name in names if is_text_name(name)}
 
 
 def test_weights_are_of_the_same_commit_and_the_plain_variant(hub):
