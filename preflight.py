@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from itertools import combinations
+from itertools import combinations, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,6 +121,12 @@ def check_apart(target: Path, work_dir: Path) -> None:
 def _resolved(path: Path) -> Path:
     """Return where a path leads, with links in its parents followed; it need not exist."""
     return path.absolute().resolve()
+
+
+def rejected_places(target: Path) -> Iterator[Path]:
+    """Yield where a refused result is kept: NAME.rejected, and further names should that one be taken."""
+    yield _beside(target)
+    yield from (target.with_name(f"{target.name}{REJECTED}-{number}") for number in count(2))
 
 
 def _beside(target: Path) -> Path:

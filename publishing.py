@@ -1,8 +1,8 @@
 """The end of a run: every variant gets its name or is set aside, and what the recipe pushes is pushed.
 
 All variants lie under hidden names until the last of them is finished. Those that hold get their
-names, the others are kept, with their reports, as NAME.rejected. Only a run in which every variant
-holds pushes anything.
+names, the others are kept as NAME.rejected, and their reports say why under `export.rejected`. Only
+a run in which every variant holds pushes anything.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .errors import (
 from .recipes.export import ExportSettings, PushSettings
 from .runtime.atomic import commit_folder, replace_folder, sync_tree
 from .state import Run
-from .variants import Variant
+from .variants import Variant, record_rejection
 
 LISTED_KEYS = ("evaluation", "gates", "export")
 """Top keys of the report that are lists where a run makes several variants."""
@@ -44,6 +44,9 @@ def settle(state: Run, variants: Sequence[Variant]) -> dict[str, Any]:
     places = [_place(variant, why) for variant, why in zip(variants, reasons, strict=True)]
     for variant, place, why in zip(variants, places, reasons, strict=True):
         preflight.check_target(place, overwrite=bool(why) or overwrites(state, variant.export))
+    for variant, why in zip(variants, reasons, strict=True):
+        if why:
+            record_rejection(variant, why)
     for variant in variants:  # the slow part comes first, so that the names follow close on each other
         sync_tree(variant.folder)
     for variant, place, why in zip(variants, places, reasons, strict=True):
@@ -169,7 +172,14 @@ def _reasons(state: Run, variant: Variant) -> list[str]:
 
 def _place(variant: Variant, reasons: Sequence[str]) -> Path:
     target = Path(variant.export.path)
-    return target.with_name(target.name + preflight.REJECTED) if reasons else target
+    if not reasons:
+        return target
+    # Nothing foreign is replaced, and nothing foreign may cost the run's result or hide why it was refused.
+    return next(place for place in preflight.rejected_places(target) if not _taken(place))
+
+
+def _taken(place: Path) -> bool:
+    return place.is_symlink() or (place.exists() and preflight.not_ours(place) is not None)
 
 
 def _rejection(

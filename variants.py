@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,4 +153,14 @@ def _write_documents(
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     ]
+    _write_report(folder, document)
+
+
+def record_rejection(variant: Variant, reasons: Sequence[str]) -> None:
+    """Say in a variant's report why it was refused, so that it is refused under any name."""
+    variant.document["export"]["rejected"] = redacted(list(reasons))
+    _write_report(variant.folder, variant.document)
+
+
+def _write_report(folder: Path, document: dict[str, Any]) -> None:
     (folder / report.FILE_NAME).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

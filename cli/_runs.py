@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -177,9 +179,11 @@ def _left_behind(
     loaded: LoadedRecipe, began: float, pushed: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Return the reports of the folders that a failed run left: refused ones, and good ones beside them."""
+    from ..preflight import rejected_places
+
     found: list[dict[str, Any]] = []
     for export in loaded.recipe.export:
-        for folder in (export.path, export.path.with_name(export.path.name + ".rejected")):
+        for folder in (export.path, *takewhile(os.path.lexists, rejected_places(export.path))):
             path = folder / "report.json"
             if not path.is_file() or path.stat().st_mtime < began - _SECONDS:  # none, or an earlier run's
                 continue

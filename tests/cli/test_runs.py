@@ -258,9 +258,16 @@ def test_good_folders_are_shown_beside_a_refused_one(call, fake_pipeline, report
             Path("out", name, "report.json").write_text(json.dumps(report))
         raise VerifyError("out/y: sqnr_db is 21.25, required >= 30")
 
+    def rejects(loaded, **options):
+        raise VerifyError("out/y: sqnr_db is 21.25, required >= 30")
+
     fake_pipeline.run = run
     result = call("run", "x.yaml")
     assert result.code == 6 and "out/x  (" in result.out and "out/y.rejected  (" in result.out
+    Path("out/y.rejected").rename("out/y.rejected-2")
+    Path("out/y.rejected").write_text("of somebody else")
+    fake_pipeline.run = rejects
+    assert "out/y.rejected-2  (" in call("run", "x.yaml").out
 
 
 @pytest.mark.parametrize(("kind", "code"), [(HubError, 7), (VerifyError, 6), (InterruptedPush, 130)])
