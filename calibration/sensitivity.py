@@ -9,6 +9,10 @@ compared with the original's. Weights and activations are candidates of their ow
 - Content: the loss is 1 - SSIM, with the ordinary window of 11 pixels in floating point. The paper's code
   takes windows of 511 pixels on 8-bit images, which is little more than global statistics.
 
+The model computes in float32. In 16 bits any change, however small, makes all later roundings fall
+differently: the same error in every row, which hides what 8 bits do and would be counted once per layer
+when losses are added up.
+
 The outputs compared are the denoiser's in each recorded call, all channels; the paper's model has one
 step, so there they are the samples. The model is never copied.
 """
@@ -65,47 +69,39 @@ def measure(
         path: of the table (JSON lines). A folder keeps tables by hash: `sensitivity-KEY.jsonl`.
         settings: what the quantizer depends on beside the candidates: JSON values.
         replace: begin anew where `path` is a table of something else; otherwise that is an error.
-        dtype: to compute in, see `precision.computing_in`; None: as the model is. In 16 bits every change,
-            however small, makes all later roundings different: that adds the same error to every row, hides
-            what 8 bits do, and is counted once per layer when losses are added up.
-        workers: processes; above 1, `calls` and `quantizer` must be picklable.
-        threads: of each process. None: as many as this process uses, divided by `workers`. The values
-            of two runs are equal bit by bit when this number is equal; `workers` is of no effect.
-        opener: opens the same model in a process of its own; picklable. Needed for workers above 1.
+        dtype: to compute in, see `precision.computing_in`; None: as the model is.
+        workers: processes; of no effect on the values. Above 1, `calls` and `quantizer` must be picklable.
+        threads: of each process; None: those of this process divided by `workers`. Values are equal bit
+            by bit where this is equal.
+        opener: opens the same model in another process; picklable; needed for workers above 1.
         kept_limit_bytes: see `Probe`; for each process.
         progress: gets one step, in rows.
 
     Returns:
-        The table, rows in the order of the targets and their candidates. In the file they are in the
-        order in which they were measured.
+        The table, rows in the order of the targets and candidates (in the file: as they were measured).
 
     Raises:
         StageError: see `Probe` and `Probe.measure`; or a process died.
         SourceError: see `sensitivity_table.appending`.
-        ValueError: workers or threads below 1, no opener for several, a candidate twice, or `dtype`
-            cannot hold the model's numbers.
+        ValueError: an argument is out of range, or a candidate is there twice.
     """
     places = _places(targets)
-    if workers < 1 or (threads is not None and threads < 1) or (workers > 1 and opener is None):
-        raise ValueError(f"workers {workers}, threads {threads}, opener {opener}")
-    threads = threads or max(1, torch.get_num_threads() // workers)
+    threads = _threads_of_each(workers, threads, opener)
     weights = hash_weights(model.module)
     key = _key(model, weights, calls.key, targets, [settings, str(dtype)])
     path = path / f"sensitivity-{key[:32]}.jsonl" if path.is_dir() else path
     about = {"calls": calls.key, "rows": len(places), "threads": threads}
-    layers = tuple(target.layer for target in targets if target.candidates)
-    plan = Plan(calls, layers, quantizer, dtype, kept_limit_bytes)
+    plan = Plan(calls, tuple(dict.fromkeys(place[1] for place in places)), quantizer, dtype, kept_limit_bytes)
     team = None if workers == 1 or opener is None else Team(opener, weights, workers, threads)
     with appending(path, key, about, replace=replace) as (table, append):
         done = {row.place: row for row in table.rows}
         _check_resumed(path, table, places, threads, progress)
         with step(progress, "sensitivities", len(places)), _threads(threads):
             progress.advance(len(done))
-            if len(done) < len(places):
-                for row in _measured(model, plan, targets, dict(done), team):
-                    append(row)
-                    done[row.place] = row
-                    progress.advance(1, row.layer)
+            for row in _measured(model, plan, targets, dict(done), team) if len(done) < len(places) else ():
+                append(row)
+                done[row.place] = row
+                progress.advance(1, row.layer)
     return Table(table.key, table.about, tuple(done[place] for place in places))
 
 
@@ -137,6 +133,14 @@ def _key(
     listed = [asdict(target) for target in targets]
     content = {"sensitivity": VERSION, "weights": weights, "calls": calls, "targets": listed}
     return content_key(model, {**content, "quantizer": list(quantizer)})
+
+
+def _threads_of_each(workers: int, threads: int | None, opener: Callable[[], OpenModel] | None) -> int:
+    if workers < 1 or (threads is not None and threads < 1):
+        raise ValueError(f"workers {workers} and threads {threads} must be at least 1")
+    if workers > 1 and opener is None:
+        raise ValueError("several workers need an opener")
+    return threads or max(1, torch.get_num_threads() // workers)
 
 
 @contextmanager

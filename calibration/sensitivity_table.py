@@ -143,7 +143,7 @@ def _resume(path: Path, key: str, replace: bool) -> tuple[Table, int] | None:
             return None
         raise
     if table.key != key:
-        if replace:
+        if replace or not table.rows:  # a header alone is nothing to keep
             return None
         raise SourceError(
             f"{path}: these sensitivities were measured on something else: another model, calibration, set of"
