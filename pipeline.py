@@ -205,7 +205,7 @@ def verify(
 
     if device is not None and against is None:
         raise UsageError("a device computes nothing here without an original", hint="add --against BASE")
-    found = locate(target, revision)
+    found = locate(target, revision, progress)
     result = verify_folder(found.folder, name=found.name, elsewhere=found.files)
     if found.repo is not None:
         result |= {"repo": found.repo, "commit": found.commit}

@@ -77,7 +77,7 @@ class Origin:
 
 def reproduce(target: str | Path, work_root: Path, progress: Progress) -> dict[str, Any]:
     """Make a folder again and compare; see `pipeline.reproduce`."""
-    found = published.locate(target)
+    found = published.locate(target, progress=progress)
     origin = read_origin(found.folder)
     preflight.check_writable(work_root)
     checkpoint = _check_source(origin, progress)

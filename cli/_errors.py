@@ -21,6 +21,7 @@ from ..recipes.suggest import suggestion
 DEFECT, USAGE, INFEASIBLE, BROKEN_OFF, NETWORK, INTERRUPTED = 1, 2, 3, 5, 7, 130
 
 _UsageError = typer.BadParameter.__bases__[0]  # click's, or the copy that newer typer carries
+_FOUND = ("checks", "metrics", "gates", "files", "differences")
 _RESUMES = "the same command continues where this run stopped"
 
 
@@ -48,6 +49,7 @@ class Failure:
         hint: what to do.
         place: file, line and column of a recipe error.
         pushes: what had been done on the Hub by then: `push` of the push that failed, `pushed` of a run.
+        found: what a verification or a reproduction found: checks, files, differences and figures.
     """
 
     kind: str
@@ -56,6 +58,7 @@ class Failure:
     hint: str | None = None
     place: Mapping[str, Any] = field(default_factory=dict)
     pushes: Mapping[str, Any] = field(default_factory=dict)
+    found: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the document that `--json` prints."""
@@ -65,7 +68,7 @@ class Failure:
             "message": self.message,
             "hint": self.hint,
         }
-        return {"error": {**described, **self.place, **self.pushes}}
+        return {"error": {**described, **self.place, **self.pushes, **self.found}}
 
 
 def classify(error: BaseException, *, started: bool, log_folder: Path | None = None) -> Failure:
@@ -128,7 +131,9 @@ def _ours(error: BaseException, started: bool) -> Failure:
         file = None if error.file is None else str(error.file)
         place = {"file": file, "line": error.line, "column": error.column}
     kind = type(error).__name__
-    return Failure(kind, error.exit_code, error.message, error.hint, place, _pushes(error))
+    result = getattr(error, "result", None) or {}
+    found = {key: result[key] for key in _FOUND if key in result}
+    return Failure(kind, error.exit_code, error.message, error.hint, place, _pushes(error), found)
 
 
 def _pushes(error: CompressError | InterruptedPush) -> dict[str, Any]:

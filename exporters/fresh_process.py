@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import CompressError
 from ..models.base import OpenModel
 from ..progress import Progress, step
+from ..recipes.secrets import TOKEN_VARIABLES
 from ..runtime.modules import name_of
 from ..runtime.validate import QUANT_METHOD, open_folder
 from .formats import as_shipped
@@ -230,7 +231,9 @@ def ask_fresh_process(request: dict[str, Any], inputs: Mapping[str, Any]) -> Ans
         # The package may be imported from a checkout; the process must find the same one, but a
         # stray PYTHONPATH entry must not put this folder's modules before installed ones: hence -P.
         command = [sys.executable, "-P", str(_WORKER), str(place / "request.json")]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(request["threads"]), "HF_HUB_OFFLINE": "1"}
+        # It loads what may come from elsewhere and asks nobody for anything: it needs no token.
+        environment = {name: value for name, value in os.environ.items() if name not in TOKEN_VARIABLES}
+        environment |= {"OMP_NUM_THREADS": str(request["threads"]), "HF_HUB_OFFLINE": "1"}
         try:
             done = subprocess.run(
                 command,

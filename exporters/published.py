@@ -9,7 +9,9 @@ from pathlib import Path
 
 from ..errors import SourceError, UsageError, VerifyError
 from ..models.hub import fetch
+from ..progress import Progress, SilentProgress
 from ..runtime.hub_errors import translated
+from .hub_transfer import heard_through
 from .verify import MAX_REPORT_BYTES, REPORT_NAME, listed_files
 
 _REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(\S+))?", re.ASCII)
@@ -34,12 +36,13 @@ class Published:
     files: tuple[str, ...] = ()
 
 
-def locate(target: str | Path, revision: str | None = None) -> Published:
+def locate(target: str | Path, revision: str | None = None, progress: Progress | None = None) -> Published:
     """Return a folder as it is, or fetch the files that a repository's report lists.
 
     Args:
         target: a folder, `org/name` or `org/name@revision`; an existing folder goes first.
         revision: branch, tag or commit; in place of `@revision`.
+        progress: told what the Hub's library has to say.
 
     Raises:
         SourceError: neither a folder nor the name of a repository, or nothing of ours is in it.
@@ -58,7 +61,8 @@ def locate(target: str | Path, revision: str | None = None) -> Published:
     repo, named = found.groups()
     if revision is not None and named is not None:
         raise UsageError(f"{text}: names a revision already", hint="leave --revision out")
-    return _fetch(repo, revision or named)
+    with heard_through(progress or SilentProgress()):
+        return _fetch(repo, revision or named)
 
 
 def _fetch(repo: str, revision: str | None) -> Published:

@@ -16,7 +16,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 MASK = "***"
 
-_TOKEN_VARIABLES = (
+TOKEN_VARIABLES = (
     "HF_TOKEN",
     "HUGGING_FACE_HUB_TOKEN",
     "HUGGINGFACE_HUB_TOKEN",
@@ -48,7 +48,7 @@ _SIGNED = re.compile(
 
 def _values() -> Iterator[str]:
     """Yield the tokens and passwords that this process can know."""
-    for name in _TOKEN_VARIABLES:
+    for name in TOKEN_VARIABLES:
         yield os.environ.get(name, "").strip()
     for name in _URL_VARIABLES:
         # A proxy may be given without its scheme.

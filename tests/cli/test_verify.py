@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
 
 import pytest
-from compress.pipeline import evaluate, run
+from compress.cli._errors import classify
+from compress.pipeline import evaluate, run, verify
+from compress.progress import SilentProgress
+from compress.reproduction import ReproductionError
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +95,17 @@ def test_damage_is_a_refusal_with_the_table(call, exported):
     assert "error: out: files: 'LICENSE' has" in result.err
     document = call("verify", "out", "--json")
     assert document.code == 6
-    assert document.json["error"]["kind"] == "FolderError"
+    error = document.json["error"]
+    assert error["kind"] == "FolderError"
+    assert [check["name"] for check in error["checks"] if not check["ok"]] == ["files"]
+
+
+def test_what_a_reproduction_found_is_in_the_error():
+    row = {"name": "config.json", "expected": "a", "measured": None, "equal": False}
+    result = {"folder": "out", "reproduced": False, "files": [row], "differences": ["seed: 5 then, 6 now"]}
+    error = classify(ReproductionError(result), started=True).to_json()["error"]
+    assert (error["files"], error["differences"]) == ([row], ["seed: 5 then, 6 now"])
+    assert "folder" not in error
 
 
 def test_a_recorded_gate_that_failed(call, exported):
@@ -281,6 +295,25 @@ def test_a_repository(hub, made, tmp_path):
     offline = {**online, "HF_HUB_OFFLINE": "1"}
     assert compress(offline, tmp_path, "verify", f"org/name@{first}").returncode == 0
     assert hub.reader not in done.stdout + done.stderr
+
+
+def test_the_library_is_heard_through_the_progress_alone(at_hub, exported, monkeypatch, capfd):
+    import huggingface_hub
+
+    at_hub.create("org/name", files_of(exported))
+    fetch = huggingface_hub.snapshot_download
+
+    def chatty(*arguments, **options):
+        logging.getLogger("huggingface_hub").warning("a word of its own")
+        return fetch(*arguments, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", chatty)
+    notes = []
+    progress = SilentProgress()
+    monkeypatch.setattr(progress, "note", notes.append, raising=False)
+    assert verify("org/name", progress=progress)["verified"]
+    assert "Hub: a word of its own" in notes
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.slow

@@ -163,6 +163,18 @@ def test_a_process_that_dies_is_a_result(exported, monkeypatch):
     assert "the process ended with 2" in verification.failure
 
 
+def test_the_process_gets_no_token_but_the_cache(exported, monkeypatch, tmp_path):
+    model, out = exported("w4a8", "compress")
+    worker = tmp_path / "worker.py"
+    names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "GH_TOKEN", "HF_HOME", "HF_HUB_OFFLINE")
+    worker.write_text(f"import os; raise SystemExit(' '.join(n for n in {names} if n in os.environ))")
+    monkeypatch.setattr(fresh_process, "_WORKER", worker)
+    for name in names:
+        monkeypatch.setenv(name, "x")
+    failure = verify_export(model, out, seed=0, progress=SilentProgress()).failure
+    assert "the process ended with 1: HF_HOME HF_HUB_OFFLINE" in failure
+
+
 @pytest.mark.parametrize("damage", ["shape", "nan"])
 def test_outputs_without_a_finite_difference_are_a_failure(exported, monkeypatch, damage):
     model, out = exported("w4a8", "compress")
