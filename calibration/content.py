@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..models.base import OpenModel
-from ..models.scan import hash_file
+from ..runtime.hashes import file_sha256
 
 
 def content_key(model: OpenModel, settings: Mapping[str, Any]) -> str:
@@ -63,6 +63,6 @@ def is_intact(path: Path, sha256: str | None) -> bool:
         sha256: as the index has it; None: the index does not know the file.
     """
     try:
-        return sha256 is not None and hash_file(path) == sha256
+        return sha256 is not None and file_sha256(path) == sha256
     except OSError:
         return False

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ..errors import StageError
 from ..models.base import OpenModel
 from ..models.headers import read_header
-from ..models.scan import hash_file
 from ..progress import Progress, step
 from ..runtime.atomic import atomic_file, sweep_partials
+from ..runtime.hashes import file_sha256
 from .base import Observer
 from .conditions import Conditions, conditions_for
 from .content import content_key, is_intact, read_index
@@ -232,7 +232,7 @@ def _record_batch(
     tensors = {"hidden_states": torch.stack(states), "timesteps": torch.stack(times), **inputs}
     with atomic_file(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-        return hash_file(temporary)
+        return file_sha256(temporary)
 
 
 def _flat(inputs: dict[str, Any], prefix: str) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SourceError
-from ..models.scan import hash_file
+from ..runtime.hashes import file_sha256
 
 if TYPE_CHECKING:
     from ..recipes.schema import CalibrationSettings
@@ -45,6 +45,6 @@ def by_content(settings: CalibrationSettings) -> dict[str, Any]:
 
 def _hash(path: Path) -> str:
     try:
-        return hash_file(path)
+        return file_sha256(path)
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..calibration.content import is_intact, read_index
-from ..models.scan import hash_file
 from ..runtime.atomic import commit_folder, replace_folder, scratch_folder
+from ..runtime.hashes import file_sha256
 from .call_store import CallReader
 
 VERSION = 3
@@ -86,7 +86,7 @@ def recorded(
     def fill(folder: Path) -> dict[str, Any]:
         index = record(folder)
         # Through JSON, so that a recording made now and one found again read the same.
-        hashes = {name: hash_file(path) for name, path in _paths(folder).items()}
+        hashes = {name: file_sha256(path) for name, path in _paths(folder).items()}
         text = json.dumps({**index, "files": hashes}, indent=1, sort_keys=True)
         (folder / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
         again: dict[str, Any] = json.loads(text)

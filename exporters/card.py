@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..models.scan import hash_file
+from ..runtime.hashes import file_sha256
 from .card_figures import gates, measured
 from .card_layers import export_notes, layers, limits
 from .card_loading import loading
@@ -89,7 +89,7 @@ def write_card(
     """Write the card into `folder`, beside the weights; see `render_card`."""
     if "files" not in document["export"]:  # they are listed when the last of them, this card, is there
         weights = [
-            {"name": path.relative_to(folder).as_posix(), "sha256": hash_file(path)}
+            {"name": path.relative_to(folder).as_posix(), "sha256": file_sha256(path)}
             for path in folder.rglob("*.safetensors")
         ]
         document = {**document, "export": {**document["export"], "files": weights}}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SourceError
+from ..runtime.hashes import file_sha256
 from ..runtime.strict_json import parse_object
 from . import scan
 from .headers import TensorHeader, merge_headers
@@ -156,7 +157,7 @@ def scan_finite(checkpoint: Checkpoint, advance: Callable[[int], None] | None = 
 
 def hash_files(checkpoint: Checkpoint) -> dict[str, str]:
     """Return file name -> SHA-256 of every weight file."""
-    return {path.name: scan.hash_file(path) for path in checkpoint.files}
+    return {path.name: file_sha256(path) for path in checkpoint.files}
 
 
 def read_json(path: Path) -> dict[str, Any]:

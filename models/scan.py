@@ -1,8 +1,7 @@
-"""Reading every byte of the weights once: NaN and Inf by tensor name, SHA-256 by file. Torch-free."""
+"""Reading every byte of the weights once: NaN and Inf by tensor name. Torch-free."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -97,9 +96,3 @@ def read_exactly(handle: object, target: memoryview, path: Path) -> None:
         if not read:
             raise SourceError(f"{path}: ended while it was read; something else writes to it")
         filled += read
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file's content as hexadecimal digits."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

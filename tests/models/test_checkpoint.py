@@ -16,8 +16,8 @@ import pytest
 from compress.errors import SourceError
 from compress.models import checkpoint as module
 from compress.models.checkpoint import hash_files, locate, preflight
-from compress.models.scan import hash_file
 from compress.recipes.schema import ModelRef
+from compress.runtime.hashes import file_sha256
 from safetensors.numpy import load_file, save_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -66,7 +66,7 @@ def test_a_component_folder(tiny_dit):
     assert found.pipeline is None
     assert found.scheduler == tiny_dit / "scheduler" / "scheduler_config.json"
     assert found.bytes == sum(header.bytes for header in found.headers.values())
-    assert hash_files(found) == {WEIGHTS: hash_file(tiny_dit / WEIGHTS)}
+    assert hash_files(found) == {WEIGHTS: file_sha256(tiny_dit / WEIGHTS)}
 
 
 @pytest.mark.parametrize("subfolder", [None, "transformer"])

@@ -11,9 +11,9 @@ import torch
 from compress.errors import SourceError, UsageError
 from compress.models.checkpoint import preflight
 from compress.models.open import open_model, read_spec
-from compress.models.scan import hash_file
 from compress.progress import SilentProgress
 from compress.recipes.schema import ModelRef
+from compress.runtime.hashes import file_sha256
 from safetensors.torch import load_file, save_file
 
 QUIET = SilentProgress()
@@ -110,7 +110,7 @@ def test_progress_and_hashes(tiny_dit):
     progress = Recording()
     model = open_model(ModelRef(id=str(tiny_dit)), progress=progress)
     assert progress.units == progress.total == preflight(ModelRef(id=str(tiny_dit))).bytes
-    assert dict(model.source.hashes) == {WEIGHTS: hash_file(tiny_dit / WEIGHTS)}
+    assert dict(model.source.hashes) == {WEIGHTS: file_sha256(tiny_dit / WEIGHTS)}
     assert model.spec.source == model.source
 
 
@@ -121,7 +121,7 @@ def test_shards_are_hashed_one_by_one(tiny_dit):
     model = open_model(ModelRef(id=str(tiny_dit)), progress=QUIET)
     files = sorted(tiny_dit.glob("*.safetensors"))
     assert len(files) > 1
-    assert dict(model.source.hashes) == {path.name: hash_file(path) for path in files}
+    assert dict(model.source.hashes) == {path.name: file_sha256(path) for path in files}
     assert model.scheduler is None
     for name, tensor in stock.state_dict().items():
         assert torch.equal(model.module.state_dict()[name], tensor)

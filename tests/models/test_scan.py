@@ -9,7 +9,8 @@ import pytest
 import torch
 from compress.errors import SourceError
 from compress.models.headers import read_header
-from compress.models.scan import CHUNK_BYTES, count_not_finite, hash_file, scan_finite
+from compress.models.scan import CHUNK_BYTES, count_not_finite, scan_finite
+from compress.runtime.hashes import file_sha256
 from safetensors.torch import save_file
 
 DTYPES = {
@@ -67,4 +68,4 @@ def test_finite_weights_pass_and_are_counted(tmp_path):
 
 def test_hash(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
-    assert hash_file(tmp_path / "x") == hashlib.sha256(b"abc").hexdigest()
+    assert file_sha256(tmp_path / "x") == hashlib.sha256(b"abc").hexdigest()
