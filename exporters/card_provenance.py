@@ -61,8 +61,8 @@ def licence(subject: Subject) -> Iterator[str]:
     known, name = subject.model.get("license"), subject.model.get("license_name")
     yield from ("## Licence", "")
     if known is None:
-        yield f"The licence of {code(subject.source)} is not known: its own card names none. Ask whoever"
-        yield "made it before you use or pass on what was derived from it."
+        yield f"The licence of {code(subject.source)} is not known: its own card names none that could be"
+        yield "read. Ask whoever made it before you use or pass on what was derived from it."
         return
     names = ", ".join(code(item) for item in ([known] if isinstance(known, str) else known))
     yield f"That of {code(subject.source)}: {names}" + (f" ({code(name)})." if name else ".")
