@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
 MAIN = "main"
+_FRONT_MATTER = re.compile(rb"\A---\r?\n.*?\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -158,11 +161,11 @@ class RemoteRepository:
         )
         return Path(path).read_bytes()
 
-    def ours(self, state: State, scratch: Path) -> set[str]:
-        """Return the names of what an earlier push of ours wrote: its report, and what that lists."""
+    def ours(self, state: State, scratch: Path) -> Mapping[str, str]:
+        """Return what an earlier push of ours wrote, by name: the SHA-256; of its report, nothing."""
         report = state.files.get(REPORT_NAME)
         if report is None or state.head is None or report.size > MAX_REPORT_BYTES:
-            return set()
+            return {}
         return _listed(self.read(REPORT_NAME, state.head, scratch))
 
     def refuse_foreign(self, state: State, scratch: Path) -> None:
@@ -173,13 +176,32 @@ class RemoteRepository:
         """
         if self.settings.overwrite or state.head is None:
             return
-        others = state.files.keys() - {CARD_NAME} - self.ours(state, scratch)
+        ours = self.ours(state, scratch)
+        others = state.files.keys() - {CARD_NAME} - ours.keys()
         foreign = [name for name in others if not name.startswith(".") and not _is_licence(state.files[name])]
         if foreign:
             raise HubError(
                 f"{self.repo}@{self.branch}: holds {min(foreign)}, which compress did not write",
                 hint="push to another repository or --revision, or replace what is there with --overwrite",
             )
+        if CARD_NAME in state.files and self._is_written_by_hand(state, ours.get(CARD_NAME), scratch):
+            raise HubError(
+                f"{self.repo}@{self.branch}: somebody has written or changed its {CARD_NAME}",
+                hint="keep that text elsewhere and push with --overwrite, or push to another --revision",
+            )
+
+    def _is_written_by_hand(self, state: State, recorded: str | None, scratch: Path) -> bool:
+        """Return whether the card has a text that is not the one of the push before this one.
+
+        The Hub's own form for a new repository makes a card of metadata alone: nobody wrote that.
+        """
+        assert state.head is not None
+        if state.files[CARD_NAME].size > MAX_TEXT_BYTES:
+            return True
+        content = self.read(CARD_NAME, state.head, scratch)
+        if hashlib.sha256(content).hexdigest() == recorded:
+            return False
+        return bool(_FRONT_MATTER.sub(b"", content).strip())
 
     def kept(self, state: State, names: Iterable[str], scratch: Path) -> dict[str, bytes]:
         """Return the repository's own licence files that are not among `names`: a push leaves them.
@@ -189,7 +211,7 @@ class RemoteRepository:
         licences = {name for name, file in state.files.items() if _is_licence(file)} - set(names)
         if not licences:
             return {}
-        own = sorted(licences - self.ours(state, scratch))
+        own = sorted(licences - self.ours(state, scratch).keys())
         return {name: self.read(name, state.head or self.branch, scratch) for name in own}
 
     def ensure_branch(self, state: State) -> None:
@@ -249,10 +271,11 @@ def _same(file: PushedFile, remote: RepoFile | None) -> bool:
     return remote.lfs.sha256 == file.sha256 if remote.lfs else remote.blob_id == file.git_oid
 
 
-def _listed(content: bytes) -> set[str]:
-    """Return the names of what a push wrote, by its report; none where that is not one of ours."""
+def _listed(content: bytes) -> dict[str, str]:
+    """Return what a push wrote, by its report: name and SHA-256; none where that is not one of ours."""
     try:
         rows = parse_object(content, REPORT_NAME)["export"]["files"]
-        return {REPORT_NAME, *(str(row["name"]) for row in rows if not is_kept(row))}
+        listed = {str(row["name"]): str(row["sha256"]) for row in rows if not is_kept(row)}
     except (SourceError, KeyError, TypeError, AttributeError):
-        return set()
+        return {}
+    return {**listed, REPORT_NAME: ""}

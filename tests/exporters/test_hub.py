@@ -194,6 +194,19 @@ def test_what_others_put_there_is_refused_by_name(at_hub, exported, refuse):
     assert not writes(at_hub)
 
 
+def test_a_card_that_somebody_wrote_is_not_replaced(at_hub, exported):
+    at_hub.create(REPO, {"README.md": b"---\nlicense: mit\n---\nhello there\n"})
+    with pytest.raises(HubError, match=r"org/model@main: somebody has written or changed its README\.md"):
+        push(exported)
+    push(exported, overwrite=True)
+    card = at_hub.read(REPO, "README.md")
+    assert b"hello there" not in card
+    at_hub.commit(REPO, {"README.md": card + b"a paragraph of mine\n"})
+    change(exported, {"more.txt": b"more"})
+    with pytest.raises(HubError, match="written or changed"):
+        push(exported)
+
+
 def test_overwrite_replaces_what_others_put_there(at_hub, exported):
     at_hub.create(REPO, {"model.bin": b"m", "README.md": b"# mine", ".hidden": b""})
     push(exported, overwrite=True)
@@ -203,7 +216,7 @@ def test_overwrite_replaces_what_others_put_there(at_hub, exported):
 
 
 def test_a_licence_in_the_repository_stays_and_is_listed(at_hub, exported, tmp_path):
-    at_hub.create(REPO, {"LICENSE.md": b"mine", "README.md": b"# mine"})
+    at_hub.create(REPO, {"LICENSE.md": b"mine", "README.md": b"---\nlicense: mit\n---\n"})
     first = push(exported)
     assert at_hub.read(REPO, "LICENSE.md") == b"mine"
     snapshot = huggingface_hub.HfApi().snapshot_download(REPO, cache_dir=tmp_path / "fresh")
