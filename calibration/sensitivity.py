@@ -20,8 +20,8 @@ step, so there they are the samples. The model is never copied.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -94,11 +94,11 @@ def measure(
     plan = Plan(calls, tuple(dict.fromkeys(place[1] for place in places)), quantizer, dtype, kept_limit_bytes)
     team = None if workers == 1 or opener is None else Team(opener, weights, workers, threads)
     with appending(path, key, about, replace=replace) as (table, append):
-        done = {row.place: row for row in table.rows}
-        _check_resumed(path, table, places, threads, progress)
-        with step(progress, "sensitivities", len(places)), _threads(threads):
+        done = _resumed(path, table, places, threads, progress)
+        measured = _measured(model, plan, targets, dict(done), team)
+        with step(progress, "sensitivities", len(places)), _threads(threads), closing(measured):
             progress.advance(len(done))
-            for row in _measured(model, plan, targets, dict(done), team) if len(done) < len(places) else ():
+            for row in measured if len(done) < len(places) else ():
                 append(row)
                 done[row.place] = row
                 progress.advance(1, row.layer)
@@ -111,8 +111,11 @@ def _measured(
     targets: Sequence[Target],
     done: Mapping[Place, Row],
     team: Team | None,
-) -> Iterator[Row]:
-    """Yield what is not done, measured here or by several processes."""
+) -> Generator[Row]:
+    """Yield what is not done, measured here or by several processes.
+
+    To be closed at once, however its use ends: until then the model is widened and processes run.
+    """
     with computing_in(model.module, plan.dtype):
         probe = Probe(model, plan)
         if team is None:
@@ -120,6 +123,7 @@ def _measured(
                 yield from probe.measure(job)
             return
         jobs = probe.jobs(targets, done, _JOBS_PER_WORKER * team.workers)
+        del probe  # and the calls and outputs that it holds
     yield from spread(jobs, plan, team)
 
 
@@ -164,11 +168,16 @@ def _places(targets: Sequence[Target]) -> list[Place]:
     return places
 
 
-def _check_resumed(
+def _resumed(
     path: Path, table: Table, places: Sequence[Place], threads: int, progress: Progress
-) -> None:
-    """Refuse rows that nobody asked for; tell where the new ones may differ in the last bit."""
-    unknown = {row.place for row in table.rows}.difference(places)
+) -> dict[Place, Row]:
+    """Return the rows that are there; tell where the new ones may differ in the last bits.
+
+    Raises:
+        SourceError: a row is none of those that are asked for.
+    """
+    done = {row.place: row for row in table.rows}
+    unknown = done.keys() - set(places)
     if unknown:
         kind, layer, label = min(unknown)
         raise SourceError(
@@ -180,3 +189,4 @@ def _check_resumed(
             f"{path}: begun with {before} threads a process, continued with {threads}:"
             " rows may differ in the last bits from those of one run"
         )
+    return done
