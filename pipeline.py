@@ -80,7 +80,7 @@ def run(
     preflight.check_writable(Path(work_dir))
     preflight.check_calibration(loaded)
     preflight.check_stages(loaded, checkpoints.locate(loaded.recipe.model, weights=False))
-    preflight.check_access(exports)
+    preflight.check_access(exports, strict=strict)
     checkpoints.preflight(loaded.recipe.model)
     from .execution import execute
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .calibration.inputs import missing_files
-from .errors import PlanError, SourceError, UsageError
+from .errors import PlanError, SourceError, UsageError, VerifyError
 from .models.registry import FAMILY_NAMES
 from .models.shapes import expected_shapes
 from .recipes import patterns
@@ -170,10 +170,15 @@ def nearest_existing(path: Path) -> Path:
     return path
 
 
-def check_access(exports: Sequence[ExportSettings]) -> None:
+def check_access(exports: Sequence[ExportSettings], *, strict: bool = False) -> None:
     """Ask the Hub, for every export that is pushed, whether it could be; nothing is created.
 
+    Args:
+        exports: of the recipe.
+        strict: a warning is a refusal, told before the work and not after it.
+
     Raises:
+        VerifyError: a warning under `strict`: an existing repository has another visibility.
         PlanError: the format could not be executed here, and only what was executed is pushed.
         HubError: no token, no network, no right to write, or a tag that is taken.
     """
@@ -188,7 +193,12 @@ def check_access(exports: Sequence[ExportSettings]) -> None:
         from .exporters import hub
 
         for _, push in pushes:
-            hub.check_access(push, new=True)
+            warnings = hub.check_access(push, new=True)
+            if strict and warnings:
+                raise VerifyError(
+                    f"warning under --strict: {push.repo}: {'; '.join(warnings)}",
+                    hint="set `private` in export.push to what the repository is, or change the repository",
+                )
 
 
 def check_calibration(loaded: LoadedRecipe) -> None:

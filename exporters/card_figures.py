@@ -94,7 +94,7 @@ def _notes(details: Mapping[str, Any]) -> Iterator[str]:
 
 def _commands(subject: Subject) -> Iterator[str]:
     environment = subject.document["environment"]
-    yield f"All figures were measured by `compress run recipe.yaml` on {environment['device']}"
+    yield f"All figures were measured by the run that made the files, on {environment['device']}"
     yield f"({environment['platform']}); `report.json` has them in full. This checks every file, measures"
     yield "them again and compares:"
     yield ""

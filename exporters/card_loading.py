@@ -19,6 +19,9 @@ def loading(subject: Subject) -> Iterator[str]:
     for way in export["loads_with"]:
         yield from (_introduction(way, export["format"]), "")
         yield from fenced("\n".join(_lines(way, subject)), "python")
+    if any("compress" in way for way in export["loads_with"]):
+        yield "`compress` is the toolkit that made this, in the version that stands below: install it"
+        yield from ("from its own repository, not a package of the same name from elsewhere.", "")
     yield "This is the denoiser and its scheduler, not a whole pipeline: pass it on as `transformer=model`."
     yield from (_verified(export), "")
 

@@ -16,15 +16,19 @@ def provenance(subject: Subject, recipe_text: str) -> Iterator[str]:
     Args:
         recipe_text: the recipe as the user wrote it.
     """
-    yield from ("## How it was made", "", "    compress run recipe.yaml", "")
-    yield f"with `recipe.yaml`, which is also in {subject.here}; `report.json` has it with every default and"
-    yield from ("override resolved:", "")
+    yield from (
+        "## How it was made",
+        "",
+        "By this recipe, which makes the same files again, compared by hash:",
+        "",
+    )
+    yield from (f"    compress run --reproduce {subject.target}", "")
+    yield f"It is also `recipe.yaml` in {subject.here}; `report.json` has it with every default and override"
+    yield from ("resolved:", "")
     yield from fenced(recipe_text, "yaml")
     yield from table(("", ""), _rows(subject))
     yield f"The SHA-256 of every file of {subject.here} is in `report.json`. This checks them, and the gates:"
     yield from ("", f"    compress verify {subject.target}", "")
-    yield "and this makes them again from the source, and compares:"
-    yield from ("", f"    compress run --reproduce {subject.target}", "")
 
 
 def _rows(subject: Subject) -> list[tuple[str, Any]]:

@@ -19,7 +19,7 @@ from .hub_access import check_access
 from .hub_bundle import Bundle, bundle, read_report
 from .hub_commit import commit, open_pull_request
 from .hub_remote import check_room, verify_remote
-from .hub_repository import MAIN, Changes, Pushed, RemoteRepository, State, changes, refuse_tag
+from .hub_repository import MAIN, Changes, Pushed, RemoteRepository, State, changes, refuse_tag, visibility
 from .hub_transfer import heard_through
 
 __all__ = ["PushResult", "check_access", "push_folder"]
@@ -99,9 +99,9 @@ def push_folder(folder: Path, settings: PushSettings, *, progress: Progress) -> 
         sent = bundle(folder, settings, repository.kept(state, listed, scratch / "before"))
         change = changes(sent, state.files)
         _check_tag(settings, state, change)
-        notes = _visibility(settings, private)
+        notes = visibility(settings, private)
         for note in notes:
-            progress.note(f"{settings.repo}: {note}")
+            progress.warn(f"{settings.repo}: {note}")
         pushed, change = _push(repository, state, sent, change, progress)
         result = _result(repository, pushed, change, private, notes)
         with _told(result, "verified"):
@@ -169,14 +169,6 @@ def _check_tag(settings: PushSettings, state: State, change: Changes) -> None:
     there = state.tags.get(settings.tag or "")
     if there is not None and (change or there != state.head):
         refuse_tag(settings.repo, str(settings.tag), there)
-
-
-def _visibility(settings: PushSettings, private: bool) -> tuple[str, ...]:
-    """Say that an existing repository is seen by others than a new one would be."""
-    if private == settings.private:
-        return ()
-    now, new = ("private", "public") if private else ("public", "private")
-    return (f"the repository exists and stays {now}; only a new one would be {new}",)
 
 
 def _result(

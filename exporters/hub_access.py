@@ -11,7 +11,7 @@ from ..errors import HubError
 from ..progress import SilentProgress
 from ..recipes.export import PushSettings
 from ..runtime.hub_errors import hub_error, status_of
-from .hub_repository import RemoteRepository, refuse_tag
+from .hub_repository import RemoteRepository, refuse_tag, visibility
 
 _ATTEMPTS = 3  # a Hub that cannot be reached now is told soon, before anything is computed
 _WRITE = "repo.write"
@@ -19,12 +19,15 @@ _READ_ONLY_ROLES = ("read",)
 _MEMBERS_WITHOUT_WRITE = ("read", "no_access")
 
 
-def check_access(settings: PushSettings, *, new: bool = False) -> None:
+def check_access(settings: PushSettings, *, new: bool = False) -> tuple[str, ...]:
     """Refuse a push that cannot succeed.
 
     Args:
         settings: of the push.
         new: what will be pushed is yet to be made, so that no tag can be on it already.
+
+    Returns:
+        What speaks against the push without standing in its way, for a strict run.
 
     Raises:
         HubError: there is no token, it is not accepted or may not write, the endpoint cannot be
@@ -41,13 +44,14 @@ def check_access(settings: PushSettings, *, new: bool = False) -> None:
         )
     if not _exists(repository):
         _require_namespace(settings.repo, account)
-        return
-    repository.is_private()
+        return ()
+    private = repository.is_private()
     state = repository.state()
     if new and settings.tag is not None and settings.tag in state.tags:
         refuse_tag(settings.repo, settings.tag, state.tags[settings.tag])
     with tempfile.TemporaryDirectory(prefix="compress-push-") as scratch:
         repository.refuse_foreign(state, Path(scratch))
+    return visibility(settings, private)
 
 
 def _require_token(repo: str) -> None:

@@ -242,6 +242,14 @@ class RemoteRepository:
         self.ask(f"setting the tag {tag}", lambda: tagged() or create(), done=tagged)
 
 
+def visibility(settings: PushSettings, private: bool) -> tuple[str, ...]:
+    """Say that an existing repository is seen by others than a new one would be."""
+    if private == settings.private:
+        return ()
+    now, new = ("private", "public") if private else ("public", "private")
+    return (f"the repository exists and stays {now}; only a new one would be {new}",)
+
+
 def refuse_tag(repo: str, tag: str, commit: str) -> NoReturn:
     """Refuse to move a tag."""
     raise TagTakenError(

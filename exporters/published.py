@@ -61,6 +61,13 @@ def locate(target: str | Path, revision: str | None = None, progress: Progress |
     repo, named = found.groups()
     if revision is not None and named is not None:
         raise UsageError(f"{text}: names a revision already", hint="leave --revision out")
+    if revision is None and named is None and Path(text).parent.is_dir():
+        beside = sorted(path.name for path in Path(text).parent.glob(f"{glob.escape(Path(text).name)}.*"))
+        there = f"; {', '.join(beside)} is there" if beside else ""
+        raise SourceError(
+            f"{text}: no such folder in {Path(text).parent}{there}",
+            hint=f"for the repository of this name on the Hub write {text}@main",
+        )
     with heard_through(progress or SilentProgress()):
         return _fetch(repo, revision or named)
 

@@ -14,7 +14,7 @@ from ..errors import CompressError, SourceError, VerifyError
 from ..models.source_card import is_text_name
 from ..recipes.gates import Gate, judge
 from ..runtime.hashes import file_sha256
-from ..runtime.validate import open_folder, read_json
+from ..runtime.validate import QUANT_METHOD, open_folder, read_json
 from .recorded_recipe import check_recipe
 
 REPORT_NAME = "report.json"
@@ -164,7 +164,9 @@ def _unlisted(folder: Path, listed: set[str], elsewhere: set[str]) -> list[str]:
 def _check_tensors(folder: Path) -> str:
     stored = open_folder(folder)
     count = len(stored.manifest.quantization)
-    return f"{len(stored.tensors)} tensors fit config and manifest, {count} of the layers quantized"
+    # Other formats than our own say in their own way which layers they quantize; their library reads it.
+    quantized = f", {count} of the layers quantized" if stored.quant_method in (None, QUANT_METHOD) else ""
+    return f"{len(stored.tensors)} tensors fit config and manifest{quantized}"
 
 
 def _check_gates(folder: Path) -> str:

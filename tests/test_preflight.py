@@ -2,7 +2,7 @@ import json
 from importlib.util import find_spec
 
 import pytest
-from compress.errors import PlanError, UsageError
+from compress.errors import PlanError, UsageError, VerifyError
 from compress.preflight import (
     check_access,
     check_apart,
@@ -124,9 +124,19 @@ def test_a_tag_is_looked_up_for_what_is_yet_to_be_made(tmp_path, monkeypatch):
     from compress.exporters import hub
 
     asked = []
-    monkeypatch.setattr(hub, "check_access", lambda push, **options: asked.append((push.repo, options)))
+    monkeypatch.setattr(hub, "check_access", lambda push, **options: asked.append((push.repo, options)) or ())
     check_access(_exports(tmp_path / "out", push="org/name"))
     assert asked == [("org/name", {"new": True})]
+
+
+def test_what_speaks_against_a_push_stops_a_strict_run_before_its_work(tmp_path, monkeypatch):
+    from compress.exporters import hub
+
+    monkeypatch.setattr(hub, "check_access", lambda push, **options: ("the repository stays public",))
+    exports = _exports(tmp_path / "out", push="org/name")
+    check_access(exports)
+    with pytest.raises(VerifyError, match="under --strict: org/name: the repository stays public"):
+        check_access(exports, strict=True)
 
 
 def test_what_could_not_be_executed_here_is_not_pushed(tmp_path):

@@ -28,7 +28,10 @@ class Recorder(SilentProgress):
     """Remembers notes, and what every step advanced by."""
 
     def __init__(self):
-        self.notes, self.units, self.details = [], [], []
+        self.notes, self.warnings, self.units, self.details = [], [], [], []
+
+    def warn(self, message):
+        self.warnings.append(message)
 
     def note(self, message):
         self.notes.append(message)
@@ -178,7 +181,9 @@ def test_who_sees_a_repository(at_hub, exported):
     progress = Recorder()
     result = push(exported, progress)
     assert result.notes == ("the repository exists and stays public; only a new one would be private",)
-    assert progress.notes == [f"{REPO}: {result.notes[0]}"]
+    assert progress.warnings == [f"{REPO}: {result.notes[0]}"]
+    assert exporter.check_access(PushSettings(repo=REPO)) == result.notes
+    assert exporter.check_access(PushSettings(repo=REPO, private=False)) == ()
     sent = writes(at_hub)
     change(exported, {"more.txt": b"more"})
     with pytest.raises(HubError, match="is public, and `private: true` is asked for"):
