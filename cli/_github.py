@@ -8,7 +8,7 @@
     size_ratio, sqnr_db     of the first result; empty where not measured
     repo, revision, commit, url, tag
                             of the first result's push; empty where it was not pushed
-    verified, gates_passed  `true` where that holds for every result
+    verified, gates_passed  `true` where every recipe gave a result and that holds for all
     results                 JSON: a list with all of the above for every result, and its recipe
 
 A result is a folder that was written; of one that was refused, the folder kept aside. Those of
@@ -56,18 +56,21 @@ def write_outputs(outputs: Mapping[str, Any]) -> str | None:
     return _append(os.environ.get("GITHUB_OUTPUT"), lines, "later steps get no outputs")
 
 
-def outputs_of(results: Sequence[tuple[str, Mapping[str, Any]]], exit_code: int) -> dict[str, Any]:
+def outputs_of(
+    results: Sequence[tuple[str, Mapping[str, Any]]], exit_code: int, *, complete: bool
+) -> dict[str, Any]:
     """Return the outputs of a run's step: what later steps ask for.
 
     Args:
         results: recipe and report, in the single form, of every folder that was written.
         exit_code: of the whole command.
+        complete: every recipe gave a result; else `verified` and `gates_passed` are false.
     """
     rows = [{"recipe": recipe, **_row(report)} for recipe, report in results]
     outputs: dict[str, Any] = {"exit_code": exit_code}
     if rows:
         outputs |= {key: value for key, value in rows[0].items() if key != "recipe"}
-        outputs |= {key: all(row[key] for row in rows) for key in ("verified", "gates_passed")}
+        outputs |= {key: complete and all(row[key] for row in rows) for key in ("verified", "gates_passed")}
     outputs["results"] = json.dumps(rows, separators=(",", ":"))
     return outputs
 

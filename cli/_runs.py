@@ -218,7 +218,8 @@ def _tell_all(sink: Output, endings: Sequence[Ending]) -> None:
         sink.document(ending.report if ending.failure is None else ending.failure.to_json())
     codes = [ending.exit_code for ending in endings if ending.exit_code is not None]
     rows = [(ending.recipe, result) for ending in endings for result in ending.results]
-    _warn(sink, _github.write_outputs(_github.outputs_of(rows, worst(codes))))
+    complete = all(ending.results for ending in endings)
+    _warn(sink, _github.write_outputs(_github.outputs_of(rows, worst(codes), complete=complete)))
     if not several and endings[0].failure is None:
         sink.hint(next_command(endings[0].results[0]))
 

@@ -126,6 +126,7 @@ def test_outputs_and_summary_of_several(call, recipes, endings, monkeypatch, tmp
     assert call("run", "a.yaml", "b.yaml").code == 7
     found = dict(line.split("=", 1) for line in (tmp_path / "outputs").read_text().splitlines())
     assert found["exit_code"] == "7" and found["path"] == "out/b"
+    assert (found["verified"], found["gates_passed"]) == ("false", "false"), "one recipe gave no result"
     assert [row["recipe"] for row in json.loads(found["results"])] == ["b.yaml"]
     summary = (tmp_path / "summary.md").read_text()
     assert "## compress: a FAILED\n\nexit code 7: the Hub\nrefused\n\nhint: try again" in summary
