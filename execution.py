@@ -18,7 +18,7 @@ import torch
 from . import preflight, publishing, report
 from .calibration.diffusion import DiffusionCalibration, record
 from .compressors import registry
-from .compressors.base import StagePlan
+from .compressors.base import StagePlan, Workspace
 from .errors import PlanError
 from .evaluation.evaluator import Evaluation, Evaluator
 from .evaluation.reference import Reference
@@ -28,10 +28,10 @@ from .models.open import open_model, read_spec
 from .progress import Progress, step
 from .recipes.export import ExportSettings
 from .recipes.loader import LoadedRecipe
-from .recipes.schema import Recipe, Stage
+from .recipes.schema import Recipe
 from .report import describe_model
-from .runtime.atomic import scratch_folder, sweep_partials
-from .runtime.load import read_checkpoint
+from .resuming import Reopener, resume
+from .runtime.atomic import remove_folder, scratch_folder, sweep_partials
 from .runtime.manifest import HistoryEntry
 from .runtime.memory import return_freed_memory
 from .state import Product, Run, Warnings
@@ -223,35 +223,45 @@ def _run_stages(state: Run, model: OpenModel) -> list[dict[str, Any]]:
         found["resumed"] = True
         records.append(found)
     if records:
-        _resume(model, folders[len(records) - 1], len(records), state.progress)
+        resume(model, folders[len(records) - 1])
+        state.progress.note(f"{len(records)} finished stage{'s' if len(records) > 1 else ''} reused")
     for index in range(len(records), len(recipe.stages)):
+        before = folders[index - 1] if index else None
+        workspace = _workspace(state, model, before, folders[index])
         records.append(
-            _run_stage(state, model, recipe.stages[index], calibration, keys[index][0], folders[index])
+            _run_stage(state, model, index, calibration, keys[index][0], folders[index], workspace)
         )
     return [{key: value for key, value in item.items() if key != "files"} for item in records]
 
 
-def _resume(model: OpenModel, folder: Path, count: int, progress: Progress) -> None:
-    module, manifest = read_checkpoint(folder)
-    model.module = module.to(next(model.module.parameters()).device)
-    model.quantization = dict(manifest.quantization)
-    model.history = list(manifest.history)
-    progress.note(f"{count} finished stage{'s' if count > 1 else ''} reused")
+def _workspace(state: Run, model: OpenModel, before: Path | None, folder: Path) -> Workspace:
+    """Return where the stage that will be kept in `folder` works; `before` holds its input."""
+    working = state.work.working_folder(folder)
+    if state.fresh:
+        remove_folder(working)
+        working.mkdir()
+    state.work.measured.mkdir(exist_ok=True)
+    device = str(next(model.module.parameters()).device)
+    return Workspace(
+        working, state.work.measured, state.workers, Reopener(state.recipe.model, device, before), state.fresh
+    )
 
 
 def _run_stage(
     state: Run,
     model: OpenModel,
-    stage: Stage,
+    index: int,
     calibration: DiffusionCalibration,
     input_hash: str,
     folder: Path,
+    workspace: Workspace,
 ) -> dict[str, Any]:
+    stage = state.recipe.stages[index]
     method = registry.get(stage.method)
     state.work.log("stage", method=stage.method, folder=folder.name)
     before = model.size()
     with report.measured() as cost, step(state.progress, stage.method):
-        details = method.apply(model, stage.settings, calibration, state.progress)
+        details = method.apply(model, stage.settings, calibration, workspace, state.progress)
     model.history.append(
         HistoryEntry(
             method=stage.method,
@@ -350,6 +360,7 @@ def execute(
     fresh: bool,
     overwrite: bool | None,
     strict: bool,
+    workers: int = 1,
     progress: Progress,
 ) -> dict[str, Any]:
     """Carry out a recipe that has passed the preflight; see `pipeline.run`."""
@@ -358,6 +369,7 @@ def execute(
     targets = [Path(export.path) for export in recipe.export]
     check_plan(recipe, targets, work.root)
     state = Run(loaded, work, Warnings(progress), fresh=fresh, overwrite=overwrite, strict=strict)
+    state.workers = workers
     with work.locked():
         work.log("run", recipe=str(loaded.file), model=recipe.model.id)
         with ExitStack() as folders:

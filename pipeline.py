@@ -54,6 +54,7 @@ def run(
     fresh: bool = False,
     overwrite: bool | None = None,
     strict: bool = False,
+    workers: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Carry out a recipe.
@@ -64,6 +65,7 @@ def run(
         fresh: redo every stage even where a finished one is kept.
         overwrite: replace output folders that compress wrote; None: as the recipe says.
         strict: turn warnings into failures before anything ships.
+        workers: processes that a stage may use; of no effect on the result.
         progress: told what is happening.
 
     Returns:
@@ -86,8 +88,9 @@ def run(
 
     work = WorkDirectory(Path(work_dir))
     return execute(
-        loaded, work, fresh=fresh, overwrite=overwrite, strict=strict, progress=progress or SilentProgress()
-    )
+        loaded, work, fresh=fresh, overwrite=overwrite, strict=strict, workers=workers,
+        progress=progress or SilentProgress(),
+    )  # fmt: skip
 
 
 def reproduce(

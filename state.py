@@ -38,6 +38,7 @@ class Run:
     Attributes:
         overwrite: replace output folders that compress wrote; None: as each export says.
         recorded_recipe: what the reports give as `recipe`; None: the recipe itself.
+        workers: processes that a stage may use.
     """
 
     loaded: LoadedRecipe
@@ -47,6 +48,7 @@ class Run:
     overwrite: bool | None
     strict: bool
     recorded_recipe: dict[str, Any] | None = None
+    workers: int = 1
     started: Started = field(default_factory=Started)
 
     @property

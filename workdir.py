@@ -4,7 +4,9 @@
       lock                       held by the one run that works here
       events.jsonl               what happened, one JSON object a line
       calibration/  reference/   recorded inputs and original outputs, by content hash
+      measured/                  what stages measured and others can use again, by content hash
       stages/KEY/                checkpoint after a stage, with stage.json and the hashes of its files
+      stages/KEY.working/        what an unfinished stage has kept so far
 
 A stage folder gets its name by a rename after everything in it is on the disk: what has a final name
 is whole. A changed recipe, input, seed or version changes the key, so old state is never reused.
@@ -37,6 +39,7 @@ class WorkDirectory:
         self.root = root
         self.calibration = root / "calibration"
         self.reference = root / "reference"
+        self.measured = root / "measured"
         self._stages = root / "stages"
 
     @contextmanager
@@ -69,6 +72,15 @@ class WorkDirectory:
         """Return where the stage with `key` is kept, whether or not it is there."""
         return self._stages / f"{method}-{key[:32]}"
 
+    def working_folder(self, folder: Path) -> Path:
+        """Return where the stage that is kept in `folder` keeps what it has so far; made here."""
+        working = self._working(folder)
+        working.mkdir(parents=True, exist_ok=True)
+        return working
+
+    def _working(self, folder: Path) -> Path:
+        return folder.with_name(folder.name + ".working")
+
     def read_stage(self, folder: Path) -> dict[str, Any] | None:
         """Return the record of a finished stage, or None where it is absent or was damaged."""
         record_path = folder / RECORD
@@ -95,3 +107,5 @@ class WorkDirectory:
             }
             text = json.dumps({**record, "files": files}, indent=1)
             (temporary / RECORD).write_text(text + "\n", encoding="utf-8")
+        if self._working(folder).exists():
+            remove_folder(self._working(folder))

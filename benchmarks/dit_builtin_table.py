@@ -18,6 +18,7 @@ from typing import Any
 from _common import REPOSITORY, parser, say, start, table
 from compress.calibration.diffusion import record
 from compress.compressors import registry
+from compress.compressors.base import Workspace
 from compress.evaluation.evaluator import Evaluator
 from compress.evaluation.size import size_metrics
 from compress.models.open import open_model
@@ -132,7 +133,7 @@ class Bench:
         model = open_model(self._ref, progress=self._silent)
         began = time.perf_counter()
         parsed = STAGES[method].model_validate(dict(settings))
-        registry.get(method).apply(model, parsed, self._calibration, self._silent)
+        registry.get(method).apply(model, parsed, self._calibration, Workspace(Path(), Path()), self._silent)
         seconds = time.perf_counter() - began
         metrics = dict(self._evaluator.compare(model, self._reference, self._silent).metrics)
         return {**metrics, **size_metrics(model)}, seconds

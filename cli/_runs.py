@@ -36,6 +36,7 @@ class How:
     fresh: bool = False
     overwrite: bool | None = None
     strict: bool = False
+    workers: int = 1
 
 
 @dataclass
@@ -155,6 +156,7 @@ def _carry_out_one(sink: Output, ending: Ending, loaded: LoadedRecipe, how: How)
                 fresh=how.fresh,
                 overwrite=how.overwrite,
                 strict=how.strict,
+                workers=how.workers,
                 progress=progress,
             )
 

@@ -25,6 +25,12 @@ _Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an output folder that compress wrote.")
 ]
 _Strict = Annotated[bool, typer.Option("--strict", help="Turn warnings into a failure.")]
+_Workers = Annotated[
+    int,
+    typer.Option(
+        min=1, metavar="N", help="Processes that a stage may use, where it can; the result stays the same."
+    ),
+]
 _Push = Annotated[
     str | None,
     typer.Option(
@@ -58,6 +64,7 @@ def run(
     overwrite: _Overwrite = False,
     strict: _Strict = False,
     no_verify_remote: _NoVerifyRemote = False,
+    workers: _Workers = 1,
     reproduce: _Reproduce = None,
     as_json: _options.AsJson = False,
     quiet: _options.Quiet = False,
@@ -99,7 +106,9 @@ def run(
         push=push,
         verify_remote=False if no_verify_remote else None,
     )
-    code = _runs.carry_out(sink, recipes, load, _runs.How(work_dir, fresh, overwrite or None, strict))
+    code = _runs.carry_out(
+        sink, recipes, load, _runs.How(work_dir, fresh, overwrite or None, strict, workers)
+    )
     if code:
         raise Told(code)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from ..calibration.base import Calibration
@@ -34,6 +35,28 @@ class StagePlan:
     layers: Sequence[dict[str, Any]] = field(default_factory=tuple)
 
 
+@dataclass(frozen=True)
+class Workspace:
+    """Where a stage works, and with how many hands.
+
+    Attributes:
+        folder: of this stage alone, named by all that its result depends on; what is put there survives
+            a kill, so that the next run goes on with it. It is deleted when the stage is finished.
+        shared: kept between runs, for what other settings of a stage can use again (sensitivities, say);
+            everything in it is named by the hash of what it depends on.
+        workers: processes that a stage may use; of no effect on what comes out.
+        reopen: opens the model again as this stage found it, in another process; picklable. None: the
+            stage has to do with one process.
+        fresh: measure anew what `shared` holds.
+    """
+
+    folder: Path
+    shared: Path
+    workers: int = 1
+    reopen: Callable[[], OpenModel] | None = None
+    fresh: bool = False
+
+
 class Compressor(Protocol[S_contra]):
     """A method. Stateless; registered by name in `compressors.registry`."""
 
@@ -49,6 +72,11 @@ class Compressor(Protocol[S_contra]):
         """
 
     def apply(
-        self, model: OpenModel, settings: S_contra, calibration: Calibration, progress: Progress
+        self,
+        model: OpenModel,
+        settings: S_contra,
+        calibration: Calibration,
+        workspace: Workspace,
+        progress: Progress,
     ) -> dict[str, Any]:
         """Change `model` in place and return the details for the report (JSON values)."""

@@ -15,31 +15,34 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..runtime.manifest import HistoryEntry, QuantizedModule
+from ..runtime.manifest import HistoryEntry, KernelScheme, QuantizedModule
 from .source_card import SourceCard
 
 Role = Literal[
     "attention.q", "attention.k", "attention.v", "attention.out",
     "cross.q", "cross.k", "cross.v", "cross.out",
-    "ff.in", "ff.out", "adaln", "embedder", "head",
+    "ff.in", "ff.gate", "ff.out", "adaln", "embedder", "head",
+    "projection", "conv", "conv.shortcut",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LinearSite:
-    """One `nn.Linear` and what it does in its model.
+    """One `nn.Linear` or `nn.Conv2d` and what it does in its model.
 
     Attributes:
         name: dotted name in `named_modules()`.
         role: what it computes.
         block: index of its block, None outside the blocks.
-        shape: (out_features, in_features).
+        shape: (out_features, in_features); of a convolution (out, in * height * width of its kernel).
+        kernel: the window of a convolution, None for a linear layer.
     """
 
     name: str
     role: Role
     block: int | None
     shape: tuple[int, int]
+    kernel: KernelScheme | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,9 @@ class Family(ABC):
     name: ClassVar[str]
     class_names: ClassVar[tuple[str, ...]]
     library: ClassVar[Literal["diffusers", "transformers"]] = "diffusers"
+    task: ClassVar[Literal["denoise", "language"]] = "denoise"
+    latents: ClassVar[str] = "hidden_states"
+    """Name of the denoiser's argument that holds the noisy latents [batch, channels, height, width]."""
 
     @abstractmethod
     def build(self, config: Mapping[str, Any]) -> nn.Module:

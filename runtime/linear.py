@@ -44,6 +44,12 @@ def tensor_shapes(scheme: QuantizedModule, dtype: torch.dtype) -> TensorShapes:
     if scheme.low_rank:
         shapes["low_rank_down"] = ((scheme.low_rank, columns), dtype)
         shapes["low_rank_up"] = ((rows, scheme.low_rank), dtype)
+    if scheme.activation is not None and scheme.activation.scope == "tensor":
+        shapes["activation_scale"] = ((1,), torch.float32)
+        if not scheme.activation.symmetric:
+            shapes["activation_zero_point"] = ((1,), torch.int16)
+    if scheme.first_token:
+        shapes["first_token_output"] = ((rows,), dtype)
     return shapes
 
 

@@ -21,6 +21,8 @@ MAX_BYTES = 16 * 2**20
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=512)]
 Width = Annotated[int, Field(ge=1, le=2**20)]
+Window = Annotated[int, Field(ge=1, le=64)]
+Padding = Annotated[int, Field(ge=0, le=64)]
 
 
 class _Strict(BaseModel):
@@ -28,10 +30,33 @@ class _Strict(BaseModel):
 
 
 class ActivationScheme(_Strict):
-    """Dynamic quantization of a layer's input: one scale per token over its channels."""
+    """How a layer's input is quantized.
+
+    Attributes:
+        bits: of an element.
+        symmetric: False has a zero point.
+        scope: what shares a scale. `token`: one per token over its channels, found while the model runs;
+            `sample`: one per item of the batch, found while it runs (convolutions, whose patches overlap);
+            `tensor`: one for everything, found by calibration and stored as the tensors
+            `activation_scale` and, on an asymmetric grid, `activation_zero_point`.
+    """
 
     bits: Literal[4, 6, 8]
     symmetric: bool = True
+    scope: Literal["token", "sample", "tensor"] = "token"
+
+
+class KernelScheme(_Strict):
+    """The window of a convolution whose weight is stored as a matrix [out, in * height * width].
+
+    Attributes:
+        size, stride, padding, dilation: (height, width); zeros are padded.
+    """
+
+    size: tuple[Window, Window] = Field(strict=False)
+    stride: tuple[Window, Window] = Field((1, 1), strict=False)
+    padding: tuple[Padding, Padding] = Field((0, 0), strict=False)
+    dilation: tuple[Window, Window] = Field((1, 1), strict=False)
 
 
 class RotationScheme(_Strict):
@@ -46,10 +71,10 @@ class RotationScheme(_Strict):
 
 
 class QuantizedModule(_Strict):
-    """How one `nn.Linear` is stored and executed; see `runtime.linear.QuantizedLinear`.
+    """How one `nn.Linear` or `nn.Conv2d` is stored and executed; see `runtime.linear` and `runtime.conv`.
 
     Attributes:
-        shape: (out_features, in_features).
+        shape: (out_features, in_features); of a convolution (out, in * height * width of its kernel).
         bits: of a stored weight.
         group_size: input channels per weight scale; None is one scale per output channel.
         symmetric: False adds a `zero_point` tensor.
@@ -58,6 +83,9 @@ class QuantizedModule(_Strict):
         rotation: applied after `input_scale`.
         low_rank: rank of the floating-point branch; 0 is none.
         bias: whether the layer has one; it stays in floating point.
+        kernel: the window of a convolution; None for a linear layer.
+        first_token: the output for the first token is not computed but stored, as the tensor
+            `first_token_output`: it is the same for every input (the start of a causal text encoder).
         method: the stage that made it.
         decided_by: the rule or pattern that chose the bits.
     """
@@ -71,6 +99,8 @@ class QuantizedModule(_Strict):
     rotation: RotationScheme | None = None
     low_rank: Annotated[int, Field(ge=0, le=2**12)] = 0
     bias: bool
+    kernel: KernelScheme | None = None
+    first_token: bool = False
     method: Annotated[str, Field(max_length=64)]
     decided_by: Annotated[str, Field(max_length=256)] = "default"
 

@@ -158,6 +158,12 @@ def expected_tensors(scheme: QuantizedModule, dtype: str) -> dict[str, tuple[str
     if scheme.low_rank:
         tensors["low_rank_down"] = (code, (scheme.low_rank, columns))
         tensors["low_rank_up"] = (code, (rows, scheme.low_rank))
+    if scheme.activation is not None and scheme.activation.scope == "tensor":
+        tensors["activation_scale"] = ("F32", (1,))
+        if not scheme.activation.symmetric:
+            tensors["activation_zero_point"] = ("I16", (1,))
+    if scheme.first_token:
+        tensors["first_token_output"] = (code, (rows,))
     return tensors
 
 

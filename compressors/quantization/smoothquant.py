@@ -12,7 +12,7 @@ from ...calibration.base import Calibration
 from ...models.base import ModelSpec, OpenModel
 from ...progress import Progress
 from ...recipes.stages import SmoothQuantSettings
-from ..base import StagePlan
+from ..base import StagePlan, Workspace
 from .planning import plan_stage
 from .stage import apply_stage
 
@@ -29,7 +29,12 @@ class SmoothQuant:
         return plan_stage(spec, settings)
 
     def apply(
-        self, model: OpenModel, settings: SmoothQuantSettings, calibration: Calibration, progress: Progress
+        self,
+        model: OpenModel,
+        settings: SmoothQuantSettings,
+        calibration: Calibration,
+        workspace: Workspace,
+        progress: Progress,
     ) -> dict[str, Any]:
         """Quantize in place; see `stage.apply_stage`."""
         return apply_stage(model, settings, calibration, progress)

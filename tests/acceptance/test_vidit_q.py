@@ -8,6 +8,7 @@ import pytest
 import torch
 from compress.calibration.diffusion import record
 from compress.compressors import registry
+from compress.compressors.base import Workspace
 from compress.compressors.quantization import balance
 from compress.compressors.quantization.grid import Grid, Steps, dequantize, quantize, round_to_nearest
 from compress.models.open import open_model
@@ -71,7 +72,9 @@ def run(make_tiny, tmp_path):
             cache=tmp_path / "c",
             progress=SilentProgress(),
         )
-        details = registry.get("vidit_q").apply(model, settings, calibration, SilentProgress())
+        details = registry.get("vidit_q").apply(
+            model, settings, calibration, Workspace(Path(), Path()), SilentProgress()
+        )
         return model, details
 
     return go

@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 import torch
 from compress.compressors import registry
+from compress.compressors.base import Workspace
 from compress.compressors.quantization import balance
 from compress.compressors.quantization.details import averages
 from compress.compressors.quantization.scheme import choose
@@ -13,7 +16,9 @@ from compress.runtime.linear import QuantizedLinear
 
 
 def apply(model, settings, calibration):
-    return registry.get(settings.method).apply(model, settings, calibration, SilentProgress())
+    return registry.get(settings.method).apply(
+        model, settings, calibration, Workspace(Path(), Path()), SilentProgress()
+    )
 
 
 def plan(model, settings):

@@ -1,0 +1,42 @@
+"""Going on where a run stopped: the model as a finished stage left it, here or in another process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .models.base import OpenModel
+from .models.open import open_model
+from .progress import SilentProgress
+from .recipes.schema import ModelRef
+from .runtime.load import read_checkpoint
+
+
+def resume(model: OpenModel, folder: Path) -> None:
+    """Put the checkpoint of a finished stage in the place of the module that was opened."""
+    module, manifest = read_checkpoint(folder)
+    model.module = module.to(next(model.module.parameters()).device)
+    model.quantization = dict(manifest.quantization)
+    model.history = list(manifest.history)
+
+
+@dataclass(frozen=True)
+class Reopener:
+    """Opens a model as a stage found it; picklable.
+
+    Attributes:
+        model: of the recipe.
+        device: of the run.
+        before: folder of the finished stage before; None for the first stage.
+    """
+
+    model: ModelRef
+    device: str
+    before: Path | None
+
+    def __call__(self) -> OpenModel:
+        """Open it."""
+        model = open_model(self.model, device=self.device, progress=SilentProgress())
+        if self.before is not None:
+            resume(model, self.before)
+        return model
