@@ -20,16 +20,13 @@ from .errors import PlanError, SourceError, UsageError, VerifyError
 from .models.registry import FAMILY_NAMES
 from .models.shapes import expected_shapes
 from .recipes import patterns
+from .recipes.export import REJECTED, overlap
 from .recipes.stages import GridSettings
 
 if TYPE_CHECKING:
     from .models.checkpoint import Checkpoint
     from .recipes.export import ExportSettings, PushSettings
     from .recipes.loader import LoadedRecipe
-
-
-REJECTED = ".rejected"
-"""Added to the name of a folder that is kept but was refused."""
 
 
 def check_targets(exports: Sequence[ExportSettings], work_dir: Path, *, overwrite: bool | None) -> None:
@@ -52,9 +49,7 @@ def check_targets(exports: Sequence[ExportSettings], work_dir: Path, *, overwrit
         )
         check_apart(Path(export.path), work_dir)
     for one, other in combinations([Path(export.path) for export in exports], 2):
-        first, second = _resolved(one), _resolved(other)
-        names = {first, _beside(first)} & {second, _beside(second)}
-        if names or first in second.parents or second in first.parents:
+        if overlap(one, other):
             raise UsageError(
                 f"{one} and {other}: these outputs lie within each other, or one is where the other is"
                 " kept when it is refused",

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import SourceError
-from .exporters.verify import MAX_REPORT_BYTES
-from .recipes.gates import Gate, judge
+from .exporters.verify import MAX_REPORT_BYTES, REPORT_NAME
 from .runtime.cpu import processor
 from .runtime.validate import read_json
 from .version import __version__
@@ -24,7 +23,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .models.base import ModelSpec
 
-FILE_NAME = "report.json"
+FILE_NAME = REPORT_NAME
 TOP_KEYS = ("recipe", "model", "stages", "evaluation", "gates", "export", "environment")
 TIMING_KEYS = frozenset(
     {
@@ -141,11 +140,6 @@ def measured() -> Iterator[Measured]:
     finally:
         result.seconds = round(time.monotonic() - started, 3)
         result.peak_rss_bytes = peak_rss_bytes()
-
-
-def check_gates(gates: Mapping[str, Gate], metrics: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Hold the measured metrics against `require`; a metric that was not measured fails its gate."""
-    return judge(gates, metrics)
 
 
 def environment(seed: int, device: str, threads: int, started: Started) -> dict[str, Any]:

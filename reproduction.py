@@ -8,20 +8,19 @@ the number of threads. Nothing that an earlier run kept is used, and nothing is 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from . import preflight, report
-from .calibration.inputs import FILE_KEYS
 from .errors import PlanError, RecipeError, SourceError, VerifyError
 from .exporters import published
 from .exporters.card import FILE_NAME as CARD_NAME
 from .exporters.card_subject import Subject
-from .exporters.recorded_recipe import RECIPE_NAME, check_recipe
-from .exporters.verify import is_kept, recorded_device
+from .exporters.recorded_recipe import RECIPE_NAME, check_recipe, copies
+from .exporters.verify import is_kept, recorded_device, recorded_environment
 from .models import checkpoint as checkpoints
 from .progress import Progress, step
 from .recipes.export import ExportSettings, PushSettings
@@ -129,7 +128,7 @@ def read_origin(folder: Path) -> Origin:
         check_recipe(folder, found)
         text = (folder / RECIPE_NAME).read_text(encoding="utf-8")
     except (RecipeError, OSError, KeyError, TypeError, ValueError) as error:
-        made_by = _environment(found).get("versions", {}).get("compress", "another version")
+        made_by = recorded_environment(found).get("versions", {}).get("compress", "another version")
         raise SourceError(
             f"{folder}: its report does not say how it was made: {error}",
             hint=f"it was written by compress {made_by}; reproduce it with that version",
@@ -181,20 +180,11 @@ def _place(folder: Path, found: Mapping[str, Any], push: PushSettings | None) ->
 
 def _copies(folder: Path, files: Mapping[str, str], recipe: Recipe) -> dict[str, Path]:
     """Return the copies, in the folder, of the files that the recipe samples on."""
-    moved = {}
-    for key in FILE_KEYS:
-        path: Path | None = getattr(recipe.calibration, key)
-        if path is None:
-            continue
+    moved = copies(recipe, folder)
+    for key, path in moved.items():
         if path.name not in files:
             raise ValueError(f"calibration.{key} names {path.name}, which is not among its files")
-        moved[key] = folder / path.name
     return moved
-
-
-def _environment(found: Mapping[str, Any]) -> Mapping[str, Any]:
-    environment = found.get("environment")
-    return environment if isinstance(environment, dict) else {}
 
 
 def _check_source(origin: Origin, progress: Progress) -> checkpoints.Checkpoint:
@@ -229,7 +219,7 @@ def _run_again(origin: Origin, scratch: Path, progress: Progress) -> tuple[dict[
     from . import execution
     from .state import Run, Warnings
 
-    recipe, environment = origin.loaded.recipe, _environment(origin.report)
+    recipe, environment = origin.loaded.recipe, recorded_environment(origin.report)
     made_on = recorded_device(origin.report) or recipe.device
     try:
         device = execution.resolve_device(made_on)
@@ -249,24 +239,18 @@ def _run_again(origin: Origin, scratch: Path, progress: Progress) -> tuple[dict[
         out.mkdir()
         return out
 
-    with state.work.locked(), _threads(environment.get("threads")):
+    with state.work.locked(), _as_many_threads(environment.get("threads")):
         (variant,) = execution.produce(state, device, place)
     rows = variant.document["export"]["files"]
     return variant.document, {row["name"]: row["sha256"] for row in rows}
 
 
-@contextmanager
-def _threads(recorded: Any) -> Iterator[None]:
+def _as_many_threads(recorded: Any) -> AbstractContextManager[None]:
     """Compute with as many threads as the first run had: sums depend on how they are split."""
-    import torch
+    from .runtime.threads import computing_with
 
-    before = torch.get_num_threads()
-    if isinstance(recorded, int) and 1 <= recorded <= _MOST_THREADS:
-        torch.set_num_threads(recorded)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    sensible = isinstance(recorded, int) and 1 <= recorded <= _MOST_THREADS
+    return computing_with(recorded) if sensible else nullcontext()
 
 
 def _compare(expected: Mapping[str, str], measured: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -284,7 +268,7 @@ def _compare(expected: Mapping[str, str], measured: Mapping[str, str]) -> list[d
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return what differs between two reports and may explain differing files: causes, then figures."""
-    then, here = _environment(before), _environment(now)
+    then, here = recorded_environment(before), recorded_environment(now)
     found = _changes("", then.get("versions"), here["versions"])
     found += _changes("", *({key: side.get(key) for key in _ENVIRONMENT} for side in (then, here)))
     evaluation = before.get("evaluation")

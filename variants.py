@@ -23,14 +23,14 @@ from .exporters.figures import write_figures
 from .exporters.formats import write
 from .exporters.fresh_process import verify_export
 from .exporters.licence import copy_licence
+from .exporters.recorded_recipe import RECIPE_NAME
 from .models.base import OpenModel
 from .progress import step
 from .recipes.export import ExportSettings
+from .recipes.gates import judge
 from .recipes.secrets import redacted
 from .state import Product, Run
 from .workdir import file_sha256
-
-RECIPE_NAME = "recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _export(
     parts = {
         "recipe": state.recorded_recipe or recipe.model_dump(mode="json"),
         "evaluation": {"metrics": evaluation.metrics, **evaluation.details},
-        "gates": report.check_gates(recipe.require, evaluation.metrics),
+        "gates": judge(recipe.require, evaluation.metrics),
         "export": {
             "path": str(export.path),
             "format": info.format,

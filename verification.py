@@ -11,24 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from torch import nn
 
 from . import report
-from .calibration.inputs import FILE_KEYS
-from .errors import PlanError, SourceError
+from .errors import PlanError, RecipeError, SourceError
 from .evaluation.agreement import Agreement, compare_metrics
 from .evaluation.evaluator import Evaluation, Evaluator
 from .evaluation.size import size_metrics
 from .execution import resolve_device
 from .exporters.fresh_process import verify_export
 from .exporters.inspection import foreign_schemes
-from .exporters.verify import FolderError
+from .exporters.recorded_recipe import recorded_recipe, with_copies
+from .exporters.verify import FolderError, recorded_environment
 from .models.base import OpenModel
 from .models.checkpoint import BUILTIN_PREFIX
 from .models.open import open_model
 from .progress import Progress
-from .recipes.gates import judge
+from .recipes.gates import failures, judge
 from .recipes.schema import ModelRef, Recipe
 from .runtime.load import load, read_checkpoint
 from .runtime.validate import INDEX_NAME, weight_files
@@ -177,8 +176,7 @@ def _check_figures(result: dict[str, Any], agreement: Agreement) -> None:
 
 def _check_gates(result: dict[str, Any], recipe: Recipe, evaluation: Evaluation) -> None:
     rows = judge(recipe.require, evaluation.metrics)
-    failed = [f"{row['metric']} is {row['measured']}, required {row['expected']}" for row in rows]
-    failed = [text for text, row in zip(failed, rows, strict=True) if not row["passed"]]
+    failed = failures(rows)
     result["gates"] = rows
     fine = f"{len(rows)} hold by the figures measured now" if rows else "the recipe requires nothing"
     _add(result, "gates now", "; ".join(failed) or fine, ok=not failed)
@@ -193,29 +191,21 @@ def _recorded_recipe(folder: Path, exported: Mapping[str, Any]) -> Recipe:
         SourceError: it is no recipe that this version knows.
     """
     try:
-        recipe = Recipe.model_validate(exported["recipe"])
+        recipe = recorded_recipe(exported)
         for part in (exported["evaluation"]["metrics"], exported["model"]["hashes"]):
             part.items()
         for part in (exported["model"]["id"], exported["export"]["format"]):
             part.encode()
-    except (ValidationError, KeyError, AttributeError, TypeError, ValueError) as error:
+    except (RecipeError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise SourceError(
             f"{folder / report.FILE_NAME}: holds no recipe that this version can carry out: {_reason(error)}",
             hint="verify it with the version that made it, or with the packages whose methods it uses",
         ) from None
-    copies = {
-        name: folder / Path(path).name
-        for name in FILE_KEYS
-        if (path := getattr(recipe.calibration, name)) is not None
-    }
-    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=copies)})
+    return with_copies(recipe, folder)
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors(include_input=False)[0]
-        return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
-    return f"{type(error).__name__}: {error}"
+    return error.message if isinstance(error, RecipeError) else f"{type(error).__name__}: {error}"
 
 
 def _base(recipe: Recipe, exported: Mapping[str, Any], against: str) -> ModelRef:
@@ -237,8 +227,7 @@ def _device(exported: Mapping[str, Any], device: str | None) -> str:
     """Return the wanted device, or the one that the figures were measured on where there is one."""
     if device is not None:
         return resolve_device(device)
-    environment = exported.get("environment")
-    recorded = environment.get("device") if isinstance(environment, dict) else None
+    recorded = recorded_environment(exported).get("device")
     try:
         return resolve_device(recorded if recorded in ("cpu", "cuda") else "auto")
     except PlanError:
@@ -251,8 +240,7 @@ def _quality_samples(recipe: Recipe) -> int | None:
 
 def _hint(exported: Mapping[str, Any]) -> str:
     """Say under which conditions the recorded figures were measured."""
-    environment = exported.get("environment")
-    known = environment if isinstance(environment, dict) else {}
+    known = recorded_environment(exported)
     versions = known.get("versions")
     torch_version = versions.get("torch") if isinstance(versions, dict) else None
     return (

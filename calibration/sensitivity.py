@@ -20,8 +20,8 @@ step, so there they are the samples. The model is never copied.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ import torch
 from ..errors import SourceError
 from ..models.base import OpenModel
 from ..progress import Progress, step
+from ..runtime.threads import computing_with
 from .content import content_key, hash_weights
 from .precision import computing_in
 from .sensitivity_calls import Calls
@@ -96,7 +97,7 @@ def measure(
     with appending(path, key, about, replace=replace) as (table, append):
         done = _resumed(path, table, places, threads, progress)
         measured = _measured(model, plan, targets, dict(done), team)
-        with step(progress, "sensitivities", len(places)), _threads(threads), closing(measured):
+        with step(progress, "sensitivities", len(places)), computing_with(threads), closing(measured):
             progress.advance(len(done))
             for row in measured if len(done) < len(places) else ():
                 append(row)
@@ -145,17 +146,6 @@ def _threads_of_each(workers: int, threads: int | None, opener: Callable[[], Ope
     if workers > 1 and opener is None:
         raise ValueError("several workers need an opener")
     return threads or max(1, torch.get_num_threads() // workers)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Compute with so many threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _places(targets: Sequence[Target]) -> list[Place]:

@@ -97,18 +97,11 @@ def run(
         return
     _refuse_for_many(recipes, changed)
     load = partial(
-        _options.load,
-        overrides=overrides,
-        model=model,
-        output=output,
-        seed=seed,
-        device=device,
-        push=push,
+        _options.load, overrides=overrides, model=model, output=output, seed=seed, device=device, push=push,
         verify_remote=False if no_verify_remote else None,
-    )
-    code = _runs.carry_out(
-        sink, recipes, load, _runs.How(work_dir, fresh, overwrite or None, strict, workers)
-    )
+    )  # fmt: skip
+    how = _runs.How(work_dir, fresh, overwrite or None, strict, workers)
+    code = _runs.carry_out(sink, recipes, load, how)
     if code:
         raise Told(code)
 

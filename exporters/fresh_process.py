@@ -22,6 +22,7 @@ from ..models.base import OpenModel
 from ..progress import Progress, step
 from ..recipes.secrets import TOKEN_VARIABLES
 from ..runtime.modules import name_of
+from ..runtime.threads import computing_with
 from ..runtime.validate import QUANT_METHOD, open_folder
 from .formats import as_shipped
 from .sdnq_format import check_written
@@ -186,13 +187,8 @@ def packages_of(format_: str) -> list[str]:
 
 
 def _run(module: nn.Module, inputs: Mapping[str, Any], threads: int | None) -> Tensor:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        with torch.no_grad():
-            output: Tensor = module(**inputs, return_dict=False)[0]
-    finally:
-        torch.set_num_threads(before)
+    with torch.no_grad(), computing_with(threads or torch.get_num_threads()):
+        output: Tensor = module(**inputs, return_dict=False)[0]
     return output.cpu()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..errors import SourceError, UsageError, VerifyError
-from ..recipes.export import PushSettings
+from ..recipes.export import REJECTED, PushSettings
 from ..recipes.secrets import holds_secret
 from ..runtime.hashes import file_sha256
 from ..runtime.validate import read_json
@@ -26,7 +26,6 @@ from .verify import MAX_REPORT_BYTES, REPORT_NAME, is_kept, recorded_device
 CARD_NAME = "README.md"  # what the Hub shows
 _DAMAGE = (KeyError, TypeError, AttributeError, ValueError, IndexError)
 _TEXTS = (".json", ".md", ".yaml", ".txt")
-REJECTED = ".rejected"
 
 
 @dataclass(frozen=True)

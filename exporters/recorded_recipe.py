@@ -31,6 +31,21 @@ def recorded_recipe(document: Mapping[str, Any]) -> Recipe:
     return load_recipe(recipe).recipe
 
 
+def copies(recipe: Recipe, folder: Path) -> dict[str, Path]:
+    """Return key of `calibration` -> the copy in an exported folder of the file that it names."""
+    return {
+        key: folder / Path(path).name
+        for key in FILE_KEYS
+        if (path := getattr(recipe.calibration, key)) is not None
+    }
+
+
+def with_copies(recipe: Recipe, folder: Path) -> Recipe:
+    """Return a recipe that samples on the copies in an exported folder."""
+    calibration = recipe.calibration.model_copy(update=copies(recipe, folder))
+    return recipe.model_copy(update={"calibration": calibration})
+
+
 def check_recipe(folder: Path, document: Mapping[str, Any]) -> str:
     """Hold the text of a folder's recipe against the resolved recipe of its report.
 

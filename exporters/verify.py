@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import CompressError, SourceError, VerifyError
 from ..models.source_card import is_text_name
-from ..recipes.gates import Gate, judge
+from ..recipes.gates import Gate, failures, judge
 from ..runtime.hashes import file_sha256
 from ..runtime.validate import QUANT_METHOD, open_folder, read_json
 from .recorded_recipe import check_recipe
@@ -21,6 +21,8 @@ REPORT_NAME = "report.json"
 MAX_REPORT_BYTES = 16 * 2**20
 
 
+_Read = Callable[[], dict[str, Any]]
+"""Returns the report of the folder; what it is wanted for says what is missing where it cannot be read."""
 _DEVICE = re.compile(r"cpu|cuda(:[0-9]+)?", re.ASCII)
 
 
@@ -59,12 +61,13 @@ def verify_folder(
     folder = Path(folder)
     if not folder.is_dir():
         raise SourceError(f"{folder} is not a folder")
+    read = _once(lambda: _report(folder))
     checks = [
-        _check("report", lambda: _check_report(folder)),
-        _check("files", lambda: _check_files(folder, set(elsewhere))),
-        _check("gates", lambda: _check_gates(folder)),
+        _check("report", lambda: _check_report(read)),
+        _check("files", lambda: _check_files(folder, read, set(elsewhere))),
+        _check("gates", lambda: _check_gates(read)),
         _check("tensors", lambda: _check_tensors(folder)),
-        _check("recipe", lambda: check_recipe(folder, _report(folder))),
+        _check("recipe", lambda: check_recipe(folder, read())),
     ]
     result = {"path": name or str(folder), "verified": all(check["ok"] for check in checks), "checks": checks}
     if not result["verified"]:
@@ -81,10 +84,28 @@ def _check(name: str, body: Callable[[], str]) -> dict[str, Any]:
         return {"name": name, "ok": False, "detail": f"{error.filename}: {error.strerror}"}
 
 
+def _once(read: _Read) -> _Read:
+    """Return a function that reads at its first call; what could not be read fails every time."""
+    found: list[dict[str, Any]] = []
+
+    def again() -> dict[str, Any]:
+        if not found:
+            found.append(read())
+        return found[0]
+
+    return again
+
+
 def _report(folder: Path) -> dict[str, Any]:
     if not (folder / REPORT_NAME).is_file():
         raise VerifyError(f"{REPORT_NAME} is missing")
     return read_json(folder / REPORT_NAME, MAX_REPORT_BYTES)
+
+
+def recorded_environment(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a report says of its machine; empty where it says nothing that can be read."""
+    environment = document.get("environment")
+    return environment if isinstance(environment, Mapping) else {}
 
 
 def recorded_device(document: Mapping[str, Any]) -> str | None:
@@ -93,8 +114,7 @@ def recorded_device(document: Mapping[str, Any]) -> str | None:
     Raises:
         SourceError: it names something else.
     """
-    environment = document.get("environment")
-    device = environment.get("device") if isinstance(environment, Mapping) else None
+    device = recorded_environment(document).get("device")
     if device is not None and not (isinstance(device, str) and _DEVICE.fullmatch(device)):
         raise SourceError(f"{REPORT_NAME}: environment.device {device!r} is neither cpu nor cuda")
     return device
@@ -114,25 +134,30 @@ def listed_files(folder: Path) -> list[dict[str, Any]]:
     Raises:
         VerifyError: there is no report, or it lists none.
     """
+    return _listed(lambda: _report(folder))
+
+
+def _listed(read: _Read) -> list[dict[str, Any]]:
     try:
-        files = _report(folder)["export"]["files"]
+        files = read()["export"]["files"]
         return [{"name": str(f["name"]), "bytes": int(f["bytes"]), "sha256": str(f["sha256"])} for f in files]
     except (SourceError, ValueError, KeyError, TypeError, OverflowError):
         raise VerifyError(f"{REPORT_NAME} has no readable export.files") from None
 
 
-def _check_report(folder: Path) -> str:
-    listed = listed_files(folder)
-    rejected = _report(folder)["export"].get("rejected")
+def _check_report(read: _Read) -> str:
+    listed = _listed(read)
+    rejected = read()["export"].get("rejected")
     if rejected:
         why = "; ".join(map(str, rejected)) if isinstance(rejected, list) else str(rejected)
         raise VerifyError(f"the run rejected this result: {why}")
     return f"{len(listed)} files listed"
 
 
-def _check_files(folder: Path, elsewhere: set[str]) -> str:
+def _check_files(folder: Path, read: _Read, elsewhere: set[str]) -> str:
     total = 0
-    for entry in listed_files(folder):
+    listed = _listed(read)
+    for entry in listed:
         name = entry["name"]
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise VerifyError(f"{name!r} is not a file of this folder")
@@ -144,7 +169,7 @@ def _check_files(folder: Path, elsewhere: set[str]) -> str:
         if file_sha256(path) != entry["sha256"]:
             raise VerifyError(f"{name!r} has another SHA-256 than the report says")
         total += entry["bytes"]
-    extra = _unlisted(folder, {entry["name"] for entry in listed_files(folder)}, elsewhere)
+    extra = _unlisted(folder, {entry["name"] for entry in listed}, elsewhere)
     if extra:
         more = f", nor are {len(extra) - 1} more" if len(extra) > 1 else ""
         raise VerifyError(f"{extra[0]!r} is not in the report{more}")
@@ -169,10 +194,10 @@ def _check_tensors(folder: Path) -> str:
     return f"{len(stored.tensors)} tensors fit config and manifest{quantized}"
 
 
-def _check_gates(folder: Path) -> str:
+def _check_gates(read: _Read) -> str:
     """Judge the recipe's gates anew by the recorded metrics; the recorded rows must say the same."""
     try:
-        document = _report(folder)
+        document = read()
         required = {str(name): Gate.parse(text) for name, text in document["recipe"]["require"].items()}
         rows = judge(required, dict(document["evaluation"]["metrics"]))
         recorded = document["gates"]
@@ -180,8 +205,6 @@ def _check_gates(folder: Path) -> str:
         raise VerifyError(f"{REPORT_NAME} has no readable gates and metrics") from None
     if recorded != rows:
         raise VerifyError("the gates of the report are not those of its recipe and its metrics")
-    failed = [f"{row['metric']} is {row['measured']}, required {row['expected']}" for row in rows]
-    failed = [text for text, row in zip(failed, rows, strict=True) if not row["passed"]]
-    if failed:
-        raise VerifyError("; ".join(failed))
+    if failures(rows):
+        raise VerifyError("; ".join(failures(rows)))
     return f"{len(rows)} hold by the recorded figures" if rows else "the recipe requires nothing"

@@ -26,6 +26,8 @@ _SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # What git and the Hub both take; refs/pr/N is a revision that can be read but not pushed to by name.
 _REF = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w-][\w.-]*)*", re.ASCII)
+REJECTED = ".rejected"
+"""A result that was refused is kept under its name with this at the end."""
 _DEFAULT_BRANCH = "main"  # of every repository that the Hub makes
 
 
@@ -126,13 +128,26 @@ class ExportSettings(_Settings):
     ) = Field(None, description="Repository that the verified result is pushed to; null: none.")
 
 
+def overlap(one: Path, two: Path) -> bool:
+    """Tell whether one of two outputs, or the place where it is kept when refused, is in the other's way."""
+    first, second = one.absolute().resolve(), two.absolute().resolve()
+    aside = [path.with_name(path.name + REJECTED) for path in (first, second)]
+    return (
+        not {first, aside[0]}.isdisjoint({second, aside[1]})
+        or first in second.parents
+        or second in first.parents
+    )
+
+
 def clash(exports: Sequence[ExportSettings]) -> tuple[tuple[str | int, ...], str, str] | None:
     """Return (location below `export`, what is wrong, what to do) for two exports in each other's way."""
     for index, item in enumerate(exports):
         for other in exports[:index]:
-            one, two = item.path.resolve(), other.path.resolve()
-            if one == two or one in two.parents or two in one.parents:
-                message = f"{item.path} and {other.path} lie within each other"
+            if overlap(item.path, other.path):
+                message = (
+                    f"{item.path} and {other.path} lie within each other, or one is where the other is"
+                    " kept when it is refused"
+                )
                 return (index, "path"), message, "give every export a folder of its own"
             if item.push is None or other.push is None or item.push.repo.lower() != other.push.repo.lower():
                 continue  # the Hub does not tell upper from lower case in the name of a repository

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -110,3 +110,12 @@ def judge(gates: Mapping[str, Gate], metrics: Mapping[str, float]) -> list[dict[
         passed = value is not None and gate.holds(value)
         rows.append({"metric": name, "expected": str(gate), "measured": value, "passed": passed})
     return rows
+
+
+def failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say of every row of `judge` that did not pass what was measured and what is required."""
+    return [
+        f"{row['metric']} is {row['measured']}, required {row['expected']}"
+        for row in rows
+        if not row["passed"]
+    ]

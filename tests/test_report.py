@@ -3,10 +3,9 @@ import sys
 import time
 
 import pytest
-from compress.recipes.gates import Gate
+from compress.recipes.gates import Gate, judge
 from compress.report import (
     Started,
-    check_gates,
     environment,
     measured,
     peak_rss_bytes,
@@ -22,7 +21,7 @@ def _gate(text):
 
 
 def test_gates_state_what_was_measured_and_whether_it_holds():
-    rows = check_gates(
+    rows = judge(
         {"size_ratio": _gate("<= 0.35"), "sqnr_db": _gate(">= 12")}, {"size_ratio": 0.3, "sqnr_db": 9.5}
     )
     assert [(row["metric"], row["measured"], row["passed"]) for row in rows] == [
@@ -32,11 +31,11 @@ def test_gates_state_what_was_measured_and_whether_it_holds():
 
 
 def test_a_metric_that_was_not_measured_fails_its_gate():
-    assert check_gates({"fid": _gate("<= 5")}, {})[0]["passed"] is False
+    assert judge({"fid": _gate("<= 5")}, {})[0]["passed"] is False
 
 
 def test_a_metric_that_is_not_a_number_fails_its_gate():
-    assert check_gates({"sqnr_db": _gate(">= 5")}, {"sqnr_db": float("nan")})[0]["passed"] is False
+    assert judge({"sqnr_db": _gate(">= 5")}, {"sqnr_db": float("nan")})[0]["passed"] is False
 
 
 def test_timings_are_the_only_difference_that_is_left_out():
