@@ -42,12 +42,15 @@ def methods(
 
 def describe(model: type[StageSettings]) -> dict[str, Any]:
     """Describe a method by its settings model, as a JSON document."""
-    schema = model.model_json_schema()
+    from ..recipes.schema import settings_schema
+
+    schema = settings_schema(model)
     settings = [
         {
             "name": name,
             "values": _values(field),
             "default": field.get("default"),
+            "required": name in schema.get("required", []),
             "description": field.get("description", ""),
         }
         for name, field in schema["properties"].items()
@@ -63,18 +66,20 @@ def describe(model: type[StageSettings]) -> dict[str, Any]:
 
 def _values(field: dict[str, Any]) -> str:
     """Say in a few characters what a setting may be."""
-    if "anyOf" in field:
-        return " | ".join(_values(option) for option in field["anyOf"])
+    if "anyOf" in field or "oneOf" in field:
+        return " | ".join(_values(option) for option in field.get("anyOf", []) + field.get("oneOf", []))
     if "enum" in field or "const" in field:
         return " | ".join(str(value) for value in field.get("enum", [field.get("const")]))
-    kind = {"array": "list", "integer": "whole number", "string": "text"}.get(field["type"], field["type"])
+    kind = {"array": "list", "integer": "whole number", "object": "mapping", "string": "text"}.get(
+        field["type"], field["type"]
+    )
     bounds = [f"{sign} {field[key]}" for key, sign in (("minimum", ">="), ("maximum", "<=")) if key in field]
     return " ".join([str(kind), *bounds])
 
 
 def _sections(item: dict[str, Any]) -> list[Section]:
     rows = [
-        [setting["name"], setting["values"], _default(setting["default"]), setting["description"]]
+        [setting["name"], setting["values"], _default(setting), setting["description"]]
         for setting in item["settings"]
     ]
     fits = ", ".join(item["families"])
@@ -85,7 +90,10 @@ def _sections(item: dict[str, Any]) -> list[Section]:
     ]
 
 
-def _default(value: Any) -> str:
+def _default(setting: dict[str, Any]) -> str:
+    value = setting["default"]
+    if setting["required"]:
+        return "required"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value) if value != [] else "[]"

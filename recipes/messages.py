@@ -76,7 +76,7 @@ def _findings(error: ValidationError, value: Any) -> list[Finding]:
     groups: dict[Location, list[dict[str, Any]]] = {}
     for row in error.errors(include_url=False, include_input=True):
         item: dict[str, Any] = {**row, "loc": _as_written(row["loc"], value)}
-        location = item["loc"] if item["type"] == "missing" else _existing(item["loc"], value)
+        location = _existing(item["loc"], value, item["type"] == "missing")
         groups.setdefault(location, []).append(item)
     found = []
     for location, rows in groups.items():
@@ -94,15 +94,24 @@ def _as_written(location: Location, value: Any) -> Location:
     return location
 
 
-def _existing(location: Location, value: Any) -> Location:
-    """Cut the parts of a location that name no key: pydantic's labels of a union's members."""
+def _existing(location: Location, value: Any, missing: bool) -> Location:
+    """Leave out the parts of a location that name no key: pydantic's labels of a union's members.
+
+    Args:
+        location: pydantic's.
+        value: the recipe.
+        missing: the last part is a key that is not there, but should be.
+    """
+    found: list[str | int] = []
     for depth, part in enumerate(location):
         inside = isinstance(value, dict) and part in value
         listed = isinstance(value, list) and isinstance(part, int) and part < len(value)
-        if not inside and not listed:
-            return location[:depth]
-        value = value[part]
-    return location
+        if inside or listed:
+            value = value[part]
+        elif not missing or depth < len(location) - 1:
+            continue
+        found.append(part)
+    return tuple(found)
 
 
 def _at(value: Any, location: Location) -> Any:
@@ -138,6 +147,8 @@ def _missing_hint(location: Location) -> str:
         ("stages",): "stages: [{rtn: {}}]",
         ("export", "path"): "path: out/result",
         ("export", "push", "repo"): "repo: org/name",
+        ("stages", "mixdq", "budget"): "budget: {mean_bits: 4}",
+        ("stages", "vidit_q", "bits", "budget"): "budget: {mean_bits: 4}",
     }
     keys = tuple(part for part in location if isinstance(part, str))
     return f"add `{examples.get(keys, f'{location[-1]}: ...')}`"
@@ -173,19 +184,25 @@ def _shown(value: Any) -> str:
 
 def allowed_keys(location: Location) -> list[str]:
     """Return the keys that may stand in the mapping at `location`."""
-    if len(location) == 3 and location[0] == "stages":
-        settings = settings_class(str(location[2]))
-        return list(settings.model_fields) if settings else []
     model: Any = Recipe
+    if len(location) >= 3 and location[0] == "stages":
+        model, location = settings_class(str(location[2])), location[3:]
     for part in (part for part in location if isinstance(part, str)):
-        if not (isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:
+        if get_origin(model) is dict:
+            model = _model_in(get_args(model)[1])
+        elif _is_model(model) and part in model.model_fields:
+            model = _model_in(model.model_fields[part].annotation)
+        else:
             return []
-        model = _model_in(model.model_fields[part].annotation)
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+    return list(model.model_fields) if _is_model(model) else []
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseModel)
 
 
 def _model_in(annotation: Any) -> Any:
-    """Return the model of `Model`, `Model | None`, `tuple[Model, ...]` or an annotated one."""
+    """Return what `X`, `X | None`, `tuple[X, ...]` or an annotated X is about: a model, or a dict."""
     if get_origin(annotation) in (Union, UnionType, tuple, Annotated):
         return _model_in(next((item for item in get_args(annotation) if item is not type(None)), None))
     return None if annotation is Stage else annotation

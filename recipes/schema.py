@@ -148,6 +148,25 @@ def settings_class(method: str) -> type[StageSettings] | None:
     return None
 
 
+def settings_schema(model: type[StageSettings]) -> dict[str, Any]:
+    """Return the JSON Schema of a method's settings, in one piece: without references to definitions."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, list):
+            return [whole(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if "$ref" in value:
+            described = {key: item for key, item in value.items() if key != "$ref"}
+            return {**whole(definitions[value["$ref"].rpartition("/")[2]]), **described}
+        return {key: whole(item) for key, item in value.items()}
+
+    found: dict[str, Any] = whole(schema)
+    return found
+
+
 def method_names() -> list[str]:
     """Return the names of all methods, those of other packages last."""
     return [
@@ -193,8 +212,7 @@ class Stage:
     def __get_pydantic_json_schema__(cls, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         choices = {}
         for method, model in STAGES.items():
-            described = model.model_json_schema()
-            choices[method] = {**described, "type": ["object", "null"]}
+            choices[method] = {**settings_schema(model), "type": ["object", "null"]}
         return {
             "type": "object",
             "description": "One stage: a method and its settings.",

@@ -5,9 +5,20 @@ A field's description is its documentation: `compress schema`, `compress methods
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
+
+from .allocation import AllocationSettings, BudgetSettings
 
 WeightBits = Literal[2, 3, 4, 6, 8]
 ActivationBits = Literal[4, 6, 8, 16]
@@ -23,11 +34,8 @@ class StageSettings(BaseModel):
     families: ClassVar[frozenset[str]]
 
 
-class GridSettings(StageSettings):
-    """The integer grids that all weight-and-activation quantizers share."""
-
-    phase: ClassVar[Phase] = "quantize"
-    families: ClassVar[frozenset[str]] = frozenset({"dit", "pixart", "sd3"})
+class BitsSettings(StageSettings):
+    """Equal bits for all layers."""
 
     weight_bits: WeightBits = Field(8, description="Bits of a weight of the quantized linear layers.")
     activation_bits: ActivationBits = Field(
@@ -35,6 +43,14 @@ class GridSettings(StageSettings):
         description="Bits of an activation, one dynamic scale per token; 16 leaves activations in floating "
         "point.",
     )
+
+
+class GridSettings(StageSettings):
+    """The integer grids that all weight-and-activation quantizers share, bits aside."""
+
+    phase: ClassVar[Phase] = "quantize"
+    families: ClassVar[frozenset[str]] = frozenset({"dit", "pixart", "sd3"})
+
     group_size: int | None = Field(
         None,
         ge=16,
@@ -51,10 +67,10 @@ class GridSettings(StageSettings):
     clip: Literal["minmax", "mse"] | None = Field(
         None, description="How the weight range is found; null: minmax at 6 and 8 bits, mse at 4 and below."
     )
-    adaln_weight_bits: Literal[8, 16] = Field(
+    adaln_weight_bits: Literal[8, 16] | None = Field(
         16,
         description="Bits of the adaptive-norm modulation weights (weight-only); 16 leaves them in floating "
-        "point.",
+        "point; null, where bits are allocated: theirs are, too.",
     )
     keep: tuple[str, ...] = Field(
         (),
@@ -63,13 +79,28 @@ class GridSettings(StageSettings):
     )
 
 
-class RtnSettings(GridSettings):
+class UniformSettings(GridSettings, BitsSettings):
+    """Grids with equal bits for all layers."""
+
+    @property
+    def allocation(self) -> AllocationSettings | None:
+        """How bits are chosen per layer; None where all have the same."""
+        return None
+
+    @model_validator(mode="after")
+    def _check_adaln(self) -> UniformSettings:
+        if self.adaln_weight_bits is None and self.allocation is None:
+            raise ValueError("adaln_weight_bits: null is for allocated bits; write 8 or 16")
+        return self
+
+
+class RtnSettings(UniformSettings):
     """Round-to-nearest: the grids alone, no balancing. The baseline."""
 
     method: ClassVar[str] = "rtn"
 
 
-class SmoothQuantSettings(GridSettings):
+class SmoothQuantSettings(UniformSettings):
     """SmoothQuant (arXiv 2211.10438): per-channel scales moved from activations to weights."""
 
     method: ClassVar[str] = "smoothquant"
@@ -93,7 +124,18 @@ Timestep = Annotated[int, Field(ge=0, le=1000)]
 TimestepRange = Annotated[tuple[Timestep, Timestep], AfterValidator(_ordered)]
 
 
-class ViditQSettings(GridSettings):
+def _form(value: Any) -> str:
+    return "word" if isinstance(value, str) else "mapping"
+
+
+# One of the two is validated, so that an error names its key inside the mapping.
+BitsChoice = Annotated[
+    Annotated[AllocationSettings, Tag("mapping")] | Annotated[Literal["mixdq"], Tag("word")],
+    Discriminator(_form),
+]
+
+
+class ViditQSettings(UniformSettings):
     """ViDiT-Q (arXiv 2406.02540): static-dynamic channel balance, then dynamic per-token quantization."""
 
     method: ClassVar[str] = "vidit_q"
@@ -124,6 +166,28 @@ class ViditQSettings(GridSettings):
         "arXiv 2411.05007); 0: none; beyond the paper.",
     )
 
+    bits: BitsChoice | None = Field(
+        None,
+        description="Bits per layer, chosen under a budget instead of weight_bits and activation_bits"
+        " (ViDiT-Q-MP): the keys of `mixdq`; the word mixdq stands for a budget of weight_bits on average.",
+    )
+
+    @property
+    def allocation(self) -> AllocationSettings | None:
+        """How bits are chosen per layer; None where all have the same."""
+        if self.bits != "mixdq":
+            return self.bits
+        budget = BudgetSettings(mean_bits=self.weight_bits)
+        return AllocationSettings(budget=budget, activation_bits=(self.activation_bits,))
+
+    @model_validator(mode="after")
+    def _check_bits(self) -> ViditQSettings:
+        if isinstance(self.bits, AllocationSettings):
+            for name in BitsSettings.model_fields:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} has no effect beside bits; leave it out")
+        return self
+
     @field_validator("timestep_ranges")
     @classmethod
     def _apart(cls, ranges: tuple[TimestepRange, ...]) -> tuple[TimestepRange, ...]:
@@ -143,7 +207,34 @@ class ViditQSettings(GridSettings):
         return self
 
 
+class MixdqSettings(GridSettings, AllocationSettings):
+    """MixDQ (arXiv 2405.17873): bits per layer, allocated exactly under a budget by measured sensitivity."""
+
+    method: ClassVar[str] = "mixdq"
+
+    weight_symmetric: bool = Field(
+        True, description="Symmetric weight grid, as the paper; false: min-max with a zero point."
+    )
+    adaln_weight_bits: Literal[8, 16] | None = Field(
+        None,
+        description="Bits of the adaptive-norm modulation weights (weight-only), 16 for floating point; null:"
+        " allocated as the others.",
+    )
+    rounding: Literal["nearest", "gptq"] = Field(
+        "nearest", description="gptq: error-compensating rounding (arXiv 2210.17323); beyond the paper."
+    )
+
+    @property
+    def allocation(self) -> AllocationSettings:
+        """How bits are chosen per layer."""
+        return self
+
+
+QuantizeSettings = UniformSettings | MixdqSettings
+"""What the quantization methods of this package take."""
+
 STAGES: dict[str, type[StageSettings]] = {
-    settings.method: settings for settings in (RtnSettings, SmoothQuantSettings, ViditQSettings)
+    settings.method: settings
+    for settings in (RtnSettings, SmoothQuantSettings, ViditQSettings, MixdqSettings)
 }
 PHASES: tuple[Phase, ...] = ("prune", "recover", "quantize", "plan")

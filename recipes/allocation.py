@@ -1,0 +1,207 @@
+"""Settings of a bit allocation: what may be chosen for a layer, and under which budget. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
+
+AllocatedBits = Literal[2, 3, 4, 6, 8, 16]
+AllocatedActivationBits = Literal[4, 6, 8, 16]
+
+FLOAT_BITS = 16
+"""What stands for floating point among offered bits, whatever the model's own type is."""
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_BYTES_PATTERN = r"^[0-9]+(\.[0-9]+)? ?(B|KB|MB|GB)$"
+
+Item = TypeVar("Item", bound=int)
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _bytes(value: Any) -> Any:
+    """Turn text such as `1.5 GB` into bytes; what is no text is left to the next check."""
+    if not isinstance(value, str):
+        return value
+    if re.fullmatch(_BYTES_PATTERN, value.strip()) is None:
+        raise ValueError(f"{value!r} is no number of bytes; write a whole number, or as 800 KB, 1.5 MB, 2 GB")
+    found = re.fullmatch(r"([0-9.]+) ?([A-Z]*)", value.strip())
+    assert found is not None
+    return int(Decimal(found[1]) * _UNITS[found[2]])
+
+
+def _each_once(values: tuple[Item, ...]) -> tuple[Item, ...]:
+    twice = sorted({value for value in values if values.count(value) > 1})
+    if twice:
+        raise ValueError(f"{twice[0]} is there twice")
+    return values
+
+
+SizeBytes = Annotated[
+    int,
+    BeforeValidator(_bytes),
+    Field(ge=1),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": _BYTES_PATTERN}]}
+    ),
+]
+OfferedBits = Annotated[tuple[AllocatedBits, ...], Field(min_length=1), AfterValidator(_each_once)]
+OfferedActivationBits = Annotated[
+    tuple[AllocatedActivationBits, ...], Field(min_length=1), AfterValidator(_each_once)
+]
+Patterns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+
+
+class BudgetSettings(_Settings):
+    """What the weights may take; several limits are all kept."""
+
+    mean_bits: float | None = Field(
+        None,
+        gt=0.0,
+        le=16.0,
+        description="Average bits of the layers that have a choice, weighted by their weights; scales and"
+        " biases are not counted, as in arXiv 2405.17873.",
+    )
+    bytes: SizeBytes | None = Field(
+        None,
+        description="Bytes of all tensors of the model after the stage, scales and biases included: a number,"
+        " or text such as 1.5 MB (decimal units).",
+    )
+    ratio: float | None = Field(
+        None,
+        gt=0.0,
+        le=1.0,
+        description="The same as a share of the tensor bytes before the stage; the gate `size_ratio` counts"
+        " alike.",
+    )
+
+    @model_validator(mode="after")
+    def _any(self) -> BudgetSettings:
+        if self.mean_bits is None and self.bytes is None and self.ratio is None:
+            raise ValueError("the budget is empty; give mean_bits, bytes or ratio, or several of them")
+        return self
+
+
+class ActivationBudgetSettings(_Settings):
+    """Which inputs stay in more bits than the fewest offered."""
+
+    mean_bits: float | None = Field(
+        None, gt=0.0, le=16.0, description="Average bits of the inputs, weighted by their elements."
+    )
+    protect: float | None = Field(
+        None,
+        ge=0.0,
+        le=1.0,
+        description="Share of the layers, by count, whose inputs stay in floating point: those that lose most"
+        " (0.01 in arXiv 2405.17873).",
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> ActivationBudgetSettings:
+        if (self.mean_bits is None) == (self.protect is None):
+            raise ValueError("give mean_bits or protect, one of the two")
+        return self
+
+
+class GroupSettings(_Settings):
+    """Layers whose sensitivity is measured alike."""
+
+    layers: Patterns = Field(description="Patterns of full layer names; `*` matches within and across dots.")
+    metric: Literal["sqnr_db", "ssim"] = Field(
+        "sqnr_db", description="sqnr_db: error power of the output; ssim: structural similarity (images)."
+    )
+    bits: OfferedBits | None = Field(None, description="Weight bits offered in the group; null: the stage's.")
+    activation_bits: OfferedActivationBits | None = Field(
+        None, description="Activation bits offered in the group; null: the stage's."
+    )
+
+
+class SensitivitySettings(_Settings):
+    """What the sensitivities are measured on."""
+
+    samples: int = Field(
+        8,
+        ge=1,
+        description="Calibration samples (of a language model: sequences) that are measured on. Allocations"
+        " are compared on as many others, so `calibration.samples` should be twice this.",
+    )
+    steps: int = Field(
+        8, ge=1, le=1000, description="Timesteps of each, evenly spread; of no meaning for language models."
+    )
+    table: Path | None = Field(
+        None, description="File of an earlier measurement of the same model and settings; null: measure."
+    )
+
+
+class AllocationSettings(_Settings):
+    """A choice of bits for every layer, so that the model loses least under a budget."""
+
+    budget: BudgetSettings = Field(description="What the weights may take: mean_bits, bytes, ratio.")
+    bits: OfferedBits = Field((2, 3, 4, 8, 16), description="Weight bits offered; 16 is floating point.")
+    activation_bits: OfferedActivationBits = Field(
+        (8,), description="Activation bits offered; 16 is floating point."
+    )
+    activation_budget: ActivationBudgetSettings | None = Field(
+        None, description="Decides among several activation_bits: mean_bits or protect."
+    )
+    objective: Literal["power", "mixdq"] = Field(
+        "power",
+        description="power: least sum of relative error powers; mixdq: the paper's largest sum of decibels"
+        " and similarities (arXiv 2405.17873).",
+    )
+    groups: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], GroupSettings] | None = Field(
+        None, description="Name -> layers and their metric; null: those of the model's family."
+    )
+    points: int = Field(12, ge=1, le=200, description="Allocations that are tried and measured, at most.")
+    fixed: dict[str, AllocatedBits] = Field(
+        default_factory=dict, description="Pattern of layer names -> weight bits that are not to be chosen."
+    )
+    fixed_activations: dict[str, AllocatedActivationBits] = Field(
+        default_factory=dict,
+        description="Pattern of layer names -> activation bits that are not to be chosen.",
+    )
+    sensitivity: SensitivitySettings = Field(
+        SensitivitySettings.model_validate({}), description="What the sensitivities are measured on."
+    )
+
+    @model_validator(mode="after")
+    def _check_activations(self) -> AllocationSettings:
+        offered = {*self.activation_bits}
+        for group in (self.groups or {}).values():
+            offered |= {*(group.activation_bits or ())}
+        if len(offered) > 1 and self.activation_budget is None:
+            raise ValueError(
+                f"activation_bits offers {', '.join(map(str, sorted(offered)))}, but nothing decides among"
+                " them; give activation_budget"
+            )
+        if len(offered) == 1 and self.activation_budget is not None:
+            raise ValueError(
+                f"activation_budget has nothing to decide: activation_bits offers {min(offered)} alone"
+            )
+        protect = self.activation_budget is not None and self.activation_budget.protect is not None
+        if protect and (FLOAT_BITS not in offered or len(offered) != 2):
+            raise ValueError("activation_budget.protect needs activation_bits to be 16 and one other number")
+        return self
+
+    @model_validator(mode="after")
+    def _check_bits(self) -> AllocationSettings:
+        offered = {*self.bits}
+        for group in (self.groups or {}).values():
+            offered |= {*(group.bits or ())}
+        if len(offered) == 1:
+            raise ValueError(f"bits offers {min(offered)} alone: there is nothing to choose")
+        return self
