@@ -23,6 +23,9 @@ from .recipes import patterns
 from .recipes.export import REJECTED, overlap
 from .recipes.stages import GridSettings
 
+_TABLES = (".embedding_table.weight", ".embed_tokens.weight")
+"""Matrices of which rows are looked up: no linear layers."""
+
 if TYPE_CHECKING:
     from .models.checkpoint import Checkpoint
     from .recipes.export import ExportSettings, PushSettings
@@ -216,7 +219,7 @@ def linear_names(checkpoint: Checkpoint) -> list[str]:
     return [
         name.removesuffix(".weight")
         for name, shape in shapes.items()
-        if name.endswith(".weight") and len(shape) == 2 and "embedding_table" not in name
+        if name.endswith(".weight") and len(shape) == 2 and not name.endswith(_TABLES)
     ]
 
 

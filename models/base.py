@@ -53,7 +53,7 @@ class FoldGroup:
         targets: names of the linears that share the input.
         absorb: called with (module, m) where m [in_features] float multiplies the input channels
             from now on; changes the producer's weights. The caller divides the targets' columns.
-        producers: names of the linears whose weights `absorb` changes.
+        producers: names of the linears or norms whose weights `absorb` changes.
     """
 
     targets: tuple[str, ...]
@@ -117,6 +117,8 @@ class Family(ABC):
     class_names: ClassVar[tuple[str, ...]]
     library: ClassVar[Literal["diffusers", "transformers"]] = "diffusers"
     task: ClassVar[Literal["denoise", "language"]] = "denoise"
+    tied: ClassVar[bool] = False
+    """Copies (`replicas`) are one tensor in the stock module, and stock checkpoints store them once."""
     latents: ClassVar[str] = "hidden_states"
     """Name of the denoiser's argument that holds the noisy latents [batch, channels, height, width]."""
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SourceError
 from ..runtime.hashes import file_sha256
+from ..runtime.language_config import class_name_of, implied_copies
 from ..runtime.strict_json import parse_object
 from . import scan
 from .headers import TensorHeader, merge_headers
@@ -133,7 +134,8 @@ def check_shapes(checkpoint: Checkpoint) -> None:
                 f"the config implies {list(expected[name])}",
                 hint=hint,
             )
-    missing = [name for name in expected if name not in checkpoint.headers]
+    copies = implied_copies(checkpoint.config)
+    missing = [name for name in expected if name not in checkpoint.headers and name not in copies]
     if missing:
         raise SourceError(
             f"{checkpoint.folder}: {_some('tensor', missing)} missing from the weights", hint=hint
@@ -202,7 +204,7 @@ def _builtin(name: str) -> Path:
     folder = BUILTIN_FOLDER / name
     if re.fullmatch(r"[a-z0-9_]+", name) is None or not (folder / CONFIG_NAME).is_file():
         configs = BUILTIN_FOLDER.glob(f"*/{CONFIG_NAME}")
-        names = sorted(path.parent.name for path in configs if "_class_name" in read_json(path))
+        names = sorted(path.parent.name for path in configs if class_name_of(read_json(path)))
         known = ", ".join(BUILTIN_PREFIX + known for known in names) or "none"
         raise SourceError(f"{BUILTIN_PREFIX}{name}: no such built-in model", hint=f"built in: {known}")
     return folder
@@ -229,10 +231,7 @@ def _component(root: Path, subfolder: str | None, ref_id: str) -> tuple[Path, Pa
 
 
 def _class_name(raw: Mapping[str, Any], where: Path) -> str:
-    given = raw.get("_class_name")
-    architectures = raw.get("architectures")
-    if not given and isinstance(architectures, list) and architectures:
-        given = architectures[0]
+    given = class_name_of(raw)
     class_name = stock_class_name(given, raw)
     if class_name is None:
         shown = f"{given!r}" if given else "a class that the config does not name"
@@ -269,7 +268,8 @@ def _weight_files(folder: Path, *, required: bool) -> tuple[Path, ...]:
         )
     if required:
         raise SourceError(
-            f"{folder}: no safetensors weights", hint="expected diffusion_pytorch_model.safetensors"
+            f"{folder}: no safetensors weights",
+            hint=f"expected {' or '.join(f'{stem}.safetensors' for stem in WEIGHTS_STEMS)}",
         )
     return ()
 

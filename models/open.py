@@ -73,6 +73,7 @@ def open_model(
     with step(progress, f"reading {ref.id}", checkpoint.bytes):
         for path, group in by_file(dict(checkpoint.headers)):
             hashes[path.name] = _read_file(path, group, module, spec.dtype, progress)
+    _tie(module, spec)
     shared = _equal_copies(module, spec, progress)
     module = module.to(target).eval().requires_grad_(False)
     source = Source(checkpoint.id, checkpoint.folder, checkpoint.revision, hashes, checkpoint.card)
@@ -178,6 +179,24 @@ def _place(module: nn.Module, name: str, tensor: Tensor) -> None:
         owner._buffers[leaf] = tensor
     else:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _tie(module: nn.Module, spec: ModelSpec) -> None:
+    """Let tied copies be one tensor again: reading gave a place of its own to each.
+
+    Raises:
+        SourceError: both are stored and differ, though the config says that they are one.
+    """
+    for copy, first in spec.shared.items() if spec.family.tied else ():
+        stored, one = module.get_parameter(copy), module.get_parameter(first)
+        if not stored.is_meta and not torch.equal(stored, one):
+            raise SourceError(
+                f"{spec.source.folder}: tensor {copy!r} differs from {first!r}, and the config says that they"
+                " are one",
+                hint="set tie_word_embeddings to false in its config.json if both are meant",
+            )
+        owner, _, leaf = copy.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, one)
 
 
 def _equal_copies(module: nn.Module, spec: ModelSpec, progress: Progress) -> dict[str, str]:

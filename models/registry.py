@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SourceError
+from ..runtime.language_config import LANGUAGE_CLASSES
 
 if TYPE_CHECKING:
     from .base import Family
@@ -15,8 +16,14 @@ FAMILY_NAMES: Mapping[str, str] = {
     "DiTTransformer2DModel": "dit",
     "PixArtTransformer2DModel": "pixart",
     "SD3Transformer2DModel": "sd3",
+    **dict.fromkeys(LANGUAGE_CLASSES, "llm"),
 }
-_ADAPTERS: Mapping[str, str] = {"dit": "DiTFamily", "pixart": "PixArtFamily", "sd3": "SD3Family"}
+_ADAPTERS: Mapping[str, str] = {
+    "dit": "DiTFamily",
+    "pixart": "PixArtFamily",
+    "sd3": "SD3Family",
+    "llm": "LanguageFamily",
+}
 
 # Before diffusers 0.30 one class served several models; their configs still say so on the Hub.
 _FORMER_CLASS = "Transformer2DModel"

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..runtime.config import DEFAULTS, complete_config, model_width
+from ..runtime.language_config import LANGUAGE_CLASSES
+from .llm_shapes import language_tensors
 
 __all__ = [
     "DEFAULTS",
@@ -35,7 +37,7 @@ def expected_shapes(class_name: str, config: Mapping[str, Any]) -> dict[str, Sha
     """Return the state dict's names and shapes, persistent buffers included.
 
     Args:
-        class_name: a key of `DEFAULTS`.
+        class_name: a supported stock class.
         config: completed by `complete_config`.
     """
     return dict(_BUILDERS[class_name](config))
@@ -164,4 +166,5 @@ _BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], Named]] = {
     "DiTTransformer2DModel": _dit,
     "PixArtTransformer2DModel": _pixart,
     "SD3Transformer2DModel": _sd3,
+    **dict.fromkeys(LANGUAGE_CLASSES, language_tensors),
 }

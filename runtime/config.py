@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import SourceError
+from .language_config import complete_language_config, is_language_class
 
 MAX_WIDTH = 2**20
 MAX_LAYERS = 2**12
@@ -57,6 +58,8 @@ def complete_config(class_name: str, config: Mapping[str, Any], where: str) -> d
     Raises:
         SourceError: naming `where` and the first value that is wrong or not supported.
     """
+    if is_language_class(class_name):
+        return complete_language_config(class_name, config, where)
     defaults = DEFAULTS[class_name]
     full = {key: config.get(key, default) for key, default in defaults.items()}
     for key, value in full.items():

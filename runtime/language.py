@@ -1,0 +1,47 @@
+"""Building a language model's stock module from its config; no code but that of transformers runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..errors import SourceError
+from .language_config import class_name_of, stock_arguments
+
+AUTO_CLASS = "AutoModelForCausalLM"
+"""What users of transformers load any of these models with."""
+
+
+def build_language_model(config: Mapping[str, Any], where: str = "config.json") -> nn.Module:
+    """Build the stock module on the current default device, in the current default dtype.
+
+    Args:
+        config: as `language_config.complete_language_config` accepts it, `_class_name` or not.
+        where: for the message.
+
+    Raises:
+        SourceError: the stock class refuses the config.
+    """
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    name = str(class_name_of(config))
+    try:
+        stock_config = transformers.AutoConfig.for_model(**stock_arguments(config))
+        module: nn.Module = getattr(transformers, name)(stock_config)
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        NotImplementedError,
+        RuntimeError,
+        StrictDataclassError,
+        TypeError,
+        ValueError,
+        ZeroDivisionError,
+    ) as error:
+        reason = " ".join(str(error).split())
+        raise SourceError(f"{where}: {name} refuses it: {reason}") from error
+    return module

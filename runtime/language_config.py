@@ -1,0 +1,209 @@
+"""What the config of a language model may say, and what follows from it. Torch-free.
+
+A config of transformers is kept as it stands: what it says about positions, windows or tokens is no
+concern of ours and must reach the exported folder unchanged. Only what decides shapes is read here,
+and held against limits, because a config is untrusted input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import SourceError
+
+MAX_WIDTH = 2**20
+MAX_LAYERS = 2**12
+MAX_POSITIONS = 2**24
+MAX_NUMBER = 2.0**40  # bases of rotary positions, ids, windows
+
+_OPTIONAL: dict[str, Any] = {
+    "num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048,
+    "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
+}  # fmt: skip
+# Of every class: its model_type, and the stock defaults of what decides shapes and may be left out.
+LANGUAGE_CLASSES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "LlamaForCausalLM": ("llama", _OPTIONAL),
+    "MistralForCausalLM": (
+        "mistral", {**_OPTIONAL, "num_key_value_heads": 8, "max_position_embeddings": 4096 * 32}
+    ),
+    "Qwen2ForCausalLM": (
+        "qwen2", {**_OPTIONAL, "num_key_value_heads": 32, "max_position_embeddings": 32768}
+    ),
+    "Qwen3ForCausalLM": (
+        "qwen3",
+        {**_OPTIONAL, "num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
+    ),
+}  # fmt: skip
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+# They choose code instead of a structure: a kernel, a class of the repository's own.
+_NOT_STRUCTURE = frozenset({"architectures", "attn_implementation", "auto_map", "quantization_config"})
+
+
+@dataclass(frozen=True)
+class LanguageShape:
+    """The sizes of a decoder with gated feed-forward networks.
+
+    Attributes:
+        head_dim: channels of a head; heads * head_dim need not be `width`.
+        qkv_bias, out_bias, mlp_bias: which linears have one.
+        head_norms: queries and keys are normalised per head.
+        positions: the longest sequence.
+        tied: the head is the embedding.
+    """
+
+    vocabulary: int
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    positions: int
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    head_norms: bool
+    tied: bool
+
+
+def is_language_class(class_name: object) -> bool:
+    """Tell whether a stock class is a language model that is supported."""
+    return isinstance(class_name, str) and class_name in LANGUAGE_CLASSES
+
+
+def class_name_of(config: Mapping[str, Any]) -> str | None:
+    """Return the stock class that a config.json names: its `_class_name`, or the first of `architectures`."""
+    given = config.get("_class_name")
+    architectures = config.get("architectures")
+    if not given and isinstance(architectures, list) and architectures:
+        given = architectures[0]
+    return given if isinstance(given, str) and given else None
+
+
+def complete_language_config(class_name: str, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Check a config and return it as it stands, with `_class_name` as all other configs have it.
+
+    Raises:
+        SourceError: naming `where` and the first value that is wrong or not supported.
+    """
+    model_type = LANGUAGE_CLASSES[class_name][0]
+    if config.get("model_type", model_type) != model_type:
+        raise SourceError(f"{where}: model_type {config['model_type']!r} is not {model_type!r}")
+    for key, value in config.items():
+        _check_numbers(key, value, where)
+    for key in _REQUIRED:
+        limit = MAX_LAYERS if key == "num_hidden_layers" else MAX_WIDTH
+        _check_integer(key, config.get(key), limit, where)
+    shape_keys = _structural(class_name, config)
+    for key in ("num_key_value_heads", "head_dim"):
+        if shape_keys[key] is not None:
+            _check_integer(key, shape_keys[key], MAX_WIDTH, where)
+    _check_integer("max_position_embeddings", shape_keys["max_position_embeddings"], MAX_POSITIONS, where)
+    for key in _FLAGS:
+        if not isinstance(shape_keys[key], bool):
+            raise SourceError(f"{where}: {key}: {shape_keys[key]!r} is not true or false")
+    full = {"_class_name": class_name, **config}
+    _check_relations(language_shape(full), where)
+    return full
+
+
+def language_shape(config: Mapping[str, Any]) -> LanguageShape:
+    """Return the sizes that a config implies.
+
+    Args:
+        config: of `complete_language_config`.
+    """
+    class_name = config["_class_name"]
+    keys = _structural(class_name, config)
+    heads = int(config["num_attention_heads"])
+    has_bias_key = class_name in ("LlamaForCausalLM", "Qwen3ForCausalLM")
+    bias = bool(keys["attention_bias"]) and has_bias_key
+    return LanguageShape(
+        vocabulary=int(config["vocab_size"]),
+        width=int(config["hidden_size"]),
+        inner=int(config["intermediate_size"]),
+        layers=int(config["num_hidden_layers"]),
+        heads=heads,
+        kv_heads=int(keys["num_key_value_heads"] or heads),
+        head_dim=int(keys["head_dim"] or config["hidden_size"] // heads),
+        positions=int(keys["max_position_embeddings"]),
+        qkv_bias=bias or class_name == "Qwen2ForCausalLM",
+        out_bias=bias,
+        mlp_bias=bool(keys["mlp_bias"]) and class_name == "LlamaForCausalLM",
+        head_norms=class_name == "Qwen3ForCausalLM",
+        tied=bool(keys["tie_word_embeddings"]),
+    )
+
+
+def implied_copies(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tensors that are one with another one by the config: copy -> stored name.
+
+    Stock checkpoints do not store the copies, and stock classes make them again.
+    """
+    class_name = class_name_of(config)
+    if not is_language_class(class_name) or not config.get("tie_word_embeddings", False):
+        return {}
+    return {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def stock_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the stock config class is built from; nothing that makes it fetch or run other code."""
+    arguments = {
+        key: value for key, value in config.items() if not key.startswith("_") and key not in _NOT_STRUCTURE
+    }
+    arguments["model_type"] = LANGUAGE_CLASSES[str(class_name_of(config))][0]
+    return arguments
+
+
+def check_language_config(config: Mapping[str, Any], tensors: int, where: str) -> None:
+    """Refuse a config that its checkpoint cannot belong to, before anything of its sizes is built.
+
+    Args:
+        config: config.json of a folder.
+        tensors: how many the folder stores.
+        where: for the message.
+
+    Raises:
+        SourceError: naming the first value that is wrong.
+    """
+    full = complete_language_config(str(class_name_of(config)), config, where)
+    layers = language_shape(full).layers
+    if layers > tensors:
+        raise SourceError(f"{where}: num_hidden_layers {layers} with only {tensors} stored tensors")
+
+
+def _structural(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: config.get(key, default) for key, default in LANGUAGE_CLASSES[class_name][1].items()}
+
+
+def _check_integer(key: str, value: Any, limit: int, where: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+        raise SourceError(f"{where}: {key}: {value!r} is not an integer from 1 to {limit}")
+
+
+def _check_numbers(key: str, value: Any, where: str) -> None:
+    """Hold every number in a value, however deep, against the largest that a model has."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict | list):
+            waiting.extend(item.values() if isinstance(item, dict) else item)
+        elif isinstance(item, int | float) and not (math.isfinite(item) and abs(item) <= MAX_NUMBER):
+            raise SourceError(f"{where}: {key} {item} is out of range", hint="the config was changed by hand")
+
+
+def _check_relations(shape: LanguageShape, where: str) -> None:
+    if shape.heads % shape.kv_heads:
+        raise SourceError(
+            f"{where}: num_key_value_heads {shape.kv_heads} does not divide num_attention_heads {shape.heads}"
+        )
+    if shape.head_dim < 2 or shape.head_dim % 2:
+        raise SourceError(f"{where}: head_dim {shape.head_dim} is not even, as rotary positions need it")
+    if shape.heads * shape.head_dim > MAX_WIDTH:
+        raise SourceError(
+            f"{where}: num_attention_heads * head_dim = {shape.heads * shape.head_dim}; at most {MAX_WIDTH}"
+        )
