@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -87,9 +87,7 @@ class QuantizedLinear(nn.Module):
         self._forget()
 
     @classmethod
-    def from_tensors(
-        cls, scheme: QuantizedModule, dtype: torch.dtype, tensors: Mapping[str, Tensor]
-    ) -> QuantizedLinear:
+    def from_tensors(cls, scheme: QuantizedModule, dtype: torch.dtype, tensors: Mapping[str, Tensor]) -> Self:
         """Build a layer around existing tensors, without copying them.
 
         Raises:
@@ -119,10 +117,10 @@ class QuantizedLinear(nn.Module):
         self._rotation: Rotation | None = None
         self._scaled_sign: Tensor | None = None
 
-    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # `.half()` and `.to(dtype)` reach every floating buffer; the grids must stay what they are.
         kept = {name: getattr(self, name) for name in ("scale", "input_scale")}
-        result: QuantizedLinear = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        result: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             after = getattr(self, name)
             if before is not None and after.dtype != before.dtype:

@@ -105,6 +105,22 @@ class QuantizedModule(_Strict):
     decided_by: Annotated[str, Field(max_length=256)] = "default"
 
     @model_validator(mode="after")
+    def _fits_its_kind(self) -> QuantizedModule:
+        scope = self.activation.scope if self.activation else None
+        if self.kernel is None:
+            if scope == "sample":
+                raise ValueError("activation.scope sample is for convolutions, and there is no kernel")
+            return self
+        pixels = self.kernel.size[0] * self.kernel.size[1]
+        if self.shape[1] % pixels:
+            raise ValueError(f"{self.shape[1]} columns are no multiple of the kernel's {pixels} pixels")
+        if self.input_scale or self.rotation or self.low_rank or self.first_token:
+            raise ValueError("a convolution has no input_scale, rotation, low_rank or first_token")
+        if scope == "token":
+            raise ValueError("activation.scope token is for linear layers: windows of a convolution overlap")
+        return self
+
+    @model_validator(mode="after")
     def _divides(self) -> QuantizedModule:
         columns = self.shape[1]
         block = self.rotation.block if self.rotation else None

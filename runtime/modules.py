@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from ..errors import SourceError
+from .conv import QuantizedConv2d
 from .linear import QuantizedLinear
 from .manifest import QuantizedModule
+from .windows import kernel_of
 
 ALIGNMENT = 64
 EXACT = frozenset({"qweight", "scale", "zero_point", "input_scale", "rotation_sign"})
@@ -36,30 +38,42 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def layer_class(scheme: QuantizedModule) -> type[QuantizedLinear]:
+    """Return the class of a quantized layer: a convolution's where the scheme has a kernel."""
+    return QuantizedLinear if scheme.kernel is None else QuantizedConv2d
+
+
 def swap_linears(module: nn.Module, schemes: Mapping[str, QuantizedModule], dtype: torch.dtype) -> None:
-    """Replace the listed `nn.Linear`s by empty quantized layers on the meta device.
+    """Replace the listed `nn.Linear`s and `nn.Conv2d`s by empty quantized layers on the meta device.
 
     Raises:
-        SourceError: a name is not a linear layer of this shape.
+        SourceError: a name is not a layer of this kind, shape and window.
     """
     for name, scheme in schemes.items():
         try:
-            linear = module.get_submodule(name)
+            layer = module.get_submodule(name)
         except AttributeError:
             raise SourceError(f"the manifest lists layer {name}, which the model does not have") from None
-        if not isinstance(linear, nn.Linear):
-            kind = type(linear).__name__
-            raise SourceError(f"the manifest lists layer {name}, which is a {kind}, not a Linear")
-        stated, real = tuple(scheme.shape), (linear.out_features, linear.in_features)
-        if stated != real or scheme.bias != (linear.bias is not None):
-            raise SourceError(
-                f"layer {name}: the manifest says {stated}, bias {scheme.bias}; "
-                f"the model has {real}, bias {linear.bias is not None}"
-            )
+        _check_same(name, scheme, layer)
         with torch.device("meta"):
-            layer = QuantizedLinear(scheme, dtype)
+            quantized = layer_class(scheme)(scheme, dtype)
         parent, _, attribute = name.rpartition(".")
-        setattr(module.get_submodule(parent), attribute, layer)
+        setattr(module.get_submodule(parent), attribute, quantized)
+
+
+def _check_same(name: str, scheme: QuantizedModule, layer: nn.Module) -> None:
+    """Refuse a layer of the model that is not what the manifest says."""
+    wanted, kind = "Conv2d" if scheme.kernel else "Linear", type(layer).__name__
+    if not isinstance(layer, nn.Linear | nn.Conv2d) or isinstance(layer, nn.Linear) == bool(scheme.kernel):
+        raise SourceError(f"the manifest lists layer {name}, which is a {kind}, not a {wanted}")
+    stated, real = tuple(scheme.shape), (layer.weight.shape[0], layer.weight[0].numel())
+    if stated != real or scheme.bias != (layer.bias is not None):
+        raise SourceError(
+            f"layer {name}: the manifest says {stated}, bias {scheme.bias}; "
+            f"the model has {real}, bias {layer.bias is not None}"
+        )
+    if isinstance(layer, nn.Conv2d) and kernel_of(layer) != scheme.kernel:
+        raise SourceError(f"layer {name}: the manifest says {scheme.kernel}; the model has {layer}")
 
 
 def quantized_layers(module: nn.Module) -> dict[str, QuantizedLinear]:

@@ -1,0 +1,179 @@
+"""The quantized convolution: stored as a matrix of integers, convolved in integers when it runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import integer, prepacked_conv
+from .linear import QuantizedLinear
+from .manifest import QuantizedModule
+from .windows import area, output_size, padded, parts, windows
+
+_PART_ELEMENTS = 2**24
+"""Integers of windows that lie in memory at a time: 16 MiB, and twice that where int32 sums are added."""
+
+
+class QuantizedConv2d(QuantizedLinear):
+    """A convolution with an integer weight: y = Q(x) * W^ + bias, of one group and padded with zeros.
+
+    W^ is stored as the matrix [out, in * height * width] of the weight [out, in, height, width]; see
+    `linear.tensor_shapes`. Q has one scale for all pixels that a window may read: one per item of
+    the batch, found while the layer runs, or one that calibration found. A pixel is rounded before
+    windows are laid out, and zero stays zero, so the padding is exact.
+
+    Args:
+        scheme: how it is stored and executed; `scheme.kernel` is its window.
+        dtype: of the bias.
+    """
+
+    def __init__(self, scheme: QuantizedModule, dtype: torch.dtype) -> None:
+        if scheme.kernel is None:
+            raise ValueError("a convolution's scheme has a kernel")
+        super().__init__(scheme, dtype)
+        self.window = scheme.kernel
+        self.kernel_size, self.stride = self.window.size, self.window.stride
+        self.padding, self.dilation, self.groups = self.window.padding, self.window.dilation, 1
+        self.out_channels = self.out_features
+        self.in_channels = self.in_features // area(self.window)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._convolution: prepacked_conv.PackedConv | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**super().__getstate__(), "_convolution": None}
+
+    def kernels(self, matrix: Tensor) -> Tensor:
+        """Return a matrix [out, in * height * width] as the weight [out, in, height, width]."""
+        return matrix.view(self.out_channels, self.in_channels, *self.kernel_size)
+
+    def _float_conv(self, x: Tensor) -> Tensor:
+        """Convolve with a weight that is turned into floats for this call alone."""
+        weight = self.kernels(self.dequantized_weight()).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
+
+    def _quantize(self, x: Tensor, *, unsigned: bool = False) -> integer.Tokens:
+        """Quantize x [batch, channels, height, width].
+
+        Returns:
+            Levels of the shape of x, channels last in memory; scale, and zero where there is one,
+            [batch, 1].
+        """
+        activation = self.scheme.activation
+        assert activation is not None
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        flat = (x.permute(0, 2, 3, 1) if last else x).reshape(x.shape[0], -1)
+        items = integer.quantize_tokens(flat, activation.bits, activation.symmetric, unsigned=unsigned)
+        if last:
+            q = items.q.view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+        else:
+            q = items.q.view(x.shape).contiguous(memory_format=torch.channels_last)
+        return items._replace(q=q)
+
+    def reference_forward(self, x: Tensor) -> Tensor:
+        """Compute with rounded floats in float32: what `forward` must reproduce.
+
+        Args:
+            x: [batch, in, height, width] float.
+
+        Returns:
+            float32 [batch, out, height, width].
+        """
+        x = x.float()
+        if self.scheme.activation is not None:
+            items = self._quantize(x)
+            level = items.q.float()
+            if items.zero is not None:
+                level = level + items.zero.view(-1, 1, 1, 1)
+            x = level * items.scale.view(-1, 1, 1, 1)
+        return self._float_conv(x)
+
+    def _lay_out(self) -> integer.IntegerWeight:
+        weight = super()._lay_out()
+        if weight.scale.shape[0] > 1:
+            return weight
+        # Windows are laid out faster with the channels last; groups of channels would be torn apart.
+        q = weight.q.view(self.out_channels, self.in_channels, -1).transpose(1, 2)
+        return weight._replace(q=q.reshape(weight.q.shape).contiguous())
+
+    def _convolvable(self, x: Tensor) -> prepacked_conv.PackedConv | None:
+        """Return the weight in oneDNN's layout; None where its convolution cannot take it."""
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or self.scale.shape[1] > 1:
+            return None
+        if self._convolution is None and prepacked_conv.is_available(self.in_features):
+            weight = super()._lay_out()
+            zero = None if weight.zero is None else weight.zero[0]
+            self._convolution = prepacked_conv.pack(
+                self.kernels(weight.q), weight.scale[0], zero, self.bias, self.window
+            )
+        return self._convolution
+
+    def _by_windows(self, x: Tensor) -> Tensor:
+        """Multiply windows by the weight, some rows of the output at a time: [batch, height, width, out]."""
+        weight = self._laid_out()
+        groups = weight.scale.shape[0]
+        items = self._quantize(x)
+        size = output_size(x.shape[2], x.shape[3], self.window)
+        y = torch.empty(x.shape[0], *size, self.out_channels, dtype=x.dtype, device=x.device)
+        image = self._padded(items)
+        for part in parts(x.shape[0], size, self.in_features, _PART_ELEMENTS):
+            rows = windows(image, self.window, part, size[1], channels_first=groups > 1)
+            each = rows.shape[0] // (part[0].stop - part[0].start)
+            tokens = integer.Tokens(
+                rows,
+                items.scale[part[0]].repeat_interleave(each, dim=0),
+                None if items.zero is None else items.zero[part[0]].repeat_interleave(each, dim=0),
+                None,
+            )
+            if weight.zero is not None and groups == 1:
+                total = rows.sum(dim=-1, keepdim=True, dtype=torch.int32).float()
+                tokens = tokens._replace(total=total)
+            y[part] = integer.linear(tokens, weight, self.bias, x.dtype).view(y[part].shape)
+        return y
+
+    def _padded(self, items: integer.Tokens) -> Tensor:
+        """Return the levels [batch, height, width, channels] with the level of zero around them."""
+        image = items.q.permute(0, 2, 3, 1)
+        if items.zero is None:
+            return padded(image, self.window)
+        # Differences to the level of zero would not fit int8, so the border is filled in afterwards.
+        around = padded(image, self.window)
+        inside = padded(torch.ones_like(image[:1, ..., :1], dtype=torch.bool), self.window)
+        return torch.where(inside, around, items.zero.neg().to(torch.int8).view(-1, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve with integer products.
+
+        Args:
+            x: [batch, in, height, width] float32, float16 or bfloat16.
+
+        Returns:
+            [batch, out, height, width] in x's dtype. Where activations are quantized it is channels
+            last in memory, as from a stock convolution whose weight is: the next one is faster then.
+        """
+        if self.scheme.activation is None:
+            return self._float_conv(x)
+        convolution = self._convolvable(x)
+        if convolution is None:
+            return self._by_windows(x).permute(0, 3, 1, 2)
+        items = self._quantize(x, unsigned=True)
+        return prepacked_conv.convolve(items.q, *_grids(items), convolution, x.dtype)
+
+    def extra_repr(self) -> str:
+        """Describe the scheme in one line."""
+        activation = f"A{self.scheme.activation.bits}" if self.scheme.activation else "A16"
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size},"
+            f" stride={self.stride}, padding={self.padding}, W{self.scheme.bits}{activation}"
+        )
+
+
+def _grids(items: integer.Tokens) -> tuple[list[float], list[int]]:
+    """Return scales and levels of zero of levels stored as q + 128."""
+    scales = items.scale.flatten().tolist()
+    if items.zero is None:
+        return scales, [prepacked_conv.OFFSET] * len(scales)
+    return scales, [prepacked_conv.OFFSET - int(zero) for zero in items.zero.flatten().tolist()]
