@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...recipes.stages import GridSettings
+from ...recipes.stages import UniformSettings
 from ...runtime.linear import tensor_shapes
 from ...runtime.manifest import QuantizedModule
 from .scheme import Choice
@@ -53,7 +53,7 @@ def layer_row(choice: Choice, scheme: QuantizedModule | None, dtype: torch.dtype
     return row
 
 
-def label(settings: GridSettings) -> str:
+def label(settings: UniformSettings) -> str:
     """Return the stage's label such as W4A8; print it only beside the averages."""
     return f"W{settings.weight_bits}A{settings.activation_bits}"
 
@@ -64,7 +64,7 @@ def _mean_bits(rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def averages(
-    rows: Sequence[Mapping[str, Any]], settings: GridSettings, shared: Mapping[str, str]
+    rows: Sequence[Mapping[str, Any]], settings: UniformSettings, shared: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return the label with what it hides: mean bits, and the layers above the labelled bits.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...models.base import ModelSpec, TensorSpec
-from ...recipes.stages import GridSettings
+from ...recipes.stages import UniformSettings
 from ...runtime.linear import tensor_shapes
 from ..base import StagePlan
 from .details import averages, layer_row
@@ -46,7 +46,7 @@ def _peak_bytes(spec: ModelSpec, choices: Sequence[Choice], compensate: bool) ->
 
 def _notes(
     choices: Sequence[Choice],
-    settings: GridSettings,
+    settings: UniformSettings,
     rows: Sequence[dict[str, Any]],
     shared: Mapping[str, str],
 ) -> list[str]:
@@ -74,7 +74,7 @@ def _notes(
     return notes
 
 
-def plan_stage(spec: ModelSpec, settings: GridSettings) -> StagePlan:
+def plan_stage(spec: ModelSpec, settings: UniformSettings) -> StagePlan:
     """Predict a stage of any of the quantization methods.
 
     Raises:

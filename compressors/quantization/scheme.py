@@ -11,7 +11,13 @@ from torch import nn
 from ...errors import PlanError
 from ...models.base import Family, FoldGroup, LinearSite
 from ...recipes.patterns import select, unmatched
-from ...recipes.stages import GridSettings, SmoothQuantSettings, ViditQSettings
+from ...recipes.stages import (
+    GridSettings,
+    MixdqSettings,
+    SmoothQuantSettings,
+    UniformSettings,
+    ViditQSettings,
+)
 from ...runtime.manifest import ActivationScheme, QuantizedModule, RotationScheme
 from ...runtime.rotation import block_for, has_hadamard
 from .grid import Clip, Grid
@@ -42,7 +48,7 @@ class Options:
 
 
 def options_of(settings: GridSettings) -> Options:
-    """Return what the settings of any of the three methods ask for."""
+    """Return what the settings of any of the methods ask for."""
     if isinstance(settings, ViditQSettings):
         return Options(
             settings.method,
@@ -54,6 +60,8 @@ def options_of(settings: GridSettings) -> Options:
         )
     if isinstance(settings, SmoothQuantSettings):
         return Options(settings.method, settings.act_exponent)
+    if isinstance(settings, MixdqSettings):
+        return Options(settings.method, compensate=settings.rounding == "gptq")
     return Options(settings.method)
 
 
@@ -95,9 +103,30 @@ def grid_of(settings: GridSettings, scheme: QuantizedModule) -> Grid:
     return Grid(scheme.bits, scheme.symmetric, clip_of(settings, scheme.bits), scheme.group_size)
 
 
-def activation_of(settings: GridSettings) -> ActivationScheme | None:
-    """Return the activation grid; None leaves activations in floating point."""
-    bits = settings.activation_bits
+@dataclass(frozen=True)
+class Survey:
+    """The linears of a model before anything is decided about bits.
+
+    Attributes:
+        sites: all of them, in forward order.
+        biased: names of those with a bias.
+        float_rules: those left in floating point -> the rule that decided.
+        groups: the others, modulation layers aside, grouped by shared input.
+    """
+
+    sites: tuple[LinearSite, ...]
+    biased: frozenset[str]
+    float_rules: Mapping[str, str]
+    groups: tuple[Group, ...]
+
+    @property
+    def folded(self) -> frozenset[str]:
+        """Names of the layers whose channel scale a producer absorbs."""
+        return frozenset(name for group in self.groups if group.fold for name in group.targets)
+
+
+def activation_of(settings: GridSettings, bits: int) -> ActivationScheme | None:
+    """Return the activation grid of so many bits; None leaves activations in floating point."""
     if bits == 16:
         return None
     symmetric = settings.activation_symmetric
@@ -131,52 +160,97 @@ def _check_unquantized(method: str, quantization: Mapping[str, QuantizedModule])
         )
 
 
-def _adaln(site: LinearSite, settings: GridSettings, options: Options, bias: bool) -> Choice:
-    if settings.adaln_weight_bits == 16:
-        return Choice(site, None, "adaln_weight_bits: 16")
-    rule = f"adaln_weight_bits: {settings.adaln_weight_bits}"
-    scheme = QuantizedModule(
+def modulation_scheme(survey: Survey, site: LinearSite, method: str, bits: int, rule: str) -> QuantizedModule:
+    """Return the scheme of an adaptive-norm modulation layer: weight-only, symmetric, one scale per row."""
+    return QuantizedModule(
         shape=site.shape,
-        bits=settings.adaln_weight_bits,
+        bits=bits,
         symmetric=True,
-        bias=bias,
-        method=options.method,
+        bias=site.name in survey.biased,
+        method=method,
         decided_by=rule,
     )
-    return Choice(site, scheme, rule)
 
 
-def _main(site: LinearSite, settings: GridSettings, options: Options, bias: bool, folded: bool) -> Choice:
-    columns = site.shape[1]
+def linear_scheme(
+    survey: Survey, site: LinearSite, settings: GridSettings, bits: int, activation_bits: int, rule: str
+) -> QuantizedModule:
+    """Return the scheme of a layer at so many bits, transforms that depend on data at their largest.
+
+    Args:
+        survey: of the model.
+        site: the layer.
+        settings: of the stage.
+        bits: of a weight: 2, 3, 4, 6 or 8.
+        activation_bits: 4, 6, 8 or 16, which stands for floating point.
+        rule: what decided the bits.
+
+    Raises:
+        PlanError: `group_size` does not divide the layer's inputs.
+    """
+    options, columns = options_of(settings), site.shape[1]
     if settings.group_size and columns % settings.group_size:
         raise PlanError(
             f"{site.name}: group_size {settings.group_size} does not divide its {columns} input channels",
             hint="choose a divisor, or keep the layer in floating point",
         )
     block = rotation_block("block" if options.rotation == "auto" else options.rotation, columns)
-    scheme = QuantizedModule(
+    return QuantizedModule(
         shape=site.shape,
-        bits=settings.weight_bits,
+        bits=bits,
         group_size=settings.group_size,
         symmetric=settings.weight_symmetric,
-        activation=activation_of(settings),
-        input_scale=options.act_exponent is not None and not folded,
+        activation=activation_of(settings, activation_bits),
+        input_scale=options.act_exponent is not None and site.name not in survey.folded,
         rotation=RotationScheme(block=block) if block else None,
         low_rank=min(options.low_rank, *site.shape),
-        bias=bias,
+        bias=site.name in survey.biased,
         method=options.method,
-        decided_by=f"weight_bits: {settings.weight_bits}",
+        decided_by=rule,
     )
-    return Choice(site, scheme, scheme.decided_by)
+
+
+def survey_linears(
+    family: Family,
+    module: nn.Module,
+    settings: GridSettings,
+    quantization: Mapping[str, QuantizedModule],
+) -> Survey:
+    """Find out which linears stay in floating point, and which of the others share an input.
+
+    Args:
+        family: of the model.
+        module: with or without weights (meta device).
+        settings: of the stage.
+        quantization: what earlier stages have quantized.
+
+    Raises:
+        PlanError: a pattern matches nothing, nothing is left to quantize, or a layer is quantized already.
+    """
+    method = options_of(settings).method
+    _check_unquantized(method, quantization)
+    sites = family.linears(module)
+    names = [site.name for site in sites]
+    _check_keep(settings.keep, names)
+    float_rules = _float_rules(family, sites, settings.keep)
+    main = {site.name for site in sites if site.role != "adaln" and site.name not in float_rules}
+    if not main:
+        raise PlanError(
+            f"{method}: no linear layer is left to quantize",
+            hint="`keep` covers all of them; take out a pattern or the stage",
+        )
+    groups = _groups(family.folds(module), names, main, set(select(settings.keep, names)))
+    biased = frozenset(name for name in names if module.get_submodule(name).bias is not None)
+    return Survey(tuple(sites), biased, float_rules, tuple(groups))
 
 
 def choose(
     family: Family,
     module: nn.Module,
-    settings: GridSettings,
+    settings: UniformSettings,
     quantization: Mapping[str, QuantizedModule],
 ) -> tuple[list[Choice], list[Group]]:
-    """Decide what happens to every linear of a model.
+    """Decide what happens to every linear of a model, with equal bits for all.
 
     A rule earlier in this list wins: a pattern of `keep`; `adaln_weight_bits` for modulation layers;
     the family's own list of layers left in floating point; embedders and heads in floating point;
@@ -192,34 +266,23 @@ def choose(
         One choice per linear in forward order, and the quantized ones grouped by shared input.
 
     Raises:
-        PlanError: a pattern matches nothing, nothing is left to quantize, a layer is quantized
-            already, or `group_size` does not divide a layer's inputs.
+        PlanError: see `survey_linears` and `linear_scheme`.
     """
-    options = options_of(settings)
-    _check_unquantized(options.method, quantization)
-    sites = family.linears(module)
-    names = [site.name for site in sites]
-    _check_keep(settings.keep, names)
-    float_rules = _float_rules(family, sites, settings.keep)
-    main = {site.name for site in sites if site.role != "adaln" and site.name not in float_rules}
-    if not main:
-        raise PlanError(
-            f"{options.method}: no linear layer is left to quantize",
-            hint="`keep` covers all of them; take out a pattern or the stage",
-        )
-    groups = _groups(family.folds(module), names, main, set(select(settings.keep, names)))
-    folded = {name for group in groups if group.fold for name in group.targets}
-
+    survey = survey_linears(family, module, settings, quantization)
     choices: list[Choice] = []
-    for site in sites:
-        bias = module.get_submodule(site.name).bias is not None
-        if site.name in float_rules:
-            choices.append(Choice(site, None, float_rules[site.name]))
-        elif site.role == "adaln":
-            choices.append(_adaln(site, settings, options, bias))
-        else:
-            choices.append(_main(site, settings, options, bias, site.name in folded))
-    return choices, groups
+    for site in survey.sites:
+        scheme: QuantizedModule | None = None
+        rule = survey.float_rules.get(site.name)
+        if rule is None and site.role == "adaln":
+            bits = settings.adaln_weight_bits or 16
+            rule = f"adaln_weight_bits: {bits}"
+            if bits != 16:
+                scheme = modulation_scheme(survey, site, settings.method, bits, rule)
+        elif rule is None:
+            bits, rule = settings.weight_bits, f"weight_bits: {settings.weight_bits}"
+            scheme = linear_scheme(survey, site, settings, bits, settings.activation_bits, rule)
+        choices.append(Choice(site, scheme, rule))
+    return choices, list(survey.groups)
 
 
 def _float_rules(family: Family, sites: Sequence[LinearSite], keep: Sequence[str]) -> dict[str, str]:

@@ -18,25 +18,21 @@ from ...calibration.seeds import generator_for
 from ...errors import StageError
 from ...models.base import OpenModel
 from ...progress import Progress, step
-from ...recipes.stages import GridSettings
-from ...runtime import packing
-from ...runtime.linear import QuantizedLinear
-from ...runtime.manifest import QuantizedModule, RotationScheme
+from ...recipes.stages import UniformSettings
+from ...runtime.manifest import QuantizedModule
 from ...runtime.memory import return_freed_memory
 from ...runtime.rotation import random_signs
-from . import balance, low_rank
+from . import balance
+from .building import Original, layer_of, output_sqnr_db, put, rounded, settled
 from .details import averages, layer_row
-from .grid import Grid, find_steps, round_to_nearest
 from .inputs import Inputs, gather, gather_grams, portions, sources_of
-from .rounding import round_with_compensation
 from .scheme import Choice, Group, Options, choose, grid_of, options_of, rotation_block
 
 _LEAST_AUTO_BLOCK = 16
-_PLAIN = balance.Transform()
 
 
 def apply_stage(
-    model: OpenModel, settings: GridSettings, calibration: Calibration, progress: Progress
+    model: OpenModel, settings: UniformSettings, calibration: Calibration, progress: Progress
 ) -> dict[str, Any]:
     """Quantize a model in place; the settings' method decides how.
 
@@ -55,7 +51,7 @@ class _Stage:
     """State of one run of the pass."""
 
     def __init__(
-        self, model: OpenModel, settings: GridSettings, calibration: Calibration, progress: Progress
+        self, model: OpenModel, settings: UniformSettings, calibration: Calibration, progress: Progress
     ) -> None:
         self.model, self.settings = model, settings
         self.calibration, self.progress = calibration, progress
@@ -171,76 +167,16 @@ class _Stage:
         """Quantize one layer, put it in the place of the original, and describe it."""
         name = choice.site.name
         linear = self._linear(name)
-        transform = self.transforms.get(name, _PLAIN)
-        online = transform.scale is not None and name not in self.folded
-        rotation = RotationScheme(block=transform.block) if transform.block else None
-        scheme = planned.model_copy(update={"input_scale": online, "rotation": rotation})
+        bias = None if linear.bias is None else linear.bias.detach()
+        transform = self.transforms.get(name, balance.Transform())
         weight = linear.weight.detach().float()
-        tensors = self._tensors(name, scheme, weight, transform, online, gram)
-        if linear.bias is not None:
-            tensors["bias"] = linear.bias.detach()
-        layer = QuantizedLinear.from_tensors(scheme, linear.weight.dtype, tensors)
+        original = Original(name, weight, bias, transform, name in self.folded, gram)
+        scheme = settled(planned, original)
+        tensors = rounded(original, scheme, self.settings, self.model.spec.dtype)
+        layer = layer_of(scheme, linear.weight.dtype, tensors, bias)
         row = layer_row(choice, scheme, linear.weight.dtype)
         row["act_exponent"] = transform.exponent
-        rows = self.inputs.rows[self.sources[name]]
-        seen = rows if online or transform.scale is None else rows * transform.scale
-        bias = None if linear.bias is None else linear.bias.detach().float()
-        row["sqnr_db"] = _sqnr_db(nn.functional.linear(rows, weight, bias), layer.reference_forward(seen))
-        parent, _, attribute = name.rpartition(".")
-        setattr(self.model.module.get_submodule(parent), attribute, layer)
+        row["sqnr_db"] = output_sqnr_db(original, layer, self.inputs.rows[self.sources[name]])
+        put(self.model.module, name, layer)
         self.model.quantization[name] = scheme
         self.rows[name] = row
-
-    def _tensors(
-        self,
-        name: str,
-        scheme: QuantizedModule,
-        weight: Tensor,
-        transform: balance.Transform,
-        online: bool,
-        gram: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """Transform and round float32 weight [out, in] once; return the layer's tensors, bias aside."""
-        tensors: dict[str, Tensor] = {}
-        if transform.scale is not None:
-            weight = weight / transform.scale
-        if scheme.low_rank:
-            down, up = low_rank.split(weight, scheme.low_rank, self.model.spec.dtype)
-            if online and transform.scale is not None:
-                # The branch sees the raw input, so its first half carries the scale.
-                down = (down.float() * transform.scale).to(down.dtype)
-                weight = weight - up.float() @ (down.float() / transform.scale)
-            else:
-                weight = weight - up.float() @ down.float()
-            tensors["low_rank_down"], tensors["low_rank_up"] = down, up
-        if transform.rotation is not None and transform.sign is not None:
-            weight = transform.rotation(weight)
-            tensors["rotation_sign"] = transform.sign
-        if online and transform.scale is not None:
-            tensors["input_scale"] = transform.scale
-        kind = grid_of(self.settings, scheme)
-        gram = None if gram is None else transform.on_gram(gram)
-        q, steps = _round(name, weight, kind, gram)
-        tensors["qweight"] = q if scheme.bits == 8 else packing.pack(q, scheme.bits)
-        tensors["scale"] = steps.scale
-        if steps.zero is not None:
-            tensors["zero_point"] = steps.zero
-        return tensors
-
-
-def _round(name: str, weight: Tensor, kind: Grid, gram: Tensor | None) -> Any:
-    """Find the grid and round: to nearest, or with compensation where there is a Gram matrix."""
-    if gram is None:
-        steps = find_steps(weight, kind)
-        return round_to_nearest(weight, steps, kind), steps
-    steps = find_steps(weight, kind, gram.diagonal())
-    return round_with_compensation(weight, gram, steps, kind, name), steps
-
-
-def _sqnr_db(exact: Tensor, rounded: Tensor) -> float:
-    """Return 10 log10 of signal over error power, at most 200."""
-    signal = float(exact.double().square().sum())
-    error = float((exact - rounded).double().square().sum())
-    if error <= signal * 1e-20:
-        return 200.0
-    return round(10.0 * float(torch.log10(torch.tensor(signal / error, dtype=torch.float64))), 3)

@@ -1,0 +1,136 @@
+"""One layer from its floating-point weight: transformed in float32, rounded once, put in its place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...recipes.stages import GridSettings
+from ...runtime import packing
+from ...runtime.linear import QuantizedLinear
+from ...runtime.manifest import QuantizedModule, RotationScheme
+from . import low_rank
+from .balance import Transform
+from .grid import Grid, find_steps, round_to_nearest
+from .rounding import round_with_compensation
+from .scheme import grid_of
+
+
+@dataclass(frozen=True)
+class Original:
+    """A layer before it is rounded.
+
+    Attributes:
+        name: dotted, for errors.
+        weight: float32 [out, in].
+        bias: [out] in the dtype it is stored in; None without.
+        transform: of its input. A scale in it divides the weight's columns here.
+        folded: the scale reaches the input through the layer's producer; the layer itself does not apply it.
+        gram: float32 [in, in] of its inputs as they come, before the transform; None rounds to nearest.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None = None
+    transform: Transform = Transform()
+    folded: bool = False
+    gram: Tensor | None = None
+
+    @property
+    def online(self) -> bool:
+        """Whether the layer multiplies its input when it runs."""
+        return self.transform.scale is not None and not self.folded
+
+
+def settled(planned: QuantizedModule, original: Original) -> QuantizedModule:
+    """Return a planned scheme with the transforms that were decided on data."""
+    block = original.transform.block
+    rotation = RotationScheme(block=block) if block else None
+    return planned.model_copy(update={"input_scale": original.online, "rotation": rotation})
+
+
+def rounded(
+    original: Original, scheme: QuantizedModule, settings: GridSettings, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Transform and round a weight once; return the layer's tensors, bias aside.
+
+    Args:
+        original: the layer.
+        scheme: of `settled`.
+        settings: of the stage.
+        dtype: of the low-rank branch.
+
+    Raises:
+        StageError: see `rounding.round_with_compensation`.
+    """
+    tensors: dict[str, Tensor] = {}
+    transform, weight = original.transform, original.weight
+    if transform.scale is not None:
+        weight = weight / transform.scale
+    if scheme.low_rank:
+        down, up = low_rank.split(weight, scheme.low_rank, dtype)
+        if original.online and transform.scale is not None:
+            # The branch sees the raw input, so its first half carries the scale.
+            down = (down.float() * transform.scale).to(down.dtype)
+            weight = weight - up.float() @ (down.float() / transform.scale)
+        else:
+            weight = weight - up.float() @ down.float()
+        tensors["low_rank_down"], tensors["low_rank_up"] = down, up
+    if transform.rotation is not None and transform.sign is not None:
+        weight = transform.rotation(weight)
+        tensors["rotation_sign"] = transform.sign
+    if original.online and transform.scale is not None:
+        tensors["input_scale"] = transform.scale
+    gram = None if original.gram is None else transform.on_gram(original.gram)
+    q, steps = _round(original.name, weight, grid_of(settings, scheme), gram)
+    tensors["qweight"] = q if scheme.bits == 8 else packing.pack(q, scheme.bits)
+    tensors["scale"] = steps.scale
+    if steps.zero is not None:
+        tensors["zero_point"] = steps.zero
+    return tensors
+
+
+def _round(name: str, weight: Tensor, kind: Grid, gram: Tensor | None) -> Any:
+    """Find the grid and round: to nearest, or with compensation where there is a Gram matrix."""
+    if gram is None:
+        steps = find_steps(weight, kind)
+        return round_to_nearest(weight, steps, kind), steps
+    steps = find_steps(weight, kind, gram.diagonal())
+    return round_with_compensation(weight, gram, steps, kind, name), steps
+
+
+def layer_of(
+    scheme: QuantizedModule, dtype: torch.dtype, tensors: dict[str, Tensor], bias: Tensor | None
+) -> QuantizedLinear:
+    """Return the module of a scheme around its tensors."""
+    if bias is not None:
+        tensors = {**tensors, "bias": bias.detach()}
+    return QuantizedLinear.from_tensors(scheme, dtype, tensors)
+
+
+def put(module: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer in the place of what `name` is now."""
+    parent, _, attribute = name.rpartition(".")
+    setattr(module.get_submodule(parent), attribute, layer)
+
+
+def output_sqnr_db(original: Original, layer: QuantizedLinear, rows: Tensor) -> float:
+    """Return how close a layer comes on its own inputs: 10 log10 of signal over error power, at most 200.
+
+    Args:
+        original: what it was made of.
+        layer: what it became.
+        rows: float32 [rows, in], inputs before the transform.
+    """
+    scale = original.transform.scale
+    seen = rows if original.online or scale is None else rows * scale
+    bias = None if original.bias is None else original.bias.detach().float()
+    exact = nn.functional.linear(rows, original.weight, bias)
+    signal = float(exact.double().square().sum())
+    error = float((exact - layer.reference_forward(seen)).double().square().sum())
+    if error <= signal * 1e-20:
+        return 200.0
+    return round(10.0 * float(torch.log10(torch.tensor(signal / error, dtype=torch.float64))), 3)
