@@ -30,7 +30,7 @@ from .progress import Progress
 from .recipes.gates import failures, judge
 from .recipes.schema import ModelRef, Recipe
 from .runtime.load import load, read_checkpoint
-from .runtime.validate import INDEX_NAME, weight_files
+from .runtime.validate import index_file, weight_files
 
 
 def evaluate_folder(recipe: Recipe | None, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -125,8 +125,9 @@ def _load(folder: Path, format_: str) -> _Loaded:
         module, manifest = read_checkpoint(folder)
         return _Loaded(module, dict(manifest.quantization), None)
     files = weight_files(folder)
-    if (folder / INDEX_NAME).is_file():
-        files.append(folder / INDEX_NAME)
+    index = index_file(folder)
+    if index is not None:
+        files.append(index)
     size_bytes = sum(path.stat().st_size for path in files)
     return _Loaded(load(folder), foreign_schemes(folder), size_bytes)
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from ..models.base import ModelSpec, OpenModel
 from ..runtime.manifest import FILE_NAME, Manifest, QuantizedModule
 from ..runtime.modules import name_of, quantized_layers
-from ..runtime.validate import expected_tensors, quantization_section
+from ..runtime.validate import expected_tensors, guard_name, quantization_section
 from .formats import Layout
+from .stock import left_out, registered_way, stock_way
 from .writer import StoredTensor, dtype_code
 
 METADATA: Mapping[str, str] = {"format": "pt"}
@@ -28,24 +29,25 @@ def layout(model: OpenModel) -> Layout:
     quantization = dict(model.quantization)
     if {name: layer.scheme for name, layer in quantized_layers(model.module).items()} != quantization:
         raise ValueError("the model's quantized layers are not the ones that its record lists")
+    state = {name: tensor for name, tensor in state.items() if name not in left_out(model.config)}
     shared = equal_copies(state, model.spec.shared, quantization) if quantization else {}
     manifest = Manifest(quantization=quantization, shared=shared, history=tuple(model.history))
-    config = stock_config(model)
-    name = config["_class_name"]
+    config, dtype = stock_config(model), name_of(model.spec.dtype)
+    name = str(model.config.get("_class_name") or type(model.module).__name__)
     if quantization:
-        config["quantization_config"] = quantization_section(manifest, name_of(model.spec.dtype))
-        loads_with = ["compress.load(path)", f"import compress; diffusers.{name}.from_pretrained(path)"]
+        config["quantization_config"] = quantization_section(manifest, dtype)
+        loads_with = ["compress.load(path)", registered_way(name)]
     else:
-        dtype = name_of(model.spec.dtype)
-        stock = f"diffusers.{name}.from_pretrained(path, torch_dtype=torch.{dtype})"
-        loads_with = ["compress.load(path)", stock]
+        loads_with = ["compress.load(path)", stock_way(name, dtype)]
     tensors = [StoredTensor.of(name, tensor) for name, tensor in state.items() if name not in shared]
+    tensors += _guard(name, quantization)
     return Layout(tensors, config, METADATA, loads_with, {FILE_NAME: manifest.to_json()})
 
 
 def predict(spec: ModelSpec) -> tuple[list[StoredTensor], Mapping[str, str]]:
     """Return what `layout` will store of a planned model."""
-    tensors = spec.tensors
+    gone = left_out(spec.config)
+    tensors = {name: tensor for name, tensor in spec.tensors.items() if name not in gone}
     shared = {
         copy
         for copy, canonical in (_expand(spec.shared.items(), spec.quantization) if spec.quantization else ())
@@ -55,13 +57,24 @@ def predict(spec: ModelSpec) -> tuple[list[StoredTensor], Mapping[str, str]]:
         StoredTensor(name, dtype_code(tensor.dtype), tensor.shape)
         for name, tensor in tensors.items()
         if name not in shared
-    ], METADATA
+    ] + _guard(str(spec.config["_class_name"]), spec.quantization), METADATA
+
+
+def _guard(class_name: str, quantization: Mapping[str, QuantizedModule]) -> list[StoredTensor]:
+    """Return the tensor without content that stops code which does not know the format."""
+    name = guard_name(class_name, Manifest(quantization=dict(quantization)))
+    return [] if name is None else [StoredTensor.of(name, torch.empty(0, dtype=torch.uint8))]
 
 
 def stock_config(model: OpenModel) -> dict[str, Any]:
     """Return the model's config without anything that only applies to how it was stored before."""
     dropped = ("quantization_config", "_name_or_path")
     config = {key: value for key, value in model.config.items() if key not in dropped}
+    if model.family.library == "transformers":
+        del config["_class_name"]  # ours alone: transformers goes by `architectures` and `model_type`
+        config.pop("torch_dtype", None)
+        architectures = [str(model.config["_class_name"])]
+        return {**config, "architectures": architectures, "dtype": name_of(model.spec.dtype)}
     config.setdefault("_class_name", type(model.module).__name__)
     return config
 

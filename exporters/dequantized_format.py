@@ -20,6 +20,7 @@ from ..runtime.modules import name_of, quantized_layers
 from .compress_format import METADATA, stock_config
 from .conversion import replaced
 from .formats import Layout
+from .stock import left_out, stock_way
 from .writer import StoredTensor, dtype_code
 
 
@@ -30,7 +31,7 @@ def layout(model: OpenModel) -> Layout:
     tensors = [
         StoredTensor.of(name, tensor)
         for name, tensor in model.module.state_dict().items()
-        if name.rpartition(".")[0] not in layers
+        if name.rpartition(".")[0] not in layers and name not in left_out(model.config)
     ]
     for name, layer in layers.items():
         read = partial(_weight, layer, dtype)
@@ -38,7 +39,7 @@ def layout(model: OpenModel) -> Layout:
         if layer.bias is not None:
             tensors.append(StoredTensor.of(f"{name}.bias", layer.bias))
     config = stock_config(model)
-    load = f"diffusers.{config['_class_name']}.from_pretrained(path, torch_dtype=torch.{name_of(dtype)})"
+    load = stock_way(str(model.config["_class_name"]), name_of(dtype))
     manifest = Manifest(history=tuple(model.history))
     notes = ("weights are stored as floats, and activations are not quantized: no smaller than the original",)
     return Layout(
@@ -51,7 +52,7 @@ def predict(spec: ModelSpec) -> tuple[list[StoredTensor], Mapping[str, str]]:
     tensors = [
         StoredTensor(name, dtype_code(tensor.dtype), tensor.shape)
         for name, tensor in spec.tensors.items()
-        if name.rpartition(".")[0] not in spec.quantization
+        if name.rpartition(".")[0] not in spec.quantization and name not in left_out(spec.config)
     ]
     for name, scheme in spec.quantization.items():
         tensors += linear_tensors(name, scheme, spec.dtype)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import PlanError
-from ..models.base import ModelSpec, OpenModel
+from ..models.base import Family, ModelSpec, OpenModel
 from ..runtime.validate import CONFIG_NAME
+from .stock import weights_name
 from .writer import DEFAULT_SHARD_BYTES, StoredTensor, file_bytes, write_tensors
 
 FORMATS: Mapping[str, str] = {
@@ -79,6 +80,20 @@ def _module(name: str) -> Format:
     return found
 
 
+def _check_library(family: Family, format: str) -> None:
+    """Refuse formats whose layout is that of one library alone.
+
+    Raises:
+        PlanError: naming the format.
+    """
+    if family.library == "transformers" and format in ("torchao", "sdnq"):
+        raise PlanError(
+            f"export.format: {format} is written as the loader of diffusers reads it, and a model of the"
+            f" family {family.name} is loaded by transformers",
+            hint="use compress, or dequantized",
+        )
+
+
 def write(
     model: OpenModel, folder: Path, format: str, *, max_shard_size: int = DEFAULT_SHARD_BYTES
 ) -> ExportInfo:
@@ -93,8 +108,12 @@ def write(
         PlanError: the format cannot express the model's layers.
         OSError: the disk is full or refuses.
     """
+    _check_library(model.family, format)
     layout = _module(format).layout(model)
-    paths = write_tensors(folder, layout.tensors, max_shard_size=max_shard_size, metadata=layout.metadata)
+    paths = write_tensors(
+        folder, layout.tensors, max_shard_size=max_shard_size, metadata=layout.metadata,
+        name=weights_name(model.family),
+    )  # fmt: skip
     size = sum(path.stat().st_size for path in paths)
     for name, text in {CONFIG_NAME: config_text(layout.config), **layout.extra}.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -128,8 +147,10 @@ def predict_bytes(spec: ModelSpec, format: str, *, max_shard_size: int = DEFAULT
     Raises:
         PlanError: the format cannot express the planned layers.
     """
+    _check_library(spec.family, format)
     tensors, metadata = _module(format).predict(spec)
-    return file_bytes(tensors, max_shard_size=max_shard_size, metadata=metadata)
+    name = weights_name(spec.family)
+    return file_bytes(tensors, max_shard_size=max_shard_size, metadata=metadata, name=name)
 
 
 def config_text(config: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ from ..runtime.threads import computing_with
 from ..runtime.validate import QUANT_METHOD, open_folder
 from .formats import as_shipped
 from .sdnq_format import check_written
+from .stock import library_of, loader_of, registered_way, stock_way
 
 _WORKER = Path(__file__).with_name("verify_worker.py")
 _BATCH = 2
@@ -109,7 +110,8 @@ def verify_export(
     generator = torch.Generator().manual_seed(seed)
     inputs = model.family.example_inputs(model.module, _BATCH, generator)
     request = {
-        "folder": str(Path(folder).resolve()), "class_name": stored.class_name,
+        "folder": str(Path(folder).resolve()), "library": library_of(stored.class_name),
+        "class_name": loader_of(stored.class_name),
         "dtype": name_of(model.spec.dtype), "device": str(device), "seed": seed ^ _OTHER_SEED,
         "threads": threads or torch.get_num_threads(), "ways": ways, "needs": packages_of(format_),
     }  # fmt: skip
@@ -172,10 +174,9 @@ def _failed(failure: str) -> Verification:
 
 def ways_of(class_name: str, dtype: str, format_: str) -> tuple[list[str], list[str]]:
     """Return the ways of loading a format for the worker, and as Python."""
-    stock = f"diffusers.{class_name}.from_pretrained(path, torch_dtype=torch.{dtype})"
+    stock = stock_way(class_name, dtype)
     if format_ == QUANT_METHOD:
-        registered = f"import compress; diffusers.{class_name}.from_pretrained(path)"
-        return ["registered", "compress"], ["compress.load(path)", registered]
+        return ["registered", "compress"], ["compress.load(path)", registered_way(class_name)]
     if format_ == "sdnq":
         return ["stock"], [stock]
     return ["stock", "compress"], [stock, "compress.load(path)"]

@@ -21,7 +21,7 @@ def main(request_path: str) -> None:
     """Answer one request.
 
     Args:
-        request_path: JSON with `folder`, `class_name`, `dtype`, `device`, `threads`, `seed`,
+        request_path: JSON with `folder`, `library`, `class_name`, `dtype`, `device`, `threads`, `seed`,
             `ways`, `needs` (packages without which nothing is tried), `inputs` (safetensors),
             `constants`, and the files to write: `outputs` (safetensors) and `answer`, JSON with
             `missing`, packages that are not installed, and `errors`, by way.
@@ -66,7 +66,8 @@ def _load(way: str, request: dict[str, Any]) -> Any:
         import compress
 
         return compress.load(request["folder"], device=request["device"])
-    options: dict[str, Any] = {"torch_dtype": getattr(torch, request["dtype"])}
+    keyword = "dtype" if request["library"] == "transformers" else "torch_dtype"
+    options: dict[str, Any] = {keyword: getattr(torch, request["dtype"])}
     if way == "registered":
         import compress  # noqa: F401
 
@@ -75,9 +76,7 @@ def _load(way: str, request: dict[str, Any]) -> Any:
         raise RuntimeError("the stock way must not see the package `compress`")
     for name in request["needs"]:
         import_module(name)
-    import diffusers
-
-    stock = getattr(diffusers, request["class_name"])
+    stock = getattr(import_module(request["library"]), request["class_name"])
     module, info = stock.from_pretrained(request["folder"], output_loading_info=True, **options)
     if any(info.values()):
         raise RuntimeError(f"the stock loader reports {info}")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.validate import INDEX_NAME, ITEM_BYTES, WEIGHTS_NAME
+from ..runtime.validate import INDEX_SUFFIX, ITEM_BYTES, WEIGHTS_NAME
 
 ALIGNMENT = 64
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -69,13 +69,15 @@ def write_tensors(
     *,
     max_shard_size: int = DEFAULT_SHARD_BYTES,
     metadata: Mapping[str, str] = _PLAIN,
+    name: str = WEIGHTS_NAME,
 ) -> list[Path]:
-    """Write the tensors under diffusers' names, in shards with an index where one file is too small.
+    """Write the tensors, in shards with an index where one file is too small.
 
     Args:
         folder: exists; its own atomicity is the caller's.
         max_shard_size: bytes of tensor data per file; a larger tensor gets a file of its own.
         metadata: text for the header of every file.
+        name: of the file where there is one; shards and index are named after it.
 
     Returns:
         the files, the index last.
@@ -83,13 +85,13 @@ def write_tensors(
     Raises:
         OSError: the disk is full or refuses; what was written stays in `folder`.
     """
-    shards = plan_shards(tensors, max_shard_size)
+    shards = plan_shards(tensors, max_shard_size, name)
     files = []
-    for name, shard in shards.items():
-        _write_file(folder / name, shard, metadata)
-        files.append(folder / name)
+    for file, shard in shards.items():
+        _write_file(folder / file, shard, metadata)
+        files.append(folder / file)
     if len(shards) > 1:
-        index = folder / INDEX_NAME
+        index = folder / f"{name}{INDEX_SUFFIX}"
         _write_synced(index, [index_text(shards).encode()])
         files.append(index)
     return files
@@ -100,14 +102,17 @@ def file_bytes(
     *,
     max_shard_size: int = DEFAULT_SHARD_BYTES,
     metadata: Mapping[str, str] = _PLAIN,
+    name: str = WEIGHTS_NAME,
 ) -> int:
     """Return the exact number of bytes that `write_tensors` writes, index included."""
-    shards = plan_shards(tensors, max_shard_size)
+    shards = plan_shards(tensors, max_shard_size, name)
     total = sum(len(_header(shard, metadata)) + sum(t.bytes for t in shard) for shard in shards.values())
     return total + (len(index_text(shards).encode()) if len(shards) > 1 else 0)
 
 
-def plan_shards(tensors: Sequence[StoredTensor], max_shard_size: int) -> dict[str, list[StoredTensor]]:
+def plan_shards(
+    tensors: Sequence[StoredTensor], max_shard_size: int, name: str = WEIGHTS_NAME
+) -> dict[str, list[StoredTensor]]:
     """Split by name order into files; inside a file the tensors are in writing order."""
     groups: list[list[StoredTensor]] = [[]]
     filled = 0
@@ -117,9 +122,9 @@ def plan_shards(tensors: Sequence[StoredTensor], max_shard_size: int) -> dict[st
             filled = 0
         groups[-1].append(tensor)
         filled += tensor.bytes
-    stem = WEIGHTS_NAME.removesuffix(".safetensors")
+    stem = name.removesuffix(".safetensors")
     if len(groups) == 1:
-        return {WEIGHTS_NAME: _ordered(groups[0])}
+        return {name: _ordered(groups[0])}
     return {
         f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors": _ordered(group)
         for number, group in enumerate(groups, 1)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ..errors import SourceError
 from .config import DEFAULTS, SPARE_TABLE_BYTES
 from .fetch import fetch
+from .language import build_language_model
+from .language_config import implied_copies, is_language_class
 from .manifest import Manifest
 from .modules import dtype_of, exact_names, name_of, swap_linears
 from .validate import CONFIG_NAME, QUANT_METHOD, StoredCheckpoint, TensorEntry, open_folder
@@ -53,6 +55,7 @@ def load(
     folder = fetch(path_or_repo, revision=revision, subfolder=subfolder)
     stored = open_folder(folder)
     if stored.quant_method not in (None, QUANT_METHOD):
+        _refuse_other_language_formats(stored)
         module = _load_stock(stored, dtype)
     else:
         module = _build(stored, dtype)
@@ -86,6 +89,15 @@ def model_class(stored: StoredCheckpoint) -> Any:
             hint="install a diffusers release that has it",
         )
     return found
+
+
+def _refuse_other_language_formats(stored: StoredCheckpoint) -> None:
+    if is_language_class(stored.class_name):
+        raise SourceError(
+            f"{stored.folder} is in {stored.quant_method} format, which compress does not write for language"
+            " models",
+            hint="load it with transformers and the package of that format",
+        )
 
 
 def _load_stock(stored: StoredCheckpoint, dtype: str | torch.dtype | None) -> nn.Module:
@@ -129,6 +141,9 @@ def skeleton(stored: StoredCheckpoint, dtype: torch.dtype) -> nn.Module:
 
 
 def _from_config(stored: StoredCheckpoint, dtype: torch.dtype) -> nn.Module:
+    if is_language_class(stored.class_name):
+        with _default_dtype(dtype):
+            return build_language_model(stored.config, str(stored.folder / CONFIG_NAME))
     config = {key: value for key, value in stored.config.items() if key != "quantization_config"}
     cls = model_class(stored)
     try:
@@ -191,6 +206,9 @@ def _build(stored: StoredCheckpoint, dtype: str | torch.dtype | None) -> nn.Modu
         _place(module, name, tensor)
         for copy in copies.get(name, ()):
             _place(module, copy, tensor.clone())
+    _tie(module, stored)
+    if is_language_class(stored.class_name):
+        _attach_generation(module, stored)
     if stored.manifest.quantization:
         _attach(module, stored.manifest, name_of(target))
     return module.eval()
@@ -198,7 +216,7 @@ def _build(stored: StoredCheckpoint, dtype: str | torch.dtype | None) -> nn.Modu
 
 def _check_names(stored: StoredCheckpoint, module: nn.Module) -> None:
     expected = module.state_dict()
-    shared = stored.manifest.shared
+    shared = {**_not_stored(stored), **stored.manifest.shared}
     missing = sorted(expected.keys() - stored.tensors.keys() - shared.keys())
     unexpected = sorted((stored.tensors.keys() | shared.keys()) - expected.keys())
     if missing or unexpected:
@@ -214,6 +232,38 @@ def _check_names(stored: StoredCheckpoint, module: nn.Module) -> None:
                 f"{stored.folder}: tensor {name} has shape {list(entry.shape)}; "
                 f"the config implies {list(tensor.shape)}"
             )
+
+
+def _not_stored(stored: StoredCheckpoint) -> dict[str, str]:
+    """Return the tied tensors that the files leave out: copy -> stored name."""
+    return {
+        copy: first
+        for copy, first in implied_copies(stored.config).items()
+        if copy not in stored.tensors and first in stored.tensors
+    }
+
+
+def _tie(module: nn.Module, stored: StoredCheckpoint) -> None:
+    """Let what the config ties be one tensor.
+
+    Raises:
+        SourceError: both are stored, and differ.
+    """
+    for copy, first in implied_copies(stored.config).items():
+        if copy in stored.tensors and not torch.equal(
+            module.get_parameter(copy), module.get_parameter(first)
+        ):
+            raise SourceError(f"{stored.folder}: {copy} differs from {first}, which the config says it is")
+        owner, _, attribute = copy.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, module.get_parameter(first))
+
+
+def _attach_generation(module: nn.Module, stored: StoredCheckpoint) -> None:
+    """Give a language model the folder's defaults for generating, as `from_pretrained` does."""
+    from transformers import GenerationConfig
+
+    if (stored.folder / "generation_config.json").is_file():
+        module.generation_config = GenerationConfig.from_pretrained(str(stored.folder))
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
@@ -238,6 +288,11 @@ def _place(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _attach(module: nn.Module, manifest: Manifest, dtype: str) -> None:
     """Give the module what the stock loader would have: `save_pretrained` then writes a whole folder."""
+    if is_language_class(type(module).__name__):
+        from .transformers_quantizer import attach
+
+        attach(module, manifest, dtype)
+        return
     from .diffusers_quantizer import CompressConfig, CompressQuantizer
     from .validate import quantization_section
 

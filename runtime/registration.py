@@ -1,42 +1,51 @@
-"""Teach diffusers' `from_pretrained` to read our checkpoints, without importing diffusers ourselves.
+"""Teach diffusers' and transformers' `from_pretrained` to read our checkpoints, importing neither.
 
 `import compress` must stay light, so the registration waits: a hook on the import system adds our
-two classes to the mappings of `diffusers.quantizers.auto` right after that module has been
-executed, or at once where it already was. Torch-free until then.
+classes to the mappings of a library's `quantizers.auto` right after that module has been executed, or at
+once where it already was. Torch-free until then.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-TARGET = "diffusers.quantizers.auto"
+TARGETS: Mapping[str, str] = {
+    "diffusers.quantizers.auto": "diffusers_quantizer",
+    "transformers.quantizers.auto": "transformers_quantizer",
+}
+"""Module of a library that maps methods to classes -> our module with the classes for it."""
+
 _MAPPINGS = ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING")
 
 
 def install() -> None:
-    """Register now if diffusers' quantizers are imported, else when they will be; idempotent."""
-    module = sys.modules.get(TARGET)
-    if module is not None and all(hasattr(module, name) for name in _MAPPINGS):
-        register(module)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    """Register now where a library's quantizers are imported, else when they will be; idempotent."""
+    waiting = False
+    for target in TARGETS:
+        module = sys.modules.get(target)
+        if module is not None and all(hasattr(module, name) for name in _MAPPINGS):
+            register(module)
+        else:
+            waiting = True
+    if waiting and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 def register(module: ModuleType) -> None:
-    """Add our classes to the mappings of `module`, the imported `diffusers.quantizers.auto`."""
-    from . import diffusers_quantizer as ours
-
-    module.AUTO_QUANTIZATION_CONFIG_MAPPING[ours.Method.COMPRESS.value] = ours.CompressConfig
-    module.AUTO_QUANTIZER_MAPPING[ours.Method.COMPRESS.value] = ours.CompressQuantizer
+    """Add our classes to the mappings of `module`, an imported key of `TARGETS`."""
+    ours = import_module(f".{TARGETS[module.__name__]}", __package__)
+    module.AUTO_QUANTIZATION_CONFIG_MAPPING[ours.QUANT_METHOD] = ours.CompressConfig
+    module.AUTO_QUANTIZER_MAPPING[ours.QUANT_METHOD] = ours.CompressQuantizer
 
 
 class _Finder(MetaPathFinder):
-    """Finds the one target through the other finders and wraps its loader."""
+    """Finds the targets through the other finders and wraps their loaders."""
 
     def __init__(self) -> None:
         self._searching = False
@@ -45,7 +54,7 @@ class _Finder(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         # Other packages install hooks that ask every finder in turn, ours included.
-        if fullname != TARGET or self._searching:
+        if fullname not in TARGETS or self._searching:
             return None
         self._searching = True
         try:

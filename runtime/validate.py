@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import SourceError
 from .config import check_config
 from .headers import ITEM_BYTES, TensorEntry, read_header
+from .language_config import check_language_config, class_name_of, is_language_class
 from .manifest import FILE_NAME, MAX_BYTES, VERSION, Manifest, QuantizedModule
 from .strict_json import parse_object
 
@@ -24,7 +25,8 @@ __all__ = ["ITEM_BYTES", "TensorEntry", "read_header"]
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-INDEX_NAME = WEIGHTS_NAME + ".index.json"
+LANGUAGE_WEIGHTS_NAME = "model.safetensors"
+INDEX_SUFFIX = ".index.json"
 QUANT_METHOD = "compress"
 DTYPE_CODES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
@@ -50,7 +52,7 @@ class StoredCheckpoint:
     @property
     def class_name(self) -> str:
         """Name of the stock class that config.json asks for."""
-        return str(self.config["_class_name"])
+        return str(class_name_of(self.config))
 
     @property
     def dtype(self) -> str:
@@ -80,14 +82,22 @@ def read_json(path: Path, limit: int = MAX_BYTES) -> dict[str, Any]:
     return parse_object(path.read_bytes(), str(path))
 
 
+def index_file(folder: Path) -> Path | None:
+    """Return the index of a folder's weight files, None where it has none."""
+    for name in (WEIGHTS_NAME, LANGUAGE_WEIGHTS_NAME):
+        if (folder / f"{name}{INDEX_SUFFIX}").is_file():
+            return folder / f"{name}{INDEX_SUFFIX}"
+    return None
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the tensor files of a folder, following its index where it has one.
 
     Raises:
         SourceError: none, or an index that names something else than a file beside it.
     """
-    index = folder / INDEX_NAME
-    if index.is_file():
+    index = index_file(folder)
+    if index is not None:
         mapping = read_json(index).get("weight_map")
         names = sorted({str(name) for name in mapping.values()}) if isinstance(mapping, dict) else []
         for name in names:
@@ -96,8 +106,9 @@ def weight_files(folder: Path) -> list[Path]:
         if not names:
             raise SourceError(f"{index}: names no files")
         return [folder / name for name in names]
-    if (folder / WEIGHTS_NAME).is_file():
-        return [folder / WEIGHTS_NAME]
+    for name in (WEIGHTS_NAME, LANGUAGE_WEIGHTS_NAME):
+        if (folder / name).is_file():
+            return [folder / name]
     others = sorted(path.name for path in folder.glob("*.bin")) or sorted(
         path.name for path in folder.glob("*.pt")
     )
@@ -107,7 +118,8 @@ def weight_files(folder: Path) -> list[Path]:
             hint="convert the checkpoint to safetensors",
         )
     raise SourceError(
-        f"{folder} holds no {WEIGHTS_NAME}", hint="give the folder of the denoiser, not of the pipeline"
+        f"{folder} holds neither {WEIGHTS_NAME} nor {LANGUAGE_WEIGHTS_NAME}",
+        hint="give the folder of the model itself; of a pipeline, that of the denoiser",
     )
 
 
@@ -251,9 +263,10 @@ def open_folder(folder: Path) -> StoredCheckpoint:
     if not folder.is_dir():
         raise SourceError(f"{folder} is not a folder")
     config = read_json(folder / CONFIG_NAME)
-    if not isinstance(config.get("_class_name"), str):
+    if class_name_of(config) is None:
         raise SourceError(
-            f"{folder / CONFIG_NAME}: no _class_name", hint="give the folder of the model itself"
+            f"{folder / CONFIG_NAME}: no _class_name and no architectures",
+            hint="give the folder of the model itself",
         )
     tensors, metadata = read_headers(folder)
     _check_config(config, tensors, folder / CONFIG_NAME)
@@ -264,6 +277,7 @@ def open_folder(folder: Path) -> StoredCheckpoint:
         stated = parse_section(section, str(folder / CONFIG_NAME))  # type: ignore[arg-type]
         manifest = manifest or stated
         _check_same(manifest, stated, folder)
+        take_guard(class_name_of(config), manifest, tensors, str(folder))
         check_quantized(manifest, str(section["dtype"]), tensors, str(folder))  # type: ignore[index]
     elif manifest is not None and (manifest.quantization or manifest.shared) and method is None:
         raise SourceError(
@@ -271,6 +285,38 @@ def open_folder(folder: Path) -> StoredCheckpoint:
             hint="one of the two files was changed; export again",
         )
     return StoredCheckpoint(folder, config, method, manifest or Manifest(history=()), tensors, metadata)
+
+
+def guard_name(class_name: str | None, manifest: Manifest) -> str | None:
+    """Return the name of the tensor that keeps stock code from loading a folder; None where none is needed.
+
+    transformers only warns about a `quant_method` that it does not know, and would fill the weights that
+    it does not find with random numbers. A tensor of length 0 under the name of such a weight makes it
+    stop instead: it refuses a tensor of another shape.
+    """
+    if not is_language_class(class_name) or not manifest.quantization:
+        return None
+    return f"{min(manifest.quantization)}.weight"
+
+
+def take_guard(
+    class_name: str | None, manifest: Manifest, tensors: dict[str, TensorEntry], where: str
+) -> None:
+    """Take the guard out of a folder's tensors; see `guard_name`.
+
+    Raises:
+        SourceError: it is not there, or it is something else.
+    """
+    name = guard_name(class_name, manifest)
+    if name is None:
+        return
+    entry = tensors.pop(name, None)
+    if entry is None or entry.shape != (0,):
+        raise SourceError(
+            f"{where}: tensor {name} must be there with the length 0, so that no code loads this folder"
+            " without its quantized layers",
+            hint="the weights were changed; export again",
+        )
 
 
 def _check_same(manifest: Manifest, stated: Manifest, folder: Path) -> None:
@@ -287,6 +333,9 @@ def _check_same(manifest: Manifest, stated: Manifest, folder: Path) -> None:
 
 def _check_config(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], where: Path) -> None:
     """Refuse sizes that this checkpoint cannot have before a module of that size is built."""
+    if is_language_class(class_name_of(config)):
+        check_language_config(config, len(tensors), str(where))
+        return
     layers = config.get("num_layers")
     if type(layers) is int and layers > len(tensors):
         raise SourceError(f"{where}: num_layers {layers} with only {len(tensors)} stored tensors")

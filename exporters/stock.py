@@ -1,0 +1,47 @@
+"""How the library that a model comes from loads a folder, as Python and for the fresh process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..models.base import Family
+from ..runtime.language import AUTO_CLASS
+from ..runtime.language_config import implied_copies, is_language_class
+from ..runtime.validate import LANGUAGE_WEIGHTS_NAME, WEIGHTS_NAME
+
+
+def library_of(class_name: str) -> str:
+    """Return the library whose class a config names."""
+    return "transformers" if is_language_class(class_name) else "diffusers"
+
+
+def loader_of(class_name: str) -> str:
+    """Return the class that loads the folder: the stock class itself, or transformers' automatic one."""
+    return AUTO_CLASS if is_language_class(class_name) else class_name
+
+
+def stock_way(class_name: str, dtype: str) -> str:
+    """Return the expression that loads a dense folder, with `path` for its place.
+
+    Args:
+        class_name: of config.json.
+        dtype: "float32", "float16" or "bfloat16". transformers finds it in the config.
+    """
+    call = f"{library_of(class_name)}.{loader_of(class_name)}.from_pretrained(path"
+    return f"{call})" if is_language_class(class_name) else f"{call}, torch_dtype=torch.{dtype})"
+
+
+def registered_way(class_name: str) -> str:
+    """Return the expression that loads a folder of ours with the library's own class."""
+    return f"import compress; {library_of(class_name)}.{loader_of(class_name)}.from_pretrained(path)"
+
+
+def weights_name(family: Family) -> str:
+    """Return the name of the weight file where there is one."""
+    return LANGUAGE_WEIGHTS_NAME if family.library == "transformers" else WEIGHTS_NAME
+
+
+def left_out(config: Mapping[str, Any]) -> frozenset[str]:
+    """Return the tensors that the library makes from others again and never stores."""
+    return frozenset(implied_copies(config))

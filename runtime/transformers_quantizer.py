@@ -1,0 +1,156 @@
+"""The quantizer that transformers' `from_pretrained` and `save_pretrained` use for our checkpoints.
+
+transformers gives every tensor the dtype that the module has for it, so the grids of quantized layers
+arrive as they are stored; what is left to do is to build the layers first and to refuse a folder whose
+tensors do not fit them. See `validate.guard_name` for what stops a process that lacks this quantizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import SourceError
+from .manifest import Manifest
+from .modules import ALIGNMENT, name_of, quantized_layers, swap_linears
+from .validate import (
+    QUANT_METHOD,
+    check_quantized,
+    expected_tensors,
+    guard_name,
+    parse_section,
+    quantization_section,
+    read_header,
+    take_guard,
+)
+
+
+class CompressConfig(QuantizationConfigMixin):
+    """config.json's `quantization_config`, strictly parsed.
+
+    Args:
+        section: keys `version`, `dtype`, `modules`, `shared`; see `validate.quantization_section`.
+
+    Raises:
+        SourceError: a key is unknown, or a value out of its bounds.
+    """
+
+    def __init__(self, **section: Any) -> None:
+        section = {**section, "quant_method": QUANT_METHOD}
+        self.manifest: Manifest = parse_section(section, "config.json")
+        self.dtype: str = section["dtype"]
+        self.quant_method = QUANT_METHOD
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON value that `from_dict` reads."""
+        return quantization_section(self.manifest, self.dtype)
+
+    def __repr__(self) -> str:
+        return f"CompressConfig({len(self.manifest.quantization)} layers, {self.dtype})"
+
+
+class CompressQuantizer(HfQuantizer):
+    """Builds the quantized layers before the weights arrive, and checks what arrived."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: CompressConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._manifest = quantization_config.manifest
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        """Hold the files' headers against the config, and put the empty quantized layers in their places."""
+        files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
+        if not files:
+            raise SourceError(
+                "a compress checkpoint is loaded from its files", hint="give its folder or Hub id"
+            )
+        tensors = {}
+        for file in files:
+            tensors.update(read_header(file)[0])
+        where = str(files[0].parent)
+        class_name = type(model).__name__
+        take_guard(class_name, self._manifest, tensors, where)
+        check_quantized(self._manifest, self.quantization_config.dtype, tensors, where)
+        target = next(item.dtype for item in model.parameters() if item.is_floating_point())
+        swap_linears(model, self._manifest.quantization, target)
+        self.quantization_config.dtype = name_of(target)
+        _check_names(model, tensors, where)
+        guard = guard_name(class_name, self._manifest)
+        ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+        model._keys_to_ignore_on_load_unexpected = [*ignored, *([guard] if guard else [])]  # type: ignore[assignment]
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        """Let every integer weight start where torch's CPU kernels want it."""
+        empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        if empty:
+            raise SourceError(f"tensor {empty[0]} was not loaded")
+        for layer in quantized_layers(model).values():
+            for name, tensor in layer.named_buffers():
+                # A file's memory may be mapped; a misaligned integer weight crashes torch's CPU kernels.
+                if tensor.data_ptr() % ALIGNMENT:
+                    setattr(layer, name, tensor.clone())
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return what `save_pretrained` writes: the layers as they were loaded, and the guard.
+
+        Raises:
+            SourceError: a layer was replaced since it was loaded.
+        """
+        state = model.state_dict()
+        listed = self._manifest.quantization
+        found = {name.removesuffix(".qweight") for name in state if name.endswith(".qweight")}
+        other = sorted(found ^ listed.keys())
+        for module, scheme in listed.items():
+            for suffix, (_, shape) in expected_tensors(scheme, self.quantization_config.dtype).items():
+                tensor = state.get(f"{module}.{suffix}")
+                if tensor is None or tuple(tensor.shape) != shape:
+                    other.append(module)
+        if other:
+            raise SourceError(
+                f"layer {other[0]} is not the one that was loaded, so the config does not describe it",
+                hint="export with compress instead of save_pretrained",
+            )
+        guard = guard_name(type(model).__name__, self._manifest)
+        return {**state, **({guard: torch.empty(0, dtype=torch.uint8)} if guard else {})}, {}
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes a folder that loads again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Integer weights have no gradients."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """The layers run under torch.compile."""
+        return True
+
+
+def _check_names(model: nn.Module, tensors: Iterable[str], where: str) -> None:
+    """Refuse missing and superfluous tensors, of which transformers would only warn."""
+    stored, expected = set(tensors), set(model.state_dict())
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    missing, unexpected = expected - stored - tied, stored - expected
+    if missing or unexpected:
+        what = f"{min(missing)} is missing" if missing else f"{min(unexpected)} is not part of the model"
+        raise SourceError(f"{where}: the checkpoint does not fit its config: tensor {what}")
+
+
+def attach(module: nn.Module, manifest: Manifest, dtype: str) -> None:
+    """Give a module what `from_pretrained` would have: `save_pretrained` then writes a whole folder."""
+    config = CompressConfig.from_dict(quantization_section(manifest, dtype))
+    quantizer = CompressQuantizer(config)
+    module.hf_quantizer = quantizer  # type: ignore[assignment]
+    module.quantization_method = config.quant_method  # type: ignore[assignment]
+    module.is_quantized = True  # type: ignore[assignment]
+    quantizer.postprocess_model(module)
