@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,6 +75,14 @@ class Table:
     key: str
     about: Mapping[str, Any]
     rows: tuple[Row, ...]
+
+    @cached_property
+    def _places(self) -> dict[Place, Row]:
+        return {row.place: row for row in self.rows}
+
+    def at(self, kind: Kind, layer: str, label: str) -> Row | None:
+        """Return a row, or None where it is not there."""
+        return self._places.get((kind, layer, label))
 
 
 def read_table(path: Path) -> Table:
