@@ -12,7 +12,8 @@ from ..progress import Progress
 
 Observer = Callable[[str, Tensor, Tensor], None]
 """Called as observer(name, x, timesteps): x [batch, tokens, channels] is the input of linear `name`
-([batch, 1, channels] where the layer sees no token axis), timesteps [batch] float32."""
+([batch, 1, channels] where the layer sees no token axis), timesteps [batch] float32. Of a convolution it
+sees windows or pixels, see `views.views`: windows in parts, with the timesteps of the items in a part."""
 
 
 class Calibration(Protocol):
@@ -26,10 +27,19 @@ class Calibration(Protocol):
     def key(self) -> str:
         """Content hash of everything that the recorded inputs depend on."""
 
-    def observe(self, model: OpenModel, names: Sequence[str], observer: Observer, progress: Progress) -> None:
+    def observe(
+        self,
+        model: OpenModel,
+        names: Sequence[str],
+        observer: Observer,
+        progress: Progress,
+        *,
+        as_windows: bool = True,
+    ) -> None:
         """Replay all recorded calls through `model.module` as it is now.
 
-        `observer` sees the inputs of the named linears while they are computed; nothing is kept.
+        `observer` sees the inputs of the named layers while they are computed; nothing is kept. Those
+        of convolutions are handed out as windows, or as pixels, all of a call at once.
 
         Raises:
             StageError: when a name is never reached.

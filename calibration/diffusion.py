@@ -25,6 +25,7 @@ from .conditions import Conditions, conditions_for
 from .content import content_key, is_intact, read_index
 from .inputs import by_content
 from .sampler import denoise_batch, make_scheduler, place
+from .views import views
 
 if TYPE_CHECKING:
     from ..recipes.schema import CalibrationSettings
@@ -73,17 +74,25 @@ class DiffusionCalibration:
         return sum(read_header(path)["timesteps"].shape[0] for path in self.files)
 
     @torch.no_grad()
-    def observe(self, model: OpenModel, names: Sequence[str], observer: Observer, progress: Progress) -> None:
+    def observe(
+        self,
+        model: OpenModel,
+        names: Sequence[str],
+        observer: Observer,
+        progress: Progress,
+        *,
+        as_windows: bool = True,
+    ) -> None:
         """Replay all recorded calls through `model.module` as it is now.
 
-        `observer(name, x, timesteps)` sees the inputs of the named linears while they are computed: x
-        [batch, tokens, channels] in the module's dtype, timesteps [batch] float32. Hooks are removed
-        however this ends.
+        `observer(name, x, timesteps)` sees the inputs of the named layers while they are computed: x
+        [batch, tokens, channels] in the module's dtype, timesteps [batch] float32; of convolutions
+        windows or pixels, see `views.views`. Hooks are removed however this ends.
 
         Raises:
             StageError: a name is no module, or was never reached.
         """
-        watch = _Watch(observer)
+        watch = _Watch(observer, as_windows)
         handles = []
         try:
             for name in dict.fromkeys(names):
@@ -107,19 +116,19 @@ class DiffusionCalibration:
 
 
 class _Watch:
-    """Hands the inputs of linears to an observer, with the timesteps of the call in progress."""
+    """Hands the inputs of layers to an observer, with the timesteps of the call in progress."""
 
-    def __init__(self, observer: Observer) -> None:
-        self.observer = observer
+    def __init__(self, observer: Observer, as_windows: bool = True) -> None:
+        self.observer, self.as_windows = observer, as_windows
         self.timesteps = torch.empty(0)
         self.reached: set[str] = set()
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x: Tensor = args[0] if args else next(iter(kwargs.values()))
             self.reached.add(name)
-            # Rows are grouped by sample wherever a layer flattens them, so this is exact.
-            self.observer(name, x.reshape(len(self.timesteps), -1, x.shape[-1]), self.timesteps)
+            for rows, timesteps in views(name, layer, x, self.timesteps, as_windows=self.as_windows):
+                self.observer(name, rows, timesteps)
 
         return see
 

@@ -1,4 +1,4 @@
-"""How much a model's output suffers when one linear layer is quantized: a table for bit allocation.
+"""How much a model's output suffers when one layer is quantized: a table for bit allocation.
 
 One layer at a time (MixDQ, arXiv 2405.17873, section on sensitivity): for every layer and candidate the
 recorded calls run through the model with this one layer computing as if quantized, and the output is

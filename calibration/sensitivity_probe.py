@@ -45,7 +45,7 @@ class Target:
     """A layer and what to measure of it.
 
     Attributes:
-        layer: dotted name of an `nn.Linear`.
+        layer: dotted name of an `nn.Linear` or `nn.Conv2d`.
         candidates: to try, one after the other.
         metric: `sqnr_db` for quality, `ssim` for content.
     """
@@ -55,8 +55,10 @@ class Target:
     metric: Metric = "sqnr_db"
 
 
-Quantizer = Callable[[str, nn.Linear, Candidate], AbstractContextManager[Any]]
-"""Called as quantizer(name, linear, candidate): within the context this one layer computes as if
+Layer = nn.Linear | nn.Conv2d
+
+Quantizer = Callable[[str, Layer, Candidate], AbstractContextManager[Any]]
+"""Called as quantizer(name, layer, candidate): within the context this one layer computes as if
 quantized; afterwards it is what it was, bit for bit. It may give the layer another weight (a new
 parameter, never writing into the old one, which may be shared), hooks, or a `forward` of its own."""
 
@@ -109,7 +111,7 @@ class Probe:
 
     Raises:
         StageError: there are no calls, the original's output is not finite or zero, or a layer is not
-            there, not linear, or never reached.
+            there, neither linear nor a convolution, or never reached.
     """
 
     def __init__(self, model: OpenModel, plan: Plan) -> None:
@@ -119,7 +121,7 @@ class Probe:
             raise StageError("there are no recorded calls to measure sensitivities on")
         blocks = [block for _, block in model.family.blocks(model.module)]
         self.runner = SuffixRunner(model.module, blocks, self._calls[0], plan.layers)
-        self._linears = {name: _linear(model.module, name) for name in plan.layers}
+        self._layers = {name: _layer(model.module, name) for name in plan.layers}
         self._references = [self.runner.run(call, Kept(0)) for call in self._calls]
         self._check_references()
         low = min(float(output.min()) for output in self._references)
@@ -197,8 +199,8 @@ class Probe:
         kept: Sequence[Kept],
     ) -> None:
         start = time.perf_counter()
-        linear = self._linears[target.layer]
-        with _restored(target.layer, linear), self._quantizer(target.layer, linear, candidate):
+        layer = self._layers[target.layer]
+        with _restored(target.layer, layer), self._quantizer(target.layer, layer, candidate):
             for index, item in zip(indices, kept, strict=True):
                 output = self.runner.run(self._calls[index], item)
                 if not torch.isfinite(output).all():
@@ -260,25 +262,26 @@ class _Tally:
 
 
 @contextmanager
-def _restored(name: str, linear: nn.Linear) -> Iterator[None]:
+def _restored(name: str, layer: Layer) -> Iterator[None]:
     """See to it that a layer comes back as it was."""
 
     def state() -> tuple[Any, ...]:
-        hooks = (linear._forward_pre_hooks, linear._forward_hooks)
-        held = [value for group in (linear._parameters, linear._buffers) for value in group.values()]
-        return type(linear), "forward" in linear.__dict__, *(tuple(group) for group in hooks), *map(id, held)
+        hooks = (layer._forward_pre_hooks, layer._forward_hooks)
+        held = [value for group in (layer._parameters, layer._buffers) for value in group.values()]
+        return type(layer), "forward" in layer.__dict__, *(tuple(group) for group in hooks), *map(id, held)
 
-    before, values = state(), [item.clone() for item in linear.parameters(recurse=False)]
+    before, values = state(), [item.clone() for item in layer.parameters(recurse=False)]
     yield
     same = state() == before and all(
-        torch.equal(item, value) for item, value in zip(linear.parameters(recurse=False), values, strict=True)
+        torch.equal(item, value) for item, value in zip(layer.parameters(recurse=False), values, strict=True)
     )
     if not same:
         raise StageError(f"{name}: the quantizer did not restore the layer")
 
 
-def _linear(module: nn.Module, name: str) -> nn.Linear:
+def _layer(module: nn.Module, name: str) -> Layer:
     layer = module.get_submodule(name)
-    if not isinstance(layer, nn.Linear):
-        raise StageError(f"{name}: a {type(layer).__name__}, not a linear layer in floating point")
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        kind = type(layer).__name__
+        raise StageError(f"{name}: a {kind}, not a linear layer or convolution in floating point")
     return layer
