@@ -1,0 +1,257 @@
+"""What may be chosen for every layer: schemes by bits, and the bytes that each of them takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ....errors import PlanError
+from ....models.base import Family, LinearSite, TensorSpec
+from ....recipes.allocation import FLOAT_BITS, AllocationSettings
+from ....recipes.patterns import select, unmatched
+from ....recipes.stages import MixdqSettings, ViditQSettings
+from ....runtime.manifest import QuantizedModule
+from ..details import scheme_bytes
+from ..scheme import Survey, linear_scheme, modulation_scheme
+from .groups import MetricGroup, group_layers
+from .problem import label_of_weight
+
+AllocatingSettings = MixdqSettings | ViditQSettings
+"""Settings of the methods that choose bits per layer; of ViDiT-Q where `bits` is given."""
+
+FLOAT_LABEL = label_of_weight(FLOAT_BITS)
+"""Label of the choice that leaves a layer in floating point."""
+
+Settle = Callable[[str, QuantizedModule], QuantizedModule]
+"""Called with a layer's name and its planned scheme; returns the one with the transforms decided on data."""
+
+
+@dataclass(frozen=True)
+class LayerChoices:
+    """A layer and what may be chosen for it.
+
+    Attributes:
+        site: the layer; of tied copies the one whose tensors are stored.
+        schemes: label ("w2" ... "w8") -> scheme as stored, its activation at the fewest bits offered;
+            "w16", which is floating point, has none.
+        costs: label ("w16" included where offered) -> bytes of all tensors of the layer, bias included; tied
+            copies once.
+        weights: number of weights, tied copies once.
+        inputs: elements of the layer's input in one forward of one sample; 0 where it is not known.
+        metric_group: name of the group that it is measured in.
+        activations: offered activation bits; 16 is floating point.
+        decided_by: the rule or pattern where there is one choice only.
+        members: names of the layers that share the choice, the site's own first; empty: it alone.
+    """
+
+    site: LinearSite
+    schemes: Mapping[str, QuantizedModule]
+    costs: Mapping[str, int]
+    weights: int
+    inputs: int
+    metric_group: str
+    activations: tuple[int, ...]
+    decided_by: str
+    members: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The layers that take the choice."""
+        return self.members or (self.site.name,)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """All layers that take part in an allocation.
+
+    Attributes:
+        layers: in forward order, copies left out.
+        groups: what they are measured by.
+        float_rules: the linears that take no part -> the rule that decided.
+    """
+
+    layers: tuple[LayerChoices, ...]
+    groups: tuple[MetricGroup, ...]
+    float_rules: Mapping[str, str]
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """Metric of every group, by its name."""
+        return {group.name: group.metric for group in self.groups}
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All layers that take part, copies included."""
+        return frozenset(name for layer in self.layers for name in layer.names)
+
+
+def allocation_of(settings: AllocatingSettings) -> AllocationSettings:
+    """Return how bits are chosen."""
+    allocation = settings.allocation
+    assert allocation is not None
+    return allocation
+
+
+def find_candidates(
+    family: Family,
+    survey: Survey,
+    settings: AllocatingSettings,
+    dtype: torch.dtype,
+    shared: Mapping[str, str],
+    *,
+    settle: Settle = lambda _, scheme: scheme,
+    inputs: Mapping[str, int] | None = None,
+) -> Candidates:
+    """Find out what may be chosen for every layer.
+
+    A rule earlier in this list wins: a pattern of `keep`; one of `fixed`; `adaln_weight_bits` for
+    modulation layers; the family's own list of layers left in floating point; embedders and heads in
+    floating point; the bits of the layer's group, or of the stage, for the rest.
+
+    Args:
+        family: of the model.
+        survey: of its linears.
+        settings: of the stage.
+        dtype: that the model is stored in.
+        shared: copied tensor -> stored tensor.
+        settle: adds what was decided on data to a planned scheme.
+        inputs: layer -> elements of its input; None: not known.
+
+    Raises:
+        PlanError: a pattern of `fixed` or of a group matches nothing, or `group_size` does not divide a
+            layer's inputs.
+    """
+    float_rules = {**survey.float_rules, **_float_modulations(survey, settings)}
+    sites = [site for site in survey.sites if site.name not in float_rules]
+    allocation = allocation_of(settings)
+    roles = {site.name: str(site.role) for site in sites}
+    fixed = _by_pattern("fixed", allocation.fixed, list(roles))
+    fixed_activations = _by_pattern("fixed_activations", allocation.fixed_activations, list(roles))
+    groups = group_layers(family.name, roles, allocation.groups)
+    group_of = {name: group.name for group in groups for name in group.layers}
+    layers = []
+    for site in sites:
+        group = group_of[site.name]
+        bits, rule = _offered_bits(site, settings, group, fixed)
+        activations = _offered_activations(site, settings, group, fixed_activations)
+        schemes = {
+            label_of_weight(number): settle(
+                site.name, _scheme(survey, site, settings, number, activations, rule)
+            )
+            for number in bits
+            if number != FLOAT_BITS
+        }
+        costs = {label: scheme_bytes(scheme, dtype) for label, scheme in schemes.items()}
+        if FLOAT_BITS in bits:
+            costs[FLOAT_LABEL] = _float_bytes(site, site.name in survey.biased, dtype)
+        layers.append(
+            LayerChoices(
+                site=site,
+                schemes=schemes,
+                costs=costs,
+                weights=site.shape[0] * site.shape[1],
+                inputs=(inputs or {}).get(site.name, 0),
+                metric_group=group,
+                activations=activations,
+                decided_by=rule,
+            )
+        )
+    return Candidates(tuple(_joined(layers, shared)), tuple(groups), float_rules)
+
+
+def bytes_outside(tensors: Mapping[str, TensorSpec], shared: Mapping[str, str], names: frozenset[str]) -> int:
+    """Return the bytes of the stored tensors that belong to none of the layers `names`."""
+    return sum(
+        spec.bytes
+        for tensor, spec in tensors.items()
+        if tensor not in shared and tensor.rpartition(".")[0] not in names
+    )
+
+
+def _float_modulations(survey: Survey, settings: AllocatingSettings) -> dict[str, str]:
+    if settings.adaln_weight_bits != FLOAT_BITS:
+        return {}
+    fixed = select(list(allocation_of(settings).fixed), [site.name for site in survey.sites])
+    return {
+        site.name: f"adaln_weight_bits: {FLOAT_BITS}"
+        for site in survey.sites
+        if site.role == "adaln" and site.name not in survey.float_rules and site.name not in fixed
+    }
+
+
+def _by_pattern(key: str, patterns: Mapping[str, int], names: Sequence[str]) -> dict[str, tuple[int, str]]:
+    """Return layer -> (number, pattern) of a setting that maps patterns to numbers; the first one wins."""
+    for pattern in unmatched(list(patterns), names):
+        raise PlanError(
+            f"{key}: pattern {pattern!r} matches no layer that is allocated",
+            hint="patterns describe full names, `*` stands for anything; layers that `keep`, the family or"
+            " adaln_weight_bits leave in floating point take no part",
+        )
+    return {name: (patterns[pattern], pattern) for name, pattern in select(list(patterns), names).items()}
+
+
+def _offered_bits(
+    site: LinearSite, settings: AllocatingSettings, group: str, fixed: Mapping[str, tuple[int, str]]
+) -> tuple[tuple[int, ...], str]:
+    """Return the bits that are offered to a layer, in rising order, and the rule."""
+    if site.name in fixed:
+        number, pattern = fixed[site.name]
+        return (number,), f"fixed: {pattern}"
+    if site.role == "adaln" and settings.adaln_weight_bits is not None:
+        return (settings.adaln_weight_bits,), f"adaln_weight_bits: {settings.adaln_weight_bits}"
+    allocation = allocation_of(settings)
+    own = (allocation.groups or {}).get(group)
+    bits = allocation.bits if own is None or own.bits is None else own.bits
+    return tuple(sorted(bits)), f"bits: allocated in group {group}"
+
+
+def _offered_activations(
+    site: LinearSite, settings: AllocatingSettings, group: str, fixed: Mapping[str, tuple[int, str]]
+) -> tuple[int, ...]:
+    if site.role == "adaln":
+        return (FLOAT_BITS,)
+    if site.name in fixed:
+        return (fixed[site.name][0],)
+    allocation = allocation_of(settings)
+    own = (allocation.groups or {}).get(group)
+    offered = (
+        allocation.activation_bits if own is None or own.activation_bits is None else own.activation_bits
+    )
+    return tuple(sorted(offered))
+
+
+def _scheme(
+    survey: Survey,
+    site: LinearSite,
+    settings: AllocatingSettings,
+    bits: int,
+    activations: tuple[int, ...],
+    rule: str,
+) -> QuantizedModule:
+    if site.role == "adaln":
+        return modulation_scheme(survey, site, settings.method, bits, rule)
+    return linear_scheme(survey, site, settings, bits, activations[0], rule)
+
+
+def _float_bytes(site: LinearSite, biased: bool, dtype: torch.dtype) -> int:
+    rows, columns = site.shape
+    return (rows * columns + (rows if biased else 0)) * dtype.itemsize
+
+
+def _joined(layers: Sequence[LayerChoices], shared: Mapping[str, str]) -> list[LayerChoices]:
+    """Make one entry of a layer and its tied copies: they are stored once and take the same bits."""
+    by_name = {layer.site.name: layer for layer in layers}
+    members: dict[str, list[str]] = {}
+    for layer in layers:
+        first = shared.get(f"{layer.site.name}.weight", "").rpartition(".")[0]
+        owner = first if first in by_name else layer.site.name
+        members.setdefault(owner, []).append(layer.site.name)
+    return [
+        replace(by_name[owner], members=tuple(sorted(names, key=lambda name: name != owner)))
+        if len(names) > 1
+        else by_name[owner]
+        for owner, names in members.items()
+    ]
