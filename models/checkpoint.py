@@ -2,7 +2,7 @@
 
 A model is a folder, `builtin:NAME`, or a Hub id. Two layouts are understood: a component folder
 (config.json beside the weights, perhaps scheduler/) and a pipeline folder (model_index.json with
-transformer/ and scheduler/ below). Only safetensors are read; pickles can run code and are refused.
+transformer/ or unet/, and scheduler/ below). Only safetensors are read; pickles can run code and are refused.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SourceError
+from ..runtime.fetch import DENOISERS
 from ..runtime.hashes import file_sha256
 from ..runtime.language_config import class_name_of, implied_copies
 from ..runtime.strict_json import parse_object
@@ -216,14 +217,16 @@ def _component(root: Path, subfolder: str | None, ref_id: str) -> tuple[Path, Pa
         folder = root / subfolder
         if not folder.resolve().is_relative_to(root.resolve()):
             raise SourceError(f"{ref_id}: subfolder {subfolder!r} lies outside the model")
-    elif (root / CONFIG_NAME).is_file() or not (root / "transformer" / CONFIG_NAME).is_file():
+    elif (root / CONFIG_NAME).is_file():
         folder = root
     else:
-        folder = root / "transformer"
+        parts = (root / name for name in DENOISERS)
+        folder = next((part for part in parts if (part / CONFIG_NAME).is_file()), root)
     if not (folder / CONFIG_NAME).is_file():
         raise SourceError(
             f"{folder}: no {CONFIG_NAME}",
-            hint="give a component folder (config.json beside the weights) or a pipeline with transformer/",
+            hint="give a component folder (config.json beside the weights), or a pipeline with"
+            f" {' or '.join(f'{name}/' for name in DENOISERS)}",
         )
     if pipeline is None and folder != root.parent and (folder.parent / PIPELINE_NAME).is_file():
         pipeline = folder.parent

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import SourceError
+from ..runtime.fetch import DENOISERS
 from ..runtime.hub_errors import translated
+from .companions import NAMES
 
 # `*` also matches slashes on the Hub, so the folders are named one by one.
 _CONFIG_PATTERNS = (
-    "config.json", "model_index.json", "transformer/config.json", "transformer/*.safetensors.index.json",
-    "scheduler/scheduler_config.json", "*.safetensors.index.json",
-    "README.md",
+    "config.json", "model_index.json", "scheduler/scheduler_config.json", "*.safetensors.index.json",
+    *(f"{name}/{file}" for name in DENOISERS for file in ("config.json", "*.safetensors.index.json")),
+    "README.md", *NAMES,
 )  # fmt: skip
 # The licence is inherited: the card names it, these hold its text. They say by patterns what
 # `source_card.is_text_name` says: at the top, and .md, .txt or no suffix at all.

@@ -16,12 +16,14 @@ FAMILY_NAMES: Mapping[str, str] = {
     "DiTTransformer2DModel": "dit",
     "PixArtTransformer2DModel": "pixart",
     "SD3Transformer2DModel": "sd3",
+    "UNet2DConditionModel": "unet",
     **dict.fromkeys(LANGUAGE_CLASSES, "llm"),
 }
 _ADAPTERS: Mapping[str, str] = {
     "dit": "DiTFamily",
     "pixart": "PixArtFamily",
     "sd3": "SD3Family",
+    "unet": "UNetFamily",
     "llm": "LanguageFamily",
 }
 
@@ -31,6 +33,11 @@ _FORMER_BY_NORM: Mapping[str, str] = {
     "ada_norm_zero": "DiTTransformer2DModel",
     "ada_norm_single": "PixArtTransformer2DModel",
 }
+
+
+def is_language_family(name: str) -> bool:
+    """Tell whether a family is one of language models; the others are denoisers."""
+    return name == FAMILY_NAMES["LlamaForCausalLM"]
 
 
 def stock_class_name(given: Any, config: Mapping[str, Any]) -> str | None:

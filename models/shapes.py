@@ -13,6 +13,7 @@ from typing import Any
 from ..runtime.config import DEFAULTS, complete_config, model_width
 from ..runtime.language_config import LANGUAGE_CLASSES
 from .llm_shapes import language_tensors
+from .unet_shapes import unet_tensors
 
 __all__ = [
     "DEFAULTS",
@@ -166,5 +167,6 @@ _BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], Named]] = {
     "DiTTransformer2DModel": _dit,
     "PixArtTransformer2DModel": _pixart,
     "SD3Transformer2DModel": _sd3,
+    "UNet2DConditionModel": unet_tensors,
     **dict.fromkeys(LANGUAGE_CLASSES, language_tensors),
 }

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import SourceError
+from . import config_unet
 from .language_config import complete_language_config, is_language_class
 
 MAX_WIDTH = 2**20
@@ -40,6 +41,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "DiTTransformer2DModel": _DIT_DEFAULTS,
     "PixArtTransformer2DModel": _PIXART_DEFAULTS,
     "SD3Transformer2DModel": _SD3_DEFAULTS,
+    config_unet.CLASS_NAME: config_unet.DEFAULTS,
 }
 _ALLOWED: Mapping[str, tuple[Any, ...]] = {
     "activation_fn": ("gelu", "gelu-approximate", "geglu"),
@@ -62,9 +64,12 @@ def complete_config(class_name: str, config: Mapping[str, Any], where: str) -> d
         return complete_language_config(class_name, config, where)
     defaults = DEFAULTS[class_name]
     full = {key: config.get(key, default) for key, default in defaults.items()}
-    for key, value in full.items():
-        _check_value(class_name, key, value, where)
-    _check_relations(class_name, full, where)
+    if class_name == config_unet.CLASS_NAME:
+        config_unet.check_unet(full, where)
+    else:
+        for key, value in full.items():
+            _check_value(class_name, key, value, where)
+        _check_relations(class_name, full, where)
     if isinstance(full.get("dual_attention_layers"), list):
         full["dual_attention_layers"] = tuple(full["dual_attention_layers"])
     kept = {key: config[key] for key in ("_diffusers_version",) if key in config}
@@ -87,7 +92,7 @@ def check_config(config: Mapping[str, Any], stored_bytes: int, where: str) -> No
     class_name = config["_class_name"]
     if class_name in DEFAULTS:
         full = complete_config(class_name, config, where)
-        table = 4 * _positions(full) * model_width(full)
+        table = 4 * _positions(full) * model_width(full) if "patch_size" in full else 0
         if table > stored_bytes + SPARE_TABLE_BYTES:
             raise SourceError(
                 f"{where}: sample_size {full['sample_size']} gives a table of {table} bytes for positions, "

@@ -6,10 +6,13 @@ from pathlib import Path
 
 from ..errors import SourceError
 from .hub_errors import translated
+from .strict_json import parse_object
 
 BUILTIN_PREFIX = "builtin:"
 _PIPELINE_NAME = "model_index.json"
-_DENOISER = "transformer"
+DENOISERS = ("transformer", "unet")
+"""Folders of a pipeline that may hold the component to compress; the first that is there counts."""
+_MAX_INDEX_BYTES = 2**20
 
 
 def fetch(path_or_repo: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> Path:
@@ -29,8 +32,8 @@ def fetch(path_or_repo: str | Path, *, revision: str | None = None, subfolder: s
     else:
         hint = "give an existing folder or a Hub id such as org/name"
         raise SourceError(f"{text} is not a folder", hint=hint)
-    if subfolder is None and (root / _PIPELINE_NAME).is_file() and (root / _DENOISER).is_dir():
-        subfolder = _DENOISER
+    if subfolder is None and (root / _PIPELINE_NAME).is_file():
+        subfolder = next((name for name in DENOISERS if (root / name).is_dir()), None)
     folder = root / subfolder if subfolder else root
     if not folder.resolve().is_relative_to(root.resolve()):
         raise SourceError(f"{text}: subfolder {subfolder!r} lies outside of it")
@@ -53,10 +56,18 @@ def _download(repo: str, revision: str | None, subfolder: str | None) -> Path:
             snapshot_download(repo, revision=revision, allow_patterns=["config.json", _PIPELINE_NAME])
         )
         if subfolder is None and (root / _PIPELINE_NAME).is_file():
-            subfolder = _DENOISER
+            subfolder = _denoiser(root / _PIPELINE_NAME)
         # A pattern's `*` crosses slashes: the other parts of a pipeline must be kept out by name.
         prefix, others = (f"{subfolder}/", None) if subfolder else ("", "*/*")
         patterns = [f"{prefix}*.json", f"{prefix}*.safetensors"]
         return Path(
             snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=others)
         )
+
+
+def _denoiser(index: Path) -> str:
+    """Return the folder of the denoiser that a pipeline's index names."""
+    if index.stat().st_size > _MAX_INDEX_BYTES:
+        raise SourceError(f"{index}: {index.stat().st_size} bytes; at most {_MAX_INDEX_BYTES} are read")
+    parts = parse_object(index.read_bytes(), str(index))
+    return next((name for name in DENOISERS if name in parts), DENOISERS[0])

@@ -72,6 +72,21 @@ TINY: dict[str, dict[str, Any]] = {
         "pooled_projection_dim": 32,
         "pos_embed_max_size": 8,
     },
+    "UNet2DConditionModel": {
+        "sample_size": 8,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "transformer_layers_per_block": (1, 2),
+        "attention_head_dim": (2, 4),
+        "cross_attention_dim": 32,
+        "norm_num_groups": 8,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 72,
+    },
 }
 
 
@@ -161,6 +176,12 @@ def tiny_pixart(make_tiny: Callable[..., Path]) -> Path:
 def tiny_sd3(make_tiny: Callable[..., Path]) -> Path:
     """An MMDiT: 64 channels, 2 joint blocks (the last one is context-only)."""
     return make_tiny("SD3Transformer2DModel")
+
+
+@pytest.fixture
+def tiny_unet(make_tiny: Callable[..., Path]) -> Path:
+    """A U-Net as SDXL's: stages of 32 and 64 channels, text of 32, pooled text of 24 and sizes."""
+    return make_tiny("UNet2DConditionModel")
 
 
 @pytest.fixture(scope="session")

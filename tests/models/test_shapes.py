@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -16,6 +18,12 @@ SD3 = {
     **SMALL, "joint_attention_dim": 12, "caption_projection_dim": 24, "pooled_projection_dim": 10,
     "pos_embed_max_size": 6,
 }  # fmt: skip
+UNET = {
+    "sample_size": 8, "block_out_channels": [8, 16], "norm_num_groups": 4, "attention_head_dim": [2, 4],
+    "cross_attention_dim": 12, "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+}  # fmt: skip
+SDXL_TURBO = Path(__file__).parent / "data" / "sdxl_turbo" / "unet"
 CASES = [
     ("DiTTransformer2DModel", {}),
     ("DiTTransformer2DModel", SMALL),
@@ -41,6 +49,24 @@ CASES = [
     ("SD3Transformer2DModel", SD3 | {"qk_norm": "rms_norm"}),
     ("SD3Transformer2DModel", SD3 | {"qk_norm": "rms_norm", "dual_attention_layers": [0], "out_channels": 3}),
     ("SD3Transformer2DModel", SD3 | {"dual_attention_layers": [0, 1], "num_layers": 3}),
+    ("UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768}),
+    ("UNet2DConditionModel", UNET),
+    ("UNet2DConditionModel", UNET | {"use_linear_projection": True, "mid_block_type": None}),
+    ("UNet2DConditionModel", UNET | {"layers_per_block": [1, 3], "time_embedding_dim": 24}),
+    (
+        "UNet2DConditionModel",
+        UNET
+        | {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "conv_in_kernel": 5}
+        | {"projection_class_embeddings_input_dim": 40, "transformer_layers_per_block": [[2, 1], 3]}
+        | {"reverse_transformer_layers_per_block": [[1, 2, 1], 2], "act_fn": "swish"},
+    ),
+    (
+        "UNet2DConditionModel",
+        UNET
+        | {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "downsample_padding": 0}
+        | {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "block_out_channels": [16, 16]},
+    ),
+    ("UNet2DConditionModel", json.loads((SDXL_TURBO / "config.json").read_text())),
 ]
 
 
