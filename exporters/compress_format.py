@@ -16,6 +16,7 @@ from ..models.base import ModelSpec, OpenModel
 from ..runtime.manifest import FILE_NAME, Manifest, QuantizedModule
 from ..runtime.modules import name_of, quantized_layers
 from ..runtime.validate import expected_tensors, guard_name, quantization_section
+from .bits_file import bits_files
 from .formats import Layout
 from .stock import left_out, registered_way, stock_way
 from .writer import StoredTensor, dtype_code
@@ -41,7 +42,8 @@ def layout(model: OpenModel) -> Layout:
         loads_with = ["compress.load(path)", stock_way(name, dtype)]
     tensors = [StoredTensor.of(name, tensor) for name, tensor in state.items() if name not in shared]
     tensors += _guard(name, quantization)
-    return Layout(tensors, config, METADATA, loads_with, {FILE_NAME: manifest.to_json()})
+    extra = {FILE_NAME: manifest.to_json(), **bits_files(model)}
+    return Layout(tensors, config, METADATA, loads_with, extra)
 
 
 def predict(spec: ModelSpec) -> tuple[list[StoredTensor], Mapping[str, str]]:

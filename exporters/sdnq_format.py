@@ -26,6 +26,7 @@ from ..runtime.load import read_tensor
 from ..runtime.manifest import FILE_NAME, Manifest, QuantizedModule
 from ..runtime.modules import name_of, quantized_layers
 from ..runtime.validate import open_folder
+from .bits_file import bits_files
 from .compress_format import METADATA, stock_config
 from .dequantized_format import linear_tensors
 from .formats import Layout
@@ -65,7 +66,8 @@ def layout(model: OpenModel) -> Layout:
         f"loading needs the package sdnq (GPL-3.0), written for its layout of version {SDNQ_VERSION}",
         "the package quantizes activations by its own rule, and not at all below 32 tokens",
     )
-    return Layout(tensors, config, METADATA, [load], {FILE_NAME: manifest.to_json()}, notes)
+    extra = {FILE_NAME: manifest.to_json(), **bits_files(model)}
+    return Layout(tensors, config, METADATA, [load], extra, notes)
 
 
 def predict(spec: ModelSpec) -> tuple[list[StoredTensor], Mapping[str, str]]:
@@ -95,6 +97,7 @@ def check(quantization: Mapping[str, QuantizedModule]) -> None:
         PlanError: naming the layers.
     """
     reasons: dict[str, Callable[[QuantizedModule], bool]] = {
+        "quantized convolutions, whose layout there is not known here": lambda s: s.kernel is not None,
         "a channel scale of the input": lambda s: s.input_scale,
         "a rotation": lambda s: s.rotation is not None,
         "a low-rank branch": lambda s: s.low_rank > 0,
