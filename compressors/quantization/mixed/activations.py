@@ -18,7 +18,6 @@ from .problem import (
     activation_budget,
     activation_program,
     label_of_weight,
-    names_of,
     nominal_bits,
 )
 from .sweep import points_of, solve
@@ -42,7 +41,7 @@ class ActivationDecision:
 
 def in_floating_point(choices: Sequence[LayerChoices]) -> dict[str, int]:
     """Return what the weights are decided under: no input is quantized."""
-    return {name: FLOAT_BITS for entry in choices for name in names_of(entry)}
+    return {name: FLOAT_BITS for entry in choices for name in entry.names}
 
 
 def decide_activations(
@@ -78,7 +77,7 @@ def decide_activations(
         name: entry.activations[0]
         for entry in quantized
         if len(entry.activations) == 1
-        for name in names_of(entry)
+        for name in entry.names
     }
     open_ = [entry for entry in quantized if len(entry.activations) > 1]
     budget = settings.activation_budget
@@ -87,7 +86,7 @@ def decide_activations(
     if budget.protect is not None:
         return _protect(open_, table, settings, budget.protect, bits)
     assert budget.mean_bits is not None
-    return _average(quantized, table, settings, budget.mean_bits, weights, bits, score, progress)
+    return _average(open_, table, settings, budget.mean_bits, weights, bits, score, progress)
 
 
 def _protect(
@@ -106,7 +105,7 @@ def _protect(
     protected = set(order[:count])
     for entry in entries:
         chosen = FLOAT_BITS if entry.site.name in protected else min(entry.activations)
-        bits |= dict.fromkeys(names_of(entry), chosen)
+        bits |= dict.fromkeys(entry.names, chosen)
     listed = [entry.site.name for entry in entries if entry.site.name in protected]
     return ActivationDecision(bits, {"rule": "protect", "share_asked": share, "protected": listed})
 
@@ -134,7 +133,7 @@ def _average(
             skipped.append(str(error))
             continue
         labels = [(entry, nominal_bits(found.choices[entry.site.name])) for entry in entries]
-        chosen = {name: value for entry, value in labels for name in names_of(entry)}
+        chosen = {name: value for entry, value in labels for name in entry.names}
         solved.setdefault(tuple(sorted(chosen.items())), (point.label, found))
     if not solved:
         raise PlanError(

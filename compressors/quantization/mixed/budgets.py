@@ -124,6 +124,6 @@ def plan_assignment(
         name: FLOAT_BITS if label == f"w{FLOAT_BITS}" else min(offered)
         for entry in choices
         for offered in [entry.activations or (FLOAT_BITS,)]
-        for name, label in ((name, weights[name]) for name in (entry.members or (entry.site.name,)))
+        for name, label in ((name, weights[name]) for name in entry.names)
     }
     return Assignment(weights, activations)

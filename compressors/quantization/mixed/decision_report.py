@@ -18,7 +18,6 @@ from .problem import (
     allocated_weights,
     has_choice,
     mean_bits,
-    names_of,
     nominal_bits,
     stored_bytes,
 )
@@ -166,7 +165,7 @@ def _layers(choices: Sequence[LayerChoices], table: Table, assignment: Assignmen
             if (row := table.at("weight", entry.site.name, offered)) is not None
         }
         first = table.at("weight", entry.site.name, next(iter(measured))) if measured else None
-        for name in names_of(entry):
+        for name in entry.names:
             rows.append(
                 {
                     "name": name,

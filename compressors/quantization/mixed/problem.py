@@ -121,11 +121,6 @@ def has_choice(entry: LayerChoices) -> bool:
     return len(entry.costs) > 1
 
 
-def names_of(entry: LayerChoices) -> tuple[str, ...]:
-    """Return the layers that an entry decides on: itself, and tied copies."""
-    return entry.members or (entry.site.name,)
-
-
 def allocated_weights(choices: Sequence[LayerChoices]) -> int:
     """Return the number of weights of the layers that have a choice, copies once."""
     return sum(entry.weights for entry in choices if has_choice(entry))
@@ -176,7 +171,7 @@ def _weight_item(entry: LayerChoices, losses: Mapping[str, float]) -> Item:
         )
         for label in sorted(entry.costs, key=nominal_bits)
     )
-    return Item(entry.site.name, made, entry.metric_group, names_of(entry))
+    return Item(entry.site.name, made, entry.metric_group, entry.names)
 
 
 def activation_program(choices: Sequence[LayerChoices], table: Table, objective: Objective) -> Program:
@@ -200,7 +195,7 @@ def activation_program(choices: Sequence[LayerChoices], table: Table, objective:
             Choice(label, losses[label], {_ELEMENTS: bits * entry.inputs, _ORDER: bits})
             for label, bits in offered.items()
         )
-        items.append(Item(entry.site.name, made, entry.metric_group, names_of(entry)))
+        items.append(Item(entry.site.name, made, entry.metric_group, entry.names))
     return _program(choices, items, table)
 
 
@@ -282,10 +277,7 @@ def bytes_budget(limit_bytes: int) -> Budget:
 
 
 def activation_budget(choices: Sequence[LayerChoices], mean_bits: float) -> Budget:
-    """Return the budget of the activations: average bits weighted by the elements of the inputs.
-
-    Layers with one choice of activation bits count: what the average is over is what runs.
-    """
+    """Return the budget of the activations: average bits of these layers' inputs by their elements."""
     elements = sum(entry.inputs for entry in choices)
     _, limit = mean_bits_band(mean_bits, elements, half_width=0)
     return Budget("mean_bits", limit, cost=_ELEMENTS, unit="bits")
@@ -293,7 +285,7 @@ def activation_budget(choices: Sequence[LayerChoices], mean_bits: float) -> Budg
 
 def spread(choices: Sequence[LayerChoices], labels: Mapping[str, str]) -> dict[str, str]:
     """Return the label of every layer, tied copies included, from those of the items."""
-    return {name: labels[entry.site.name] for entry in choices for name in names_of(entry)}
+    return {name: labels[entry.site.name] for entry in choices for name in entry.names}
 
 
 def stored_bytes(choices: Sequence[LayerChoices], weights: Mapping[str, str]) -> int:
