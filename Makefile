@@ -42,11 +42,14 @@ install: $(STAMP) ## create the virtual environment and install the package with
 run: $(STAMP) ## run the main recipe; a second time it reuses what is finished
 	$(BIN)/compress run $(RECIPE) --overwrite
 
+# One process per core, each with one thread: two that both use two cores are slower than one.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: run ## run the main recipe, then every test
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(PYTEST) $(PYTEST_FLAGS)
 
 unit: $(STAMP) ## run the fast tests only
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+	$(PYTEST) -m "not slow" $(PYTEST_FLAGS)
 
 style: $(STAMP) ## format, and fix what ruff can fix
 	$(BIN)/ruff format .
