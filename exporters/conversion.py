@@ -9,24 +9,45 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from ..runtime.conv import QuantizedConv2d
 from ..runtime.linear import QuantizedLinear
+from ..runtime.manifest import KernelScheme
 from ..runtime.modules import quantized_layers
 
 
 def replaced(module: nn.Module, weight_of: Callable[[str, QuantizedLinear], Tensor]) -> nn.Module:
-    """Return a module of the same structure whose quantized layers are `nn.Linear`s.
+    """Return a module of the same structure whose quantized layers are `nn.Linear`s and `nn.Conv2d`s.
 
     All other tensors are shared with `module`; change neither of the two afterwards.
 
     Args:
-        weight_of: called with the name and the layer; returns the weight [out, in] of its linear.
+        weight_of: called with the name and the layer; returns the weight of its linear [out, in], or of
+            its convolution [out, in, height, width].
     """
     tensors = chain(module.parameters(), module.buffers())
     clone = copy.deepcopy(module, memo={id(tensor): tensor for tensor in tensors})
     for name, layer in quantized_layers(module).items():
         parent, _, attribute = name.rpartition(".")
-        setattr(clone.get_submodule(parent), attribute, linear_around(weight_of(name, layer), layer.bias))
+        weight = weight_of(name, layer)
+        if isinstance(layer, QuantizedConv2d):
+            dense: nn.Module = conv_around(weight, layer.bias, layer.window)
+        else:
+            dense = linear_around(weight, layer.bias)
+        setattr(clone.get_submodule(parent), attribute, dense)
     return clone.eval()
+
+
+def conv_around(weight: Tensor, bias: Tensor | None, kernel: KernelScheme) -> nn.Conv2d:
+    """Return a convolution that holds these tensors, without copying them."""
+    with torch.device("meta"):
+        conv = nn.Conv2d(
+            weight.shape[1], weight.shape[0], kernel.size, kernel.stride, kernel.padding, kernel.dilation,
+            bias=bias is not None,
+        )  # fmt: skip
+    conv.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        conv.bias = nn.Parameter(bias, requires_grad=False)
+    return conv
 
 
 def linear_around(weight: Tensor, bias: Tensor | None) -> nn.Linear:

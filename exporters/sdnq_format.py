@@ -114,7 +114,8 @@ def check(quantization: Mapping[str, QuantizedModule]) -> None:
             listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise PlanError(
                 f"sdnq format cannot express {what} ({listed})",
-                hint="export with format: compress, or quantize with rtn, which uses none of these",
+                hint="export with format: compress, or quantize linear layers alone with rtn, which uses"
+                " none of these",
             )
 
 

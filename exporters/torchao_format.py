@@ -113,6 +113,7 @@ def check(quantization: Mapping[str, QuantizedModule]) -> None:
         PlanError: naming the layers and the setting to change.
     """
     reasons: dict[str, Callable[[QuantizedModule], bool]] = {
+        "quantized convolutions, only linear layers; keep the convolutions": lambda s: s.kernel is not None,
         "a rotation; set rotation: none": lambda s: s.rotation is not None,
         "weight groups; set group_size: null": lambda s: s.group_size is not None,
         "a low-rank branch; set low_rank: 0": lambda s: s.low_rank > 0,

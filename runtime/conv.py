@@ -55,6 +55,12 @@ class QuantizedConv2d(QuantizedLinear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
 
+    def _tokens(self, items: Tensor, *, unsigned: bool = False) -> integer.Tokens:
+        """Quantize items [batch, values], each on its own grid."""
+        activation = self.scheme.activation
+        assert activation is not None
+        return integer.quantize_tokens(items, activation.bits, activation.symmetric, unsigned=unsigned)
+
     def _quantize(self, x: Tensor, *, unsigned: bool = False) -> integer.Tokens:
         """Quantize x [batch, channels, height, width].
 
@@ -62,11 +68,9 @@ class QuantizedConv2d(QuantizedLinear):
             Levels of the shape of x, channels last in memory; scale, and zero where there is one,
             [batch, 1].
         """
-        activation = self.scheme.activation
-        assert activation is not None
         last = x.is_contiguous(memory_format=torch.channels_last)
         flat = (x.permute(0, 2, 3, 1) if last else x).reshape(x.shape[0], -1)
-        items = integer.quantize_tokens(flat, activation.bits, activation.symmetric, unsigned=unsigned)
+        items = self._tokens(flat, unsigned=unsigned)
         if last:
             q = items.q.view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
         else:
@@ -90,6 +94,23 @@ class QuantizedConv2d(QuantizedLinear):
                 level = level + items.zero.view(-1, 1, 1, 1)
             x = level * items.scale.view(-1, 1, 1, 1)
         return self._float_conv(x)
+
+    def reference_windows(self, rows: Tensor) -> Tensor:
+        """Compute the outputs of single windows with rounded floats.
+
+        Args:
+            rows: [rows, in * height * width] float: any windows. They are rounded on one grid together,
+                as the pixels of an image are.
+
+        Returns:
+            float32 [rows, out].
+        """
+        if self.scheme.activation is not None:
+            grid = self._tokens(rows.reshape(1, -1))
+            level = grid.q.float() if grid.zero is None else grid.q.float() + grid.zero
+            rows = (level * grid.scale).view(rows.shape)
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(rows.float(), self.dequantized_weight(), bias)
 
     def _lay_out(self) -> integer.IntegerWeight:
         weight = super()._lay_out()

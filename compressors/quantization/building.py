@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from ...recipes.stages import GridSettings
 from ...runtime import packing
+from ...runtime.conv import QuantizedConv2d
 from ...runtime.linear import QuantizedLinear
 from ...runtime.manifest import QuantizedModule, RotationScheme
+from ...runtime.modules import layer_class
 from . import low_rank
 from .balance import Transform
 from .grid import Grid, find_steps, round_to_nearest
@@ -25,7 +27,7 @@ class Original:
 
     Attributes:
         name: dotted, for errors.
-        weight: float32 [out, in].
+        weight: float32 [out, in]; of a convolution [out, in * height * width].
         bias: [out] in the dtype it is stored in; None without.
         transform: of its input. A scale in it divides the weight's columns here.
         folded: the scale reaches the input through the layer's producer; the layer itself does not apply it.
@@ -108,7 +110,7 @@ def layer_of(
     """Return the module of a scheme around its tensors."""
     if bias is not None:
         tensors = {**tensors, "bias": bias.detach()}
-    return QuantizedLinear.from_tensors(scheme, dtype, tensors)
+    return layer_class(scheme).from_tensors(scheme, dtype, tensors)
 
 
 def put(module: nn.Module, name: str, layer: nn.Module) -> None:
@@ -123,14 +125,17 @@ def output_sqnr_db(original: Original, layer: QuantizedLinear, rows: Tensor) -> 
     Args:
         original: what it was made of.
         layer: what it became.
-        rows: float32 [rows, in], inputs before the transform.
+        rows: float32 [rows, in], inputs before the transform; windows of a convolution.
     """
     scale = original.transform.scale
     seen = rows if original.online or scale is None else rows * scale
     bias = None if original.bias is None else original.bias.detach().float()
     exact = nn.functional.linear(rows, original.weight, bias)
+    found = (
+        layer.reference_windows(seen) if isinstance(layer, QuantizedConv2d) else layer.reference_forward(seen)
+    )
     signal = float(exact.double().square().sum())
-    error = float((exact - layer.reference_forward(seen)).double().square().sum())
+    error = float((exact - found).double().square().sum())
     if error <= signal * 1e-20:
         return 200.0
     return round(10.0 * float(torch.log10(torch.tensor(signal / error, dtype=torch.float64))), 3)

@@ -40,6 +40,7 @@ def layer_row(choice: Choice, scheme: QuantizedModule | None, dtype: torch.dtype
     row: dict[str, Any] = {
         "name": choice.site.name,
         "role": choice.site.role,
+        "kernel": list(choice.site.kernel.size) if choice.site.kernel else None,
         "parameters": choice.site.shape[0] * choice.site.shape[1],
         "bits": scheme.bits if scheme else 8 * dtype.itemsize,
         "bytes": scheme_bytes(scheme, dtype) if scheme else float_bytes(choice, dtype),

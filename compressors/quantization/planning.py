@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from ...models.base import ModelSpec, TensorSpec
 from ...recipes.stages import UniformSettings
 from ...runtime.linear import tensor_shapes
+from ...runtime.manifest import QuantizedModule
+from ...runtime.windows import kernel_of
 from ..base import StagePlan
 from .details import averages, layer_row
 from .inputs import GRAM_BUDGET_BYTES, ROW_BUDGET_BYTES
@@ -33,6 +37,16 @@ def planned_tensors(spec: ModelSpec, choices: Sequence[Choice]) -> dict[str, Ten
     return tensors
 
 
+def _gram_bytes(choices: Sequence[Choice]) -> int:
+    """What Gram matrices take: those of a block lie in memory together, however large they are."""
+    blocks: dict[int | None, int] = {}
+    for choice in choices:
+        if choice.scheme is not None and choice.site.role != "adaln":
+            block = choice.site.block
+            blocks[block] = blocks.get(block, 0) + 4 * choice.site.shape[1] ** 2
+    return max(GRAM_BUDGET_BYTES, *blocks.values())
+
+
 def _peak_bytes(spec: ModelSpec, choices: Sequence[Choice], compensate: bool) -> int:
     """Weights, calibration samples, and the work on the largest layer."""
     quantized = [choice.site.shape for choice in choices if choice.scheme is not None]
@@ -40,7 +54,7 @@ def _peak_bytes(spec: ModelSpec, choices: Sequence[Choice], compensate: bool) ->
     widest = max(columns for _, columns in quantized)
     work = _WORKING_COPIES * 4 * largest + ROW_BUDGET_BYTES
     if compensate:
-        work += GRAM_BUDGET_BYTES + 4 * 4 * widest * widest
+        work += _gram_bytes(choices) + 4 * 4 * widest * widest
     return spec.size().bytes + work
 
 
@@ -61,8 +75,7 @@ def _notes(
         if choice.scheme is None:
             by_rule.setdefault(choice.decided_by, []).append(choice.site.name)
     for rule, names in by_rule.items():
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        notes.append(f"left in floating point ({rule}): {shown}")
+        notes.append(f"left in floating point ({rule}): {_few(names)}")
     options = options_of(settings)
     if options.act_exponent == "sweep":
         notes.append(
@@ -74,17 +87,63 @@ def _notes(
     return notes
 
 
+def convolution_notes(
+    module: nn.Module, schemes: Mapping[str, QuantizedModule], group_size: int | None
+) -> list[str]:
+    """Say what quantizing does to convolutions, and to which it does nothing.
+
+    Args:
+        module: dense, with or without weights.
+        schemes: layer name -> scheme, of the quantized layers.
+        group_size: of the stage's weights.
+    """
+    found = {name: scheme for name, scheme in schemes.items() if scheme.kernel is not None}
+    notes = []
+    silent = [name for name, scheme in found.items() if scheme.activation is None]
+    if silent:
+        notes.append(
+            f"{len(silent)} convolutions keep their activations in floating point ({_few(silent)}): they"
+            " become smaller, not faster"
+        )
+    if len(found) > len(silent):
+        notes.append(
+            f"{len(found) - len(silent)} convolutions are computed in integers: faster where oneDNN has a"
+            " kernel for them (x86 CPUs, one scale per output channel); elsewhere window by window, which"
+            " makes them smaller, not faster"
+        )
+    whole = [name for name, scheme in found.items() if group_size and not scheme.group_size]
+    if whole:
+        notes.append(
+            f"group_size {group_size} does not divide the windows of {len(whole)} convolutions"
+            f" ({_few(whole)}): they have one scale per output channel"
+        )
+    others = [
+        name
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Conv2d) and kernel_of(child) is None
+    ]
+    if others:
+        notes.append(
+            f"left in floating point (convolutions of several groups, or padded with more than zeros):"
+            f" {_few(others)}"
+        )
+    return notes
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def plan_stage(spec: ModelSpec, settings: UniformSettings) -> StagePlan:
     """Predict a stage of any of the quantization methods.
 
     Raises:
         PlanError: see `scheme.choose`.
     """
-    choices, _ = choose(spec.family, spec.meta_module(), settings, spec.quantization)
-    after = spec.evolve(
-        tensors=planned_tensors(spec, choices),
-        quantization={choice.site.name: choice.scheme for choice in choices if choice.scheme is not None},
-    )
+    module = spec.meta_module()
+    choices, _ = choose(spec.family, module, settings, spec.quantization)
+    schemes = {choice.site.name: choice.scheme for choice in choices if choice.scheme is not None}
+    after = spec.evolve(tensors=planned_tensors(spec, choices), quantization=schemes)
     rows = [layer_row(choice, choice.scheme, spec.dtype) for choice in choices]
     return StagePlan(
         method=settings.method,
@@ -92,6 +151,9 @@ def plan_stage(spec: ModelSpec, settings: UniformSettings) -> StagePlan:
         after=after.size(),
         spec=after,
         peak_memory_bytes=_peak_bytes(spec, choices, options_of(settings).compensate),
-        notes=_notes(choices, settings, rows, spec.shared),
+        notes=[
+            *_notes(choices, settings, rows, spec.shared),
+            *convolution_notes(module, schemes, settings.group_size),
+        ],
         layers=rows,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -80,6 +81,15 @@ class Choice:
     decided_by: str
 
 
+def by_block(choices: Sequence[Choice]) -> list[list[Choice]]:
+    """Group choices by block, in order; what lies outside the blocks comes last."""
+    blocks: dict[int | None, list[Choice]] = defaultdict(list)
+    for choice in choices:
+        blocks[choice.site.block].append(choice)
+    outside = blocks.pop(None, [])
+    return [blocks[index] for index in sorted(blocks, key=lambda key: key or 0)] + [outside]
+
+
 @dataclass(frozen=True)
 class Group:
     """Quantized linears that share one input, hence one channel scale and one rotation.
@@ -111,7 +121,7 @@ class Survey:
         sites: all of them, in forward order.
         biased: names of those with a bias.
         float_rules: those left in floating point -> the rule that decided.
-        groups: the others, modulation layers aside, grouped by shared input.
+        groups: the other linear layers, modulation layers aside, grouped by shared input.
     """
 
     sites: tuple[LinearSite, ...]
@@ -177,6 +187,9 @@ def linear_scheme(
 ) -> QuantizedModule:
     """Return the scheme of a layer at so many bits, transforms that depend on data at their largest.
 
+    A convolution is rounded plainly, whatever the method does to linear layers: it has no scales of
+    its input, no rotation and no low-rank branch, and groups only where `group_size` divides it.
+
     Args:
         survey: of the model.
         site: the layer.
@@ -188,6 +201,8 @@ def linear_scheme(
     Raises:
         PlanError: `group_size` does not divide the layer's inputs.
     """
+    if site.kernel is not None:
+        return _convolution_scheme(survey, site, settings, bits, activation_bits, rule)
     options, columns = options_of(settings), site.shape[1]
     if settings.group_size and columns % settings.group_size:
         raise PlanError(
@@ -206,6 +221,27 @@ def linear_scheme(
         low_rank=min(options.low_rank, *site.shape),
         bias=site.name in survey.biased,
         method=options.method,
+        decided_by=rule,
+    )
+
+
+def _convolution_scheme(
+    survey: Survey, site: LinearSite, settings: GridSettings, bits: int, activation_bits: int, rule: str
+) -> QuantizedModule:
+    activation = activation_of(settings, activation_bits)
+    if activation is not None and activation.scope == "token":
+        # Windows overlap: a pixel has to be the same integer in all of them.
+        activation = activation.model_copy(update={"scope": "sample"})
+    size = settings.group_size
+    return QuantizedModule(
+        shape=site.shape,
+        bits=bits,
+        group_size=size if size and site.shape[1] % size == 0 else None,
+        symmetric=settings.weight_symmetric,
+        activation=activation,
+        bias=site.name in survey.biased,
+        kernel=site.kernel,
+        method=settings.method,
         decided_by=rule,
     )
 
@@ -239,7 +275,8 @@ def survey_linears(
             f"{method}: no linear layer is left to quantize",
             hint="`keep` covers all of them; take out a pattern or the stage",
         )
-    groups = _groups(family.folds(module), names, main, set(select(settings.keep, names)))
+    balanced = main - {site.name for site in sites if site.kernel is not None}
+    groups = _groups(family.folds(module), names, balanced, set(select(settings.keep, names)))
     biased = frozenset(name for name in names if module.get_submodule(name).bias is not None)
     return Survey(tuple(sites), biased, float_rules, tuple(groups))
 
