@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ...calibration.base import Calibration
@@ -67,6 +68,9 @@ def gather(
         ranges: inclusive timestep ranges of v1's statistic; empty: maximum over all calls.
         calibration: to replay.
         progress: to report to.
+
+    Raises:
+        StageError: a layer is never reached, or its inputs are not finite.
     """
     count = ROW_BUDGET_BYTES // (4 * sum(widths.values()))
     count = max(_LEAST_ROWS, min(_MOST_ROWS, count))
@@ -80,7 +84,11 @@ def gather(
     with step(progress, "input statistics"):
         calibration.observe(model, list(widths), observe, progress)
     kept = {name: sink.rows.float() for name, sink in rows.items()}
-    return Inputs({name: _statistic(sink) for name, sink in maximum.items()}, kept)
+    largest = {name: _statistic(sink) for name, sink in maximum.items()}
+    for name, value in largest.items():
+        if not torch.isfinite(value).all():
+            raise StageError(f"{name}: its calibration inputs are not finite", hint="check the calibration")
+    return Inputs(largest, kept)
 
 
 def _statistic(sink: ChannelAbsMax) -> Tensor:
