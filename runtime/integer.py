@@ -23,7 +23,7 @@ _CUDA_MULTIPLE = 8
 _CUDA_ROWS = 17
 _CACHE_ELEMENTS = 2**17
 """Float32 values, read and written, that a core's second-level cache holds."""
-_ROUNDER = 1.5 * 2**23
+ROUNDER = 1.5 * 2**23
 """A float32 that rounds half to even what is added to it; the sum's lowest byte is that integer."""
 _HIGH_PART = 16
 _FEW_ROWS = 8
@@ -134,7 +134,7 @@ def _quantize_parts(x: Tensor, bits: int, symmetric: bool, unsigned: bool) -> To
     zeros = [None] * len(parts) if zero is None else zero.split(rows)
     q = torch.empty(x.shape, dtype=torch.uint8 if unsigned else torch.int8)
     buffer = torch.empty(rows, width)
-    rounder = torch.full((width,), _ROUNDER + 128 if unsigned else _ROUNDER)
+    rounder = torch.full((width,), ROUNDER + 128 if unsigned else ROUNDER)
     for part, inverse, offset, target in zip(parts, inverses, zeros, q.split(rows), strict=True):
         space = buffer if part.shape[0] == rows else buffer[: part.shape[0]]
         target.copy_(_round_part(part, inverse, offset, bits, rounder, space))
@@ -167,7 +167,11 @@ def quantize_tokens(
 
 def fake_quantize_tokens(x: Tensor, bits: int, symmetric: bool) -> Tensor:
     """Return x [M, K] rounded to the grid of `quantize_tokens`, in float32."""
-    tokens = quantize_tokens(x, bits, symmetric)
+    return dequantized(quantize_tokens(x, bits, symmetric))
+
+
+def dequantized(tokens: Tokens) -> Tensor:
+    """Return the float32 values [M, K] that quantized rows stand for, their integers signed."""
     level = tokens.q.float() if tokens.zero is None else tokens.q.float() + tokens.zero
     return level * tokens.scale
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from functools import partial
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import integer, packing, prepacked
+from . import first_token, integer, packing, prepacked, static
 from .manifest import QuantizedModule
 from .rotation import Rotation
 
 TensorShapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+_OPTIONAL = (
+    "zero_point", "bias", "input_scale", "rotation_sign", "low_rank_down", "low_rank_up",
+    "activation_scale", "activation_zero_point", "first_token_input", "first_token_output",
+)  # fmt: skip
+_FLOAT_GRIDS = ("scale", "input_scale", "activation_scale", "first_token_input")
 
 
 def tensor_shapes(scheme: QuantizedModule, dtype: torch.dtype) -> TensorShapes:
@@ -48,21 +54,31 @@ def tensor_shapes(scheme: QuantizedModule, dtype: torch.dtype) -> TensorShapes:
         shapes["activation_scale"] = ((1,), torch.float32)
         if not scheme.activation.symmetric:
             shapes["activation_zero_point"] = ((1,), torch.int16)
-    if scheme.first_token:
+    if scheme.first_token is not None:
+        shapes["first_token_input"] = ((columns,), torch.float32)
         shapes["first_token_output"] = ((rows,), dtype)
     return shapes
+
+
+class Quantize(Protocol):
+    """Quantizes rows; see `integer.quantize_tokens`."""
+
+    def __call__(self, rows: Tensor, total: bool = False, *, unsigned: bool = False) -> integer.Tokens:
+        """Return the rows as integers."""
 
 
 class QuantizedLinear(nn.Module):
     """A linear layer with an integer weight: y = Q(x m R) W^^T + x down^T up^T + bias.
 
-    Q quantizes per token (dynamic), m is `input_scale`, R the rotation; W^ = (q + z) scale lives in
-    the transformed space. The low-rank branch acts on the raw input. All tensors are buffers; see
-    `tensor_shapes`. Works on the meta device; fill with `load_state_dict` or `from_tensors`.
+    Q quantizes per token (dynamic) or on one stored grid (static), m is `input_scale`, R the
+    rotation; W^ = (q + z) scale lives in the transformed space. The low-rank branch acts on the raw
+    input. Where the output for the first token is stored, the rest is done without it; see
+    `first_token`. All tensors are buffers; see `tensor_shapes`. Works on the meta device; fill with
+    `load_state_dict` or `from_tensors`.
 
     Args:
         scheme: how it is stored and executed.
-        dtype: of bias and low-rank branch.
+        dtype: of bias, low-rank branch and stored output.
     """
 
     qweight: Tensor
@@ -73,6 +89,10 @@ class QuantizedLinear(nn.Module):
     rotation_sign: Tensor | None
     low_rank_down: Tensor | None
     low_rank_up: Tensor | None
+    activation_scale: Tensor | None
+    activation_zero_point: Tensor | None
+    first_token_input: Tensor | None
+    first_token_output: Tensor | None
 
     def __init__(self, scheme: QuantizedModule, dtype: torch.dtype) -> None:
         super().__init__()
@@ -81,7 +101,7 @@ class QuantizedLinear(nn.Module):
         shapes = tensor_shapes(scheme, dtype)
         for name, (shape, kind) in shapes.items():
             self.register_buffer(name, torch.empty(shape, dtype=kind))
-        for name in ("zero_point", "bias", "input_scale", "rotation_sign", "low_rank_down", "low_rank_up"):
+        for name in _OPTIONAL:
             if name not in shapes:
                 self.register_buffer(name, None)
         self._forget()
@@ -119,7 +139,7 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # `.half()` and `.to(dtype)` reach every floating buffer; the grids must stay what they are.
-        kept = {name: getattr(self, name) for name in ("scale", "input_scale")}
+        kept = {name: getattr(self, name) for name in _FLOAT_GRIDS}
         result: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             after = getattr(self, name)
@@ -183,6 +203,32 @@ class QuantizedLinear(nn.Module):
         assert self.low_rank_up is not None
         return F.linear(F.linear(x, self.low_rank_down.to(x.dtype)), self.low_rank_up.to(x.dtype))
 
+    def quantize_rows(self, rows: Tensor, total: bool = False, *, unsigned: bool = False) -> integer.Tokens:
+        """Quantize what the product reads, as the scheme says.
+
+        Args:
+            rows: [M, in], transformed; of a convolution [items, any].
+            total, unsigned: as in `integer.quantize_tokens`.
+
+        Returns:
+            As `integer.quantize_tokens`.
+        """
+        activation = self.scheme.activation
+        assert activation is not None
+        if self.activation_scale is None:
+            return integer.quantize_tokens(
+                rows, activation.bits, activation.symmetric, total, unsigned=unsigned
+            )
+        return static.quantize(
+            rows, self.activation_scale, self.activation_zero_point, activation.bits, total, unsigned=unsigned
+        )
+
+    def _each_by_itself(self, rows: Tensor, total: bool = False, *, unsigned: bool = False) -> integer.Tokens:
+        """Quantize rows [M, in] with a scale each, whatever the scheme says."""
+        activation = self.scheme.activation
+        assert activation is not None
+        return integer.quantize_tokens(rows, activation.bits, activation.symmetric, total, unsigned=unsigned)
+
     def reference_forward(self, x: Tensor) -> Tensor:
         """Compute with rounded floats in float32: what `forward` must reproduce.
 
@@ -192,11 +238,20 @@ class QuantizedLinear(nn.Module):
         Returns:
             float32 [..., out].
         """
+        if self.first_token_input is None or self.first_token_output is None:
+            return self._reference(x, self.quantize_rows)
+        return first_token.around(
+            x,
+            self.first_token_input,
+            self.first_token_output.float(),
+            partial(self._reference, quantize=self.quantize_rows),
+            partial(self._reference, quantize=self._each_by_itself),
+        ).float()
+
+    def _reference(self, x: Tensor, quantize: Quantize) -> Tensor:
         rows = self._transform(x.reshape(-1, self.in_features)).float()
         if self.scheme.activation is not None:
-            rows = integer.fake_quantize_tokens(
-                rows, self.scheme.activation.bits, self.scheme.activation.symmetric
-            )
+            rows = integer.dequantized(quantize(rows))
         bias = None if self.bias is None else self.bias.float()
         y = F.linear(rows, self.dequantized_weight(), bias)
         if self.low_rank_down is not None:
@@ -233,40 +288,56 @@ class QuantizedLinear(nn.Module):
             y.addcmul_(rows.sum(dim=-1, keepdim=True, dtype=torch.float32), weight.zero)
         return y.mul_(weight.scale)
 
-    def _integer(self, rows: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> Tensor:
+    def _integer(self, rows: Tensor, quantize: Quantize, dtype: torch.dtype) -> Tensor:
         """Quantize rows [M, in] and multiply: [M, out] in `dtype`."""
         packed = self._prepacked(rows)
         if packed is not None:
-            return prepacked.linear(rows, packed, bits, symmetric, dtype)
+            return prepacked.multiply(quantize(rows, unsigned=True), packed, dtype)
         weight = self._laid_out()
         total = weight.zero is not None and weight.scale.shape[0] == 1
-        tokens = integer.quantize_tokens(rows, bits, symmetric, total)
-        return integer.linear(tokens, weight, self.bias, dtype)
+        return integer.linear(quantize(rows, total), weight, self.bias, dtype)
+
+    def _compute(self, x: Tensor, quantize: Quantize) -> Tensor:
+        raw = x.reshape(-1, self.in_features)
+        rows = self._transform(raw)
+        if self.scheme.activation is None:
+            y = self._weight_only(rows)
+            if self.bias is not None:
+                y = y + self.bias
+        else:
+            y = self._integer(rows, quantize, torch.float32 if self.scheme.low_rank else x.dtype)
+        if self.low_rank_down is not None:
+            y = y + self._low_rank(raw)
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute with integer products.
 
         Args:
-            x: [..., in] float32, float16 or bfloat16.
+            x: [..., in] float32, float16 or bfloat16; [..., tokens, in] where the output for the first
+                token is stored.
 
         Returns:
             [..., out] in x's dtype.
+
+        Raises:
+            ValueError: the output for the first token is stored, and x has no axis of tokens.
         """
-        raw = x.reshape(-1, self.in_features)
-        rows = self._transform(raw)
-        activation = self.scheme.activation
-        if activation is None:
-            y = self._weight_only(rows)
-            if self.bias is not None:
-                y = y + self.bias
-        else:
-            dtype = torch.float32 if self.scheme.low_rank else x.dtype
-            y = self._integer(rows, activation.bits, activation.symmetric, dtype)
-        if self.low_rank_down is not None:
-            y = y + self._low_rank(raw)
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        if self.first_token_input is None or self.first_token_output is None:
+            return self._compute(x, self.quantize_rows)
+        return first_token.around(
+            x,
+            self.first_token_input,
+            self.first_token_output,
+            partial(self._compute, quantize=self.quantize_rows),
+            partial(self._compute, quantize=self._each_by_itself),
+        )
 
     def extra_repr(self) -> str:
         """Describe the scheme in one line."""
         activation = f"A{self.scheme.activation.bits}" if self.scheme.activation else "A16"
-        return f"{self.in_features}, {self.out_features}, W{self.scheme.bits}{activation}"
+        static_grid = "" if self.activation_scale is None else " static"
+        stored = "" if self.first_token_output is None else ", first token stored"
+        return (
+            f"{self.in_features}, {self.out_features}, W{self.scheme.bits}{activation}{static_grid}{stored}"
+        )

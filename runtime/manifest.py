@@ -22,6 +22,10 @@ MAX_BYTES = 16 * 2**20
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=512)]
 Width = Annotated[int, Field(ge=1, le=2**20)]
 Window = Annotated[int, Field(ge=1, le=64)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+FilePath = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=256)
+]
 Padding = Annotated[int, Field(ge=0, le=64)]
 
 
@@ -70,6 +74,20 @@ class RotationScheme(_Strict):
     block: Width
 
 
+class FirstToken(_Strict):
+    """The first token of the text, whose output a layer stores because it is the same for every prompt.
+
+    Attributes:
+        sha256: of the token's channels as the layer reads them, float32; zeros in a plan. The token is
+            stored as the tensor `first_token_input`, the output as `first_token_output`.
+        encoders: path in the pipeline's folder -> SHA-256 of the weight files of the text encoders that
+            the token came from; empty where they were not at hand.
+    """
+
+    sha256: Sha256
+    encoders: dict[FilePath, Sha256] = Field(default_factory=dict, max_length=64)
+
+
 class QuantizedModule(_Strict):
     """How one `nn.Linear` or `nn.Conv2d` is stored and executed; see `runtime.linear` and `runtime.conv`.
 
@@ -84,8 +102,7 @@ class QuantizedModule(_Strict):
         low_rank: rank of the floating-point branch; 0 is none.
         bias: whether the layer has one; it stays in floating point.
         kernel: the window of a convolution; None for a linear layer.
-        first_token: the output for the first token is not computed but stored, as the tensor
-            `first_token_output`: it is the same for every input (the start of a causal text encoder).
+        first_token: the output for this token is not computed but stored; None computes all tokens.
         method: the stage that made it.
         decided_by: the rule or pattern that chose the bits.
     """
@@ -100,7 +117,7 @@ class QuantizedModule(_Strict):
     low_rank: Annotated[int, Field(ge=0, le=2**12)] = 0
     bias: bool
     kernel: KernelScheme | None = None
-    first_token: bool = False
+    first_token: FirstToken | None = None
     method: Annotated[str, Field(max_length=64)]
     decided_by: Annotated[str, Field(max_length=256)] = "default"
 
@@ -127,6 +144,14 @@ class QuantizedModule(_Strict):
         for label, width in (("group_size", self.group_size), ("rotation.block", block)):
             if width is not None and columns % width:
                 raise ValueError(f"{label} {width} does not divide the {columns} input channels")
+        return self
+
+    @model_validator(mode="after")
+    def _linear_only(self) -> QuantizedModule:
+        if self.kernel is not None and self.first_token is not None:
+            raise ValueError("a convolution reads no tokens, so it has no first_token")
+        if self.kernel is None and self.activation is not None and self.activation.scope == "sample":
+            raise ValueError("activation.scope sample is for convolutions; this is a linear layer")
         return self
 
 

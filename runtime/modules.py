@@ -14,8 +14,12 @@ from .manifest import QuantizedModule
 from .windows import kernel_of
 
 ALIGNMENT = 64
-EXACT = frozenset({"qweight", "scale", "zero_point", "input_scale", "rotation_sign"})
-"""Tensors of a quantized layer that are never cast; bias and low-rank branch follow the model's dtype."""
+EXACT = frozenset(
+    {"qweight", "scale", "zero_point", "input_scale", "rotation_sign"}
+    | {"activation_scale", "activation_zero_point", "first_token_input"}
+)
+"""Tensors of a quantized layer that are never cast; bias, low-rank branch and the stored output of the
+first token follow the model's dtype."""
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -112,7 +112,7 @@ def _finish(y: Tensor, tokens: Tokens, total: Tensor | None, weight: PackedWeigh
 
 
 def linear(x: Tensor, weight: PackedWeight, bits: int, symmetric: bool, dtype: torch.dtype) -> Tensor:
-    """Quantize the rows of x [M, K] and return x W^T + bias in `dtype`, [M, N].
+    """Quantize the rows of x [M, K], each with its own scale, and return x W^T + bias in `dtype`, [M, N].
 
     A row's result depends on that row alone, to the last bit. It carries no gradient.
 
@@ -123,7 +123,11 @@ def linear(x: Tensor, weight: PackedWeight, bits: int, symmetric: bool, dtype: t
         symmetric: grid of the activations.
         dtype: of the result.
     """
-    tokens = quantize_tokens(x, bits, symmetric, unsigned=True)
+    return multiply(quantize_tokens(x, bits, symmetric, unsigned=True), weight, dtype)
+
+
+def multiply(tokens: Tokens, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Return x W^T + bias in `dtype`, [M, N], of the rows x that `tokens` holds as q + 128."""
     total = None if weight.ones is None else _totals(tokens.q, weight.ones)
     product = _product(tokens.q, weight.q, weight.scale, weight.no_zeros)
     count, outputs = product.shape

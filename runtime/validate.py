@@ -174,7 +174,8 @@ def expected_tensors(scheme: QuantizedModule, dtype: str) -> dict[str, tuple[str
         tensors["activation_scale"] = ("F32", (1,))
         if not scheme.activation.symmetric:
             tensors["activation_zero_point"] = ("I16", (1,))
-    if scheme.first_token:
+    if scheme.first_token is not None:
+        tensors["first_token_input"] = ("F32", (columns,))
         tensors["first_token_output"] = (code, (rows,))
     return tensors
 
