@@ -16,11 +16,13 @@ from typing import Any
 import torch
 
 from . import preflight, publishing, report
-from .calibration.diffusion import DiffusionCalibration, record
+from .calibration.base import Calibration
+from .calibration.recording import record
 from .compressors import registry
 from .compressors.base import StagePlan, Workspace
 from .errors import PlanError
-from .evaluation.evaluator import Evaluation, Evaluator
+from .evaluation.by_task import Measurer, evaluator_for
+from .evaluation.evaluator import Evaluation
 from .evaluation.reference import Reference
 from .exporters.formats import as_shipped, predict_bytes, write
 from .models.base import ModelSpec, OpenModel
@@ -144,7 +146,7 @@ def produce(state: Run, device: str, place: Callable[[ExportSettings], Path]) ->
     recipe, progress = state.recipe, state.progress
     model = open_model(recipe.model, device=device, progress=progress)
     described = describe_model(model.spec)
-    evaluator = Evaluator(recipe.evaluate, recipe.seed, recipe.calibration)
+    evaluator = evaluator_for(model, recipe.evaluate, recipe.seed, recipe.calibration)
     reference = evaluator.reference(model, state.work.reference, progress, fresh=state.fresh)
     return_freed_memory()
     product = Product(model, described, _run_stages(state, model), device)
@@ -160,7 +162,7 @@ def _variant(
     product: Product,
     export: ExportSettings,
     folder: Path,
-    evaluator: Evaluator,
+    evaluator: Measurer,
     reference: Reference,
     measured: dict[str, Evaluation],
 ) -> Variant:
@@ -251,7 +253,7 @@ def _run_stage(
     state: Run,
     model: OpenModel,
     index: int,
-    calibration: DiffusionCalibration,
+    calibration: Calibration,
     input_hash: str,
     folder: Path,
     workspace: Workspace,

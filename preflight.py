@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from .calibration.inputs import missing_files
 from .errors import PlanError, SourceError, UsageError, VerifyError
+from .fitting import check_kind
 from .models.registry import FAMILY_NAMES
 from .models.shapes import expected_shapes
 from .recipes import patterns
@@ -228,8 +229,11 @@ def check_stages(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
 
     Raises:
         PlanError: a stage does not fit the model's family.
-        RecipeError: a pattern matches no layer; with its place in the file.
+        RecipeError: a pattern matches no layer, or a key is of no use for this kind of model; with its
+            place in the file.
+        SourceError: see `fitting.check_kind`.
     """
+    check_kind(loaded, checkpoint)
     family = FAMILY_NAMES[checkpoint.class_name]
     for index, stage in enumerate(loaded.recipe.stages):
         location = ("stages", index, stage.method)

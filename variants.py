@@ -25,6 +25,7 @@ from .exporters.fresh_process import verify_export
 from .exporters.licence import copy_licence
 from .exporters.recorded_recipe import RECIPE_NAME
 from .models.base import OpenModel
+from .models.companions import companion_files
 from .progress import step
 from .recipes.export import ExportSettings
 from .recipes.gates import judge
@@ -103,6 +104,8 @@ def _export(
         for path in condition_files(recipe.calibration):
             shutil.copyfile(path, folder / path.name)
         copy_licence(model.source, folder, state.progress)
+        for path in companion_files(model.source.folder) if model.family.task == "language" else ():
+            shutil.copyfile(path, folder / path.name)
     # What a format unpacks or rounds back takes more room than the module does in memory.
     stored = None if export.format == "compress" else info.bytes
     evaluation.metrics.update(size_metrics(shipped, stored))

@@ -16,7 +16,8 @@ from torch import nn
 from . import report
 from .errors import PlanError, RecipeError, SourceError
 from .evaluation.agreement import Agreement, compare_metrics
-from .evaluation.evaluator import Evaluation, Evaluator
+from .evaluation.by_task import evaluator_for
+from .evaluation.evaluator import Evaluation
 from .evaluation.size import size_metrics
 from .execution import resolve_device
 from .exporters.fresh_process import verify_export
@@ -137,7 +138,7 @@ def _measure(
 ) -> Evaluation:
     """Record the original, put the folder's module in its place, and measure that."""
     device = next(model.module.parameters()).device
-    evaluator = Evaluator(recipe.evaluate, recipe.seed, recipe.calibration)
+    evaluator = evaluator_for(model, recipe.evaluate, recipe.seed, recipe.calibration)
     reference = evaluator.reference(model, None, progress)
     loaded = _load(folder, exported["export"]["format"])
     model.module, model.quantization = loaded.module.to(device), loaded.quantization

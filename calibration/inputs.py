@@ -11,12 +11,28 @@ from ..runtime.hashes import file_sha256
 if TYPE_CHECKING:
     from ..recipes.schema import CalibrationSettings
 
-FILE_KEYS = ("prompts", "embeddings")
+FILE_KEYS = ("prompts", "embeddings", "text")
 """Keys of `calibration` that name a file."""
 
 
+OWN_TEXTS = ("calibration.jsonl", "calibration.txt")
+"""Names under which a language model's folder may hold a text of its own to calibrate on."""
+
+
+def text_file(settings: CalibrationSettings, folder: Path) -> Path | None:
+    """Return the text that a language model is calibrated on: the recipe's, or the model's own.
+
+    Args:
+        settings: of the recipe.
+        folder: of the checkpoint.
+    """
+    if settings.text is not None:
+        return Path(settings.text)
+    return next((folder / name for name in OWN_TEXTS if (folder / name).is_file()), None)
+
+
 def condition_files(settings: CalibrationSettings) -> list[Path]:
-    """Return the files with prompts or embeddings that the settings name, in the order of `FILE_KEYS`.
+    """Return the files with prompts, embeddings or text that the settings name, in the order of `FILE_KEYS`.
 
     A recipe beside which they lie under their own base names finds them there, wherever they were
     before; so a copied recipe stays usable with copies of these.

@@ -102,7 +102,7 @@ def denoise_batch(
         scaled = rescale(latents, time)
         doubled = torch.cat([scaled, scaled]) if guided else scaled
         kwargs = {
-            "hidden_states": doubled.to(_dtype(model.module)),
+            model.family.latents: doubled.to(_dtype(model.module)),
             "timestep": time.to(reference.device).expand(len(doubled)),
             **inputs,
         }
@@ -151,6 +151,8 @@ def place(inputs: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     def move(name: str, value: Any) -> Any:
         if isinstance(value, dict):
             return {key: move(key, item) for key, item in value.items()}
+        if not isinstance(value, Tensor):
+            return value
         cast = dtype if value.is_floating_point() and name != "timestep" else value.dtype
         return value.to(device=reference.device, dtype=cast)
 
@@ -198,6 +200,11 @@ def _usual_scheduler(family: str) -> Any:
 
     if family == "sd3":
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if family == "unet":
+        return diffusers.EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+            timestep_spacing="leading",
+        )  # fmt: skip
     if family == "pixart":
         return diffusers.DPMSolverMultistepScheduler(solver_order=2, beta_schedule="linear")
     return diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False)

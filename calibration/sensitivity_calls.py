@@ -36,14 +36,18 @@ class RecordedCalls:
     Attributes:
         calibration: the recording; the folder stays where it is as long as this is used.
         steps: timesteps of each trajectory, at even distances; more than there are: all of them.
-        samples: the first trajectories; None: all of them.
+        samples: how many trajectories; None: all of them from `start` on.
+        start: the first one: an allocation is compared on others than it was found on.
     """
 
     calibration: DiffusionCalibration
     steps: int
     samples: int | None = None
+    start: int = 0
 
     def __post_init__(self) -> None:
+        if self.start < 0:
+            raise ValueError(f"start {self.start} is not at least 0")
         for name, value in (("steps", self.steps), ("samples", self.samples)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value} is not at least 1")
@@ -60,21 +64,26 @@ class RecordedCalls:
     @property
     def key(self) -> str:
         """Content hash of the recording and of the choice."""
-        content = [self.calibration.key, self.steps, self.samples]
+        content = [self.calibration.key, self.steps, self.samples, *([self.start] if self.start else [])]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield the calls, file by file, from the first timestep to the last."""
         wanted = self.calibration.samples if self.samples is None else self.samples
         halves = 2 if self.calibration.guided else 1
+        before = self.start
         for path in self.calibration.files:
             if wanted <= 0:
                 return
             calls = list(replace(self.calibration, files=(path,)).calls())
-            batch = len(calls[0]["hidden_states"]) // halves
-            taken = min(batch, wanted)
-            wanted -= taken
-            rows = torch.cat([torch.arange(taken) + half * batch for half in range(halves)])
+            batch = len(calls[0][self.calibration.latents]) // halves
+            skipped = min(batch, before)
+            taken = min(batch - skipped, wanted)
+            before, wanted = before - skipped, wanted - taken
+            if taken == 0:
+                continue
+            chosen = torch.arange(skipped, skipped + taken)
+            rows = torch.cat([chosen + half * batch for half in range(halves)])
             for index in evenly(len(calls), self.steps):
                 yield {name: _take(value, batch * halves, rows) for name, value in calls[index].items()}
 

@@ -19,6 +19,8 @@ from typing import Any
 _DECIBELS = 0.5
 _SSIM = 0.01
 _AGREEMENT = 0.01
+_PERPLEXITY_SHARE = 0.01
+_KL_FLOOR = 0.002
 _FRECHET_SHARE = 0.05
 _FRECHET_FLOOR = 0.05
 # Below the signal by this much lies what other kernels may add; beyond it there is nothing else.
@@ -108,6 +110,8 @@ def _allowed(name: str, recorded: float, samples: int | None) -> float:
         return _decibels(recorded)
     if name == "ssim":
         return _SSIM
+    if name.startswith("perplexity") or name == "kl":
+        return _of_text(name, recorded)
     if name.startswith("class_agreement"):
         # A handful of samples near a decision's border; a drop is a difference of two such counts.
         least = max(_AGREEMENT, 3.0 / samples if samples else 0.0)
@@ -115,6 +119,14 @@ def _allowed(name: str, recorded: float, samples: int | None) -> float:
     if name.startswith("fid"):
         return _FRECHET_SHARE * abs(recorded) + _FRECHET_FLOOR
     return 0.0
+
+
+def _of_text(name: str, recorded: float) -> float:
+    """Return how far a figure of next tokens may move: what a few tokens' changed roundings make of it."""
+    if name == "kl":
+        return _KL_FLOOR + _PERPLEXITY_SHARE * abs(recorded)
+    # An increase is a quotient of two of them.
+    return 2 * _PERPLEXITY_SHARE if name.endswith("_increase") else _PERPLEXITY_SHARE * abs(recorded)
 
 
 def _decibels(recorded: float) -> float:

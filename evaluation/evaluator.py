@@ -28,7 +28,7 @@ from ..models.builtin.data import CLASS_NAMES
 from ..progress import Progress, step, track
 from ..recipes.schema import CalibrationSettings, EvaluateSettings, FidelitySettings, QualitySettings
 from .call_store import CallWriter, take, to_device
-from .layers import Powers, compare_layers, record_layers
+from .layers import Powers, compare_layers, layer_rows, record_layers
 from .metrics import powers, psnr_db, ssim
 from .quality import balanced_classes, judge, why_not
 from .reference import CALLS, IMAGES_FILE, LAYERS, VERSION, Reference, recorded
@@ -305,17 +305,4 @@ def _layer_rows(model: OpenModel, reference: Reference) -> list[dict[str, Any]]:
     device = next(model.module.parameters()).device
     for index, path in reference.layers().items():
         compare_layers(model, _first_items(calls[index][0], device), path, sums)
-    roles = {site.name: site for site in model.linears()}
-    blocks = {name: index for index, (name, _) in enumerate(model.family.blocks(model.module))}
-    rows = []
-    for name, value in sums.items():
-        site = roles.get(name)
-        rows.append(
-            {
-                "name": name,
-                "role": site.role if site else "block",
-                "block": site.block if site else blocks[name],
-                "sqnr_db": round(value.sqnr_db, 3),
-            }
-        )
-    return rows
+    return layer_rows(model, sums)

@@ -2,8 +2,8 @@
 
 A block's figure is about what it *adds* to the residual stream; the stream itself would hide it.
 A linear's figure is the error of its output inside its block (so that of `attention.out` contains
-the errors of q, k and v). The value projection is left out: a channel scale may be folded into
-it, which changes its output but not the attention's.
+the errors of q, k and v). The value projection is left out, and so is whatever else a channel scale may
+be folded into: that changes its output, but not what comes of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from .metrics import decibels, powers
 
 STREAMS = ("hidden_states", "encoder_hidden_states")
 ROLES = frozenset(
-    {"attention.q", "attention.k", "attention.out", "cross.q", "cross.k", "cross.out", "ff.in", "ff.out"}
+    {
+        *("attention.q", "attention.k", "attention.out", "cross.q", "cross.k", "cross.out"),
+        *("ff.in", "ff.gate", "ff.out"),
+    }
 )
 _MAX_TOKENS = 64  # rows kept of a linear's output, per item
 
@@ -82,8 +85,9 @@ def _watched(model: OpenModel, tap: _Tap) -> Iterator[None]:
                 block.register_forward_pre_hook(_block_pre_hook(name, block, tap), with_kwargs=True)
             )
             handles.append(block.register_forward_hook(_output_hook(name, tap.block_output)))
+        absorbing = {name for fold in model.family.folds(model.module) for name in fold.producers}
         for site in model.linears():
-            if site.block is not None and site.role in ROLES:
+            if site.block is not None and site.role in ROLES and site.name not in absorbing:
                 hook = _output_hook(site.name, tap.linear_output)
                 handles.append(model.module.get_submodule(site.name).register_forward_hook(hook))
         yield
@@ -200,3 +204,26 @@ def compare_layers(
     """
     with _watched(model, _Comparer(folder, sums)):
         model.module(**kwargs)
+
+
+def layer_rows(model: OpenModel, sums: Mapping[str, Powers]) -> list[dict[str, Any]]:
+    """Return one row per block and watched linear, in forward order: `name, role, block, sqnr_db`.
+
+    Args:
+        model: whose layers they are.
+        sums: of `compare_layers`.
+    """
+    roles = {site.name: site for site in model.linears()}
+    blocks = {name: index for index, (name, _) in enumerate(model.family.blocks(model.module))}
+    rows = []
+    for name, value in sums.items():
+        site = roles.get(name)
+        rows.append(
+            {
+                "name": name,
+                "role": site.role if site else "block",
+                "block": site.block if site else blocks[name],
+                "sqnr_db": round(value.sqnr_db, 3),
+            }
+        )
+    return rows

@@ -21,8 +21,12 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "linear_bytes_ratio": "bytes of the blocks' linear layers / their bytes in bfloat16",
         "parameters": "parameters of the result, identical copies counted once",
         "macs": "multiply-accumulates of one forward at the reference input",
-        "sqnr_db": "signal to error of the denoiser's output over all steps, decibels",
+        "sqnr_db": "signal to error of the model's output (of a denoiser over all steps), decibels",
         "sqnr_db_worst_step": "the same for the worst step, decibels",
+        "kl": "mean divergence of the next-token distribution from the original's, nats",
+        "perplexity": "of the result, on text that was not calibrated on",
+        "perplexity_original": "the same of the original",
+        "perplexity_increase": "perplexity / perplexity_original - 1",
         "psnr_db": "peak signal to noise of final images under equal seeds, decibels",
         "ssim": "structural similarity of final images under equal seeds, at most 1",
         "class_agreement": "share of the result's samples that the classifier gives their class, 0 to 1",
@@ -34,8 +38,11 @@ METRICS: Mapping[str, str] = MappingProxyType(
     }
 )
 
-_FIDELITY = ("sqnr_db", "sqnr_db_worst_step", "psnr_db", "ssim")
+LANGUAGE_ONLY = ("kl", "perplexity", "perplexity_original", "perplexity_increase")
+_IMAGES_ONLY = ("sqnr_db_worst_step", "psnr_db", "ssim")
+_FIDELITY = ("sqnr_db", *_IMAGES_ONLY, *LANGUAGE_ONLY)
 _QUALITY = ("class_agreement", "class_agreement_original", "class_agreement_drop", "fid", "fid_original")
+DENOISER_ONLY = (*_IMAGES_ONLY, *_QUALITY)
 NEEDS: Mapping[str, str] = MappingProxyType(
     {**dict.fromkeys(_FIDELITY, "fidelity"), **dict.fromkeys(_QUALITY, "quality")}
 )

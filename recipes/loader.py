@@ -161,7 +161,7 @@ def _find_beside(recipe: Recipe, file: Path | None) -> Recipe:
     By its path from there or by its base name alone: an exported folder has copies of both.
     """
     moved = {}
-    for name in ("prompts", "embeddings"):
+    for name in ("prompts", "embeddings", "text"):
         path: Path | None = getattr(recipe.calibration, name)
         if file is None or path is None or path.exists():
             continue

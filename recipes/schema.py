@@ -69,9 +69,11 @@ class ModelRef(_Settings):
 
 
 class CalibrationSettings(_Settings):
-    """What the methods may look at: sampling trajectories of the original model."""
+    """What the methods may look at: a denoiser's sampling trajectories, or a text's token sequences."""
 
-    samples: int = Field(32, ge=1, description="Samples whose trajectories are recorded.")
+    samples: int = Field(
+        32, ge=1, description="Samples whose trajectories are recorded; of a language model: sequences."
+    )
     steps: int = Field(20, ge=1, le=1000, description="Sampling steps of each of them.")
     guidance_scale: float = Field(
         4.0,
@@ -94,10 +96,17 @@ class CalibrationSettings(_Settings):
     embeddings: Path | None = Field(
         None, description="safetensors file with prompt embeddings, instead of prompts and text encoders."
     )
+    text: Path | None = Field(
+        None,
+        description="Text for a language model: .txt, one document, or .jsonl, an object with the key "
+        "`text` a line; looked up as prompts are. null: the text that comes with the model, if one does.",
+    )
+    length: int = Field(256, ge=8, le=2**20, description="Tokens of a sequence, for language models.")
 
     @model_validator(mode="after")
     def _one_condition(self) -> CalibrationSettings:
-        given = [name for name in ("classes", "prompts", "embeddings") if getattr(self, name) is not None]
+        sources = ("classes", "prompts", "embeddings", "text")
+        given = [name for name in sources if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other; keep one of them")
         return self
@@ -106,7 +115,12 @@ class CalibrationSettings(_Settings):
 class FidelitySettings(_Settings):
     """Closeness to the original under equal seeds."""
 
-    samples: int = Field(16, ge=1, description="Samples that both models draw from equal noise.")
+    samples: int = Field(
+        16,
+        ge=1,
+        description="Samples that both models draw from equal noise; of a language model: sequences of the "
+        "text that are not calibrated on.",
+    )
     steps: int = Field(20, ge=1, le=1000, description="Sampling steps.")
     guidance_scale: float = Field(4.0, ge=0.0, allow_inf_nan=False, description="Classifier-free guidance.")
     batch_size: int = Field(8, ge=1, description="Samples that are computed together.")

@@ -49,7 +49,7 @@ class GridSettings(StageSettings):
     """The integer grids that all weight-and-activation quantizers share, bits aside."""
 
     phase: ClassVar[Phase] = "quantize"
-    families: ClassVar[frozenset[str]] = frozenset({"dit", "pixart", "sd3"})
+    families: ClassVar[frozenset[str]] = frozenset({"dit", "pixart", "sd3", "llm"})
 
     group_size: int | None = Field(
         None,

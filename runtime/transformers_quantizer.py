@@ -7,6 +7,7 @@ tensors do not fit them. See `validate.guard_name` for what stops a process that
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,10 @@ class CompressQuantizer(HfQuantizer):
         self.quantization_config.dtype = name_of(target)
         _check_names(model, tensors, where)
         guard = guard_name(class_name, self._manifest)
-        ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-        model._keys_to_ignore_on_load_unexpected = [*ignored, *([guard] if guard else [])]  # type: ignore[assignment]
+        ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+        if guard is not None:
+            # Expressions; and a set, because transformers adds sets of its own.
+            model._keys_to_ignore_on_load_unexpected = ignored | {re.escape(guard)}  # type: ignore[assignment]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Let every integer weight start where torch's CPU kernels want it."""

@@ -1,0 +1,41 @@
+"""Which evaluation fits a model: samples of a denoiser, next tokens of a language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from ..models.base import OpenModel
+from ..progress import Progress
+from ..recipes.schema import CalibrationSettings, EvaluateSettings
+from .evaluator import Evaluation, Evaluator
+from .language import LanguageEvaluator
+from .reference import Reference
+
+
+class Measurer(Protocol):
+    """Records the original once, and compares what the stages made of it."""
+
+    def reference(
+        self, model: OpenModel, cache: Path | None, progress: Progress, *, fresh: bool = False
+    ) -> Reference:
+        """Record the original; `model` is it, before any stage."""
+
+    def compare(self, model: OpenModel, reference: Reference, progress: Progress) -> Evaluation:
+        """Measure the model as it is now against the recording."""
+
+
+def evaluator_for(
+    model: OpenModel, settings: EvaluateSettings, seed: int, calibration: CalibrationSettings
+) -> Measurer:
+    """Return what measures a model of this kind.
+
+    Args:
+        model: the original.
+        settings: what to measure.
+        seed: of the run.
+        calibration: where class labels, prompts or text come from.
+    """
+    if model.family.task == "language":
+        return LanguageEvaluator(settings, seed, calibration)
+    return Evaluator(settings, seed, calibration)

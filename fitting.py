@@ -1,0 +1,105 @@
+"""Does a recipe speak of the kind of model that it names? Torch-free.
+
+A denoiser is sampled from, a language model reads text. What is only of use for one of them is refused
+for the other instead of being left aside without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from .calibration.inputs import OWN_TEXTS, text_file
+from .errors import SourceError
+from .models.registry import FAMILY_NAMES, is_language_family
+from .recipes.gates import DENOISER_ONLY, LANGUAGE_ONLY
+from .recipes.stages import GridSettings, ViditQSettings
+from .runtime.language_config import language_shape
+
+if TYPE_CHECKING:
+    from .models.checkpoint import Checkpoint
+    from .recipes.loader import LoadedRecipe
+    from .recipes.tree import Location
+
+_DENOISER_KEYS = ("steps", "guidance_scale", "scheduler", "classes", "prompts", "embeddings")
+_LANGUAGE_KEYS = ("text", "length")
+_DENOISER_FIDELITY = ("steps", "guidance_scale")
+
+
+def check_kind(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
+    """Refuse keys and gates that mean nothing for the model, and a language model without a text.
+
+    A key that is there with the value it has anyway, as in the resolved recipe of a report, says nothing
+    and is no error.
+
+    Raises:
+        RecipeError: a key or a gate; with its place in the file.
+        SourceError: there is no text to calibrate and measure on.
+    """
+    family = FAMILY_NAMES[checkpoint.class_name]
+    if is_language_family(family):
+        _check_language(loaded, checkpoint, family)
+        return
+    for key in _changed(loaded.recipe.calibration, _LANGUAGE_KEYS):
+        raise loaded.error(
+            ("calibration", key), f"is of use for language models, and {family} is a denoiser", "leave it out"
+        )
+    _check_gates(loaded, dict.fromkeys(LANGUAGE_ONLY, f"is not measured for a denoiser such as {family}"))
+
+
+def _check_language(loaded: LoadedRecipe, checkpoint: Checkpoint, family: str) -> None:
+    recipe = loaded.recipe
+    unused = f"is of use for denoisers, and {family} is a language model"
+    for key in _changed(recipe.calibration, _DENOISER_KEYS):
+        raise loaded.error(
+            ("calibration", key), unused, "leave it out; it has `text` and `length`"
+        )
+    if recipe.evaluate.fidelity is not None:
+        for key in _changed(recipe.evaluate.fidelity, _DENOISER_FIDELITY):
+            raise loaded.error(("evaluate", "fidelity", key), unused, "leave it out")
+    if recipe.evaluate.quality is not None:
+        raise loaded.error(
+            ("evaluate", "quality"), f"judges images, and {family} is a language model", "leave it out"
+        )
+    _check_gates(loaded, dict.fromkeys(DENOISER_ONLY, f"is not measured for a language model ({family})"))
+    _check_settings(loaded, unused)
+    positions = language_shape(checkpoint.config).positions
+    if recipe.calibration.length > positions:
+        raise loaded.error(
+            ("calibration", "length"),
+            f"{recipe.calibration.length} tokens; the model takes at most {positions}",
+        )
+    if text_file(recipe.calibration, checkpoint.folder) is None:
+        raise SourceError(
+            f"{checkpoint.id}: a language model is measured on text, and the recipe names none",
+            hint=f"add `calibration: {{text: FILE.txt}}`, or put {OWN_TEXTS[0]} into the model's folder",
+        )
+
+
+def _check_settings(loaded: LoadedRecipe, unused: str) -> None:
+    """Refuse what a stage says about layers or timesteps that a language model does not have."""
+    for index, stage in enumerate(loaded.recipe.stages):
+        location: Location = ("stages", index, stage.method)
+        settings = stage.settings
+        if isinstance(settings, GridSettings) and _changed(settings, ("adaln_weight_bits",)):
+            raise loaded.error((*location, "adaln_weight_bits"), unused, "leave it out")
+        if isinstance(settings, ViditQSettings) and settings.timestep_ranges:
+            raise loaded.error((*location, "timestep_ranges"), unused, "leave it out")
+
+
+def _check_gates(loaded: LoadedRecipe, reasons: Mapping[str, str]) -> None:
+    for name in loaded.recipe.require:
+        if name in reasons:
+            raise loaded.error(("require", name), reasons[name], "remove the gate")
+
+
+def _changed(settings: BaseModel, keys: tuple[str, ...]) -> list[str]:
+    """Return those of the keys that were set to something else than their defaults."""
+    fields: Mapping[str, Any] = type(settings).model_fields
+    return [
+        key
+        for key in keys
+        if key in settings.model_fields_set and getattr(settings, key) != fields[key].default
+    ]
