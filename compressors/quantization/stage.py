@@ -7,28 +7,23 @@ absorb scales are rounded after that.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...calibration.base import Calibration
-from ...calibration.seeds import generator_for
-from ...errors import StageError
 from ...models.base import OpenModel
 from ...progress import Progress, step
 from ...recipes.stages import UniformSettings
 from ...runtime.manifest import QuantizedModule
 from ...runtime.memory import return_freed_memory
-from ...runtime.rotation import random_signs
 from . import balance
 from .building import Original, layer_of, output_sqnr_db, put, rounded, settled
 from .details import averages, layer_row
 from .inputs import Inputs, gather, gather_grams, portions, sources_of
-from .scheme import Choice, Group, Options, choose, grid_of, options_of, rotation_block
-
-_LEAST_AUTO_BLOCK = 16
+from .scheme import Choice, Group, Options, by_block, choose, grid_of, options_of
+from .transforms import transform_of
 
 
 def apply_stage(
@@ -71,8 +66,7 @@ class _Stage:
         sources = {self.sources[name]: scheme.shape[1] for name, scheme in self.schemes.items()}
         ranges = self.options.timestep_ranges
         self.inputs = gather(self.model, sources, ranges, self.calibration, self.progress)
-        self._check_finite()
-        blocks = self._blocks()
+        blocks = by_block(self.choices)
         widths = [self._gram_widths(block) for block in blocks]
         with step(self.progress, "quantize layers", len(self.schemes)):
             for portion in portions(widths) if self.options.compensate else [range(len(blocks))]:
@@ -82,21 +76,6 @@ class _Stage:
                     return_freed_memory()
         rows = [self.rows[choice.site.name] for choice in self.choices]
         return {**averages(rows, self.settings, self.model.spec.shared), "layers": rows}
-
-    def _check_finite(self) -> None:
-        for name, maximum in self.inputs.maximum.items():
-            if not torch.isfinite(maximum).all():
-                raise StageError(
-                    f"{name}: its calibration inputs are not finite", hint="check the calibration"
-                )
-
-    def _blocks(self) -> list[list[Choice]]:
-        """Group the choices by block, what lies outside the blocks last."""
-        by_block: dict[int | None, list[Choice]] = defaultdict(list)
-        for choice in self.choices:
-            by_block[choice.site.block].append(choice)
-        outside = by_block.pop(None, [])
-        return [by_block[index] for index in sorted(by_block, key=lambda key: key or 0)] + [outside]
 
     def _gram_widths(self, block: list[Choice]) -> dict[str, int]:
         return {
@@ -123,39 +102,21 @@ class _Stage:
             self._replace(choice, choice.scheme, grams.get(self.sources[choice.site.name]))
             self.progress.advance(1, choice.site.name)
 
-    def _linear(self, name: str) -> nn.Linear:
-        linear = self.model.module.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        return linear
-
-    def _question(self, name: str, columns: int, device: torch.device) -> balance.Question:
-        asked, kind = self.options.act_exponent, self.options.rotation
-        exponents: tuple[float | None, ...] = (None,)
-        if asked == "sweep":
-            exponents = (None, *balance.SWEEP)
-        elif asked is not None:
-            exponents = (float(asked),)
-        blocks: tuple[int | None, ...] = (rotation_block("block" if kind == "auto" else kind, columns),)
-        if kind == "auto":
-            wide = (blocks[0] or 0) >= _LEAST_AUTO_BLOCK
-            blocks = (None, *blocks) if wide else (None,)
-        sign = random_signs(columns, generator_for(self.calibration.seed, "rotation", name))
-        return balance.Question(exponents, blocks, sign.to(device))
+    def _layer(self, name: str) -> nn.Linear | nn.Conv2d:
+        layer = self.model.module.get_submodule(name)
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
+        return layer
 
     def _balance(self, group: Group) -> None:
         """Choose a group's transform and let the producer absorb its scale where one can."""
-        weights = [self._linear(name).weight for name in group.targets]
         scheme = self.schemes[group.targets[0]]
-        sources = list(dict.fromkeys(self.sources[name] for name in group.targets))
-        weight_max = torch.stack([weight.abs().amax(dim=0).float() for weight in weights]).amax(dim=0)
-        transform = balance.choose_transform(
-            self._question(group.targets[0], weights[0].shape[1], weights[0].device),
-            torch.stack([self.inputs.maximum[name] for name in sources]).amax(dim=0),
-            weight_max,
-            [
-                balance.sampled(weight, self.inputs.rows[self.sources[name]])
-                for name, weight in zip(group.targets, weights, strict=True)
-            ],
+        transform = transform_of(
+            group,
+            self.model.module,
+            self.settings,
+            self.inputs,
+            self.sources,
+            self.calibration.seed,
             grid_of(self.settings, scheme),
             scheme.activation,
         )
@@ -166,15 +127,15 @@ class _Stage:
     def _replace(self, choice: Choice, planned: QuantizedModule, gram: Tensor | None) -> None:
         """Quantize one layer, put it in the place of the original, and describe it."""
         name = choice.site.name
-        linear = self._linear(name)
-        bias = None if linear.bias is None else linear.bias.detach()
+        dense = self._layer(name)
+        bias = None if dense.bias is None else dense.bias.detach()
         transform = self.transforms.get(name, balance.Transform())
-        weight = linear.weight.detach().float()
+        weight = dense.weight.detach().float().flatten(1)
         original = Original(name, weight, bias, transform, name in self.folded, gram)
         scheme = settled(planned, original)
         tensors = rounded(original, scheme, self.settings, self.model.spec.dtype)
-        layer = layer_of(scheme, linear.weight.dtype, tensors, bias)
-        row = layer_row(choice, scheme, linear.weight.dtype)
+        layer = layer_of(scheme, dense.weight.dtype, tensors, bias)
+        row = layer_row(choice, scheme, dense.weight.dtype)
         row["act_exponent"] = transform.exponent
         row["sqnr_db"] = output_sqnr_db(original, layer, self.inputs.rows[self.sources[name]])
         put(self.model.module, name, layer)
