@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +16,9 @@ from ..errors import SourceError
 from ..models.base import OpenModel
 from ..models.pixart import size_conditions
 from ..models.shapes import uses_additional_conditions
+from ..models.unet import PIXELS_PER_LATENT, time_ids
+from ..models.unet_shapes import text_vector_width
+from ..runtime.config_unet import TIME_IDS, per_stage
 from .seeds import generator_for
 
 if TYPE_CHECKING:
@@ -22,11 +26,19 @@ if TYPE_CHECKING:
 
 _NULL_HINT = "give them, or set guidance_scale to 1"
 
-# Argument of the denoiser -> key in an embeddings file (the negative ones have `negative_` before it).
+ADDED = "added_cond_kwargs"
+_POOLED = f"{ADDED}/text_embeds"
+
+# Argument of the denoiser (a slash leads into a nested one) -> key in an embeddings file (the negative ones
+# have `negative_` before it).
 EMBEDDING_KEYS: Mapping[str, Mapping[str, str]] = {
     "pixart": {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"},
     "sd3": {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"},
+    "unet": {"encoder_hidden_states": "prompt_embeds", _POOLED: "pooled_prompt_embeds"},
 }
+
+Sizes = Callable[[int], Mapping[str, Tensor]]
+"""From a number of rows to the entries of `added_cond_kwargs` that tell the size of the images."""
 
 
 class Conditions(Protocol):
@@ -69,16 +81,16 @@ class PromptConditions:
     """Prompt embeddings.
 
     Attributes:
-        positive: argument of the denoiser -> [prompts, ...].
+        positive: argument of the denoiser -> [prompts, ...]; a slash leads into a nested argument.
         negative: the same for the empty prompt, [1 or prompts, ...]; empty where it is not known.
         index: [n] int64, the prompt of each sample.
-        image_pixels: side of the images, for models that are told (PixArt-alpha); None for others.
+        sizes: for models that are told the size of the images (PixArt-alpha, SDXL); None for others.
     """
 
     positive: Mapping[str, Tensor]
     negative: Mapping[str, Tensor]
     index: Tensor
-    image_pixels: int | None = None
+    sizes: Sizes | None = None
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -93,19 +105,20 @@ class PromptConditions:
         rows = self.index[start:stop]
         inputs: dict[str, Any] = {}
         for name, values in self.positive.items():
-            inputs[name] = values[rows]
-            if guided:
-                inputs[name] = torch.cat([inputs[name], self._negative(name, rows)])
-        if self.image_pixels is not None:
-            count = len(rows) * (2 if guided else 1)
-            inputs["added_cond_kwargs"] = size_conditions(self.image_pixels, count, torch.empty(0))
+            taken = values[rows]
+            outer, _, inner = name.rpartition("/")
+            target = inputs.setdefault(outer, {}) if outer else inputs
+            target[inner] = torch.cat([taken, self._negative(name, rows)]) if guided else taken
+        if self.sizes is not None:
+            inputs.setdefault(ADDED, {}).update(self.sizes(len(rows) * (2 if guided else 1)))
         return inputs
 
     def _negative(self, name: str, rows: Tensor) -> Tensor:
         values = self.negative.get(name)
         if values is None:
             raise SourceError(
-                f"no negative prompt embeddings for {name}, which guidance needs", hint=_NULL_HINT
+                f"no negative prompt embeddings for {name.rpartition('/')[2]}, which guidance needs",
+                hint=_NULL_HINT,
             )
         return values.expand(len(rows), *values.shape[1:]) if len(values) == 1 else values[rows]
 
@@ -162,11 +175,33 @@ def _prompt_conditions(model: OpenModel, settings: CalibrationSettings, samples:
             hint="set calibration.prompts (a text file, one prompt per line; the model then needs its "
             "text encoders beside it) or calibration.embeddings (safetensors with prompt_embeds, ...)",
         )
+    if model.family.name == "unet":
+        _check_widths(model, positive)
     prompts = len(next(iter(positive.values())))
-    pixels = None
+    return PromptConditions(positive, negative, torch.arange(samples) % prompts, _sizes(model))
+
+
+def _sizes(model: OpenModel) -> Sizes | None:
+    pixels = int(model.config["sample_size"]) * PIXELS_PER_LATENT  # PixArt's autoencoder as well
     if model.family.name == "pixart" and uses_additional_conditions(model.config):
-        pixels = int(model.config["sample_size"]) * 8  # the autoencoder of every PixArt halves three times
-    return PromptConditions(positive, negative, torch.arange(samples) % prompts, pixels)
+        return partial(size_conditions, pixels, like=torch.empty(0))
+    if model.family.name == "unet" and model.config["addition_embed_type"] is not None:
+        return lambda rows: {"time_ids": time_ids(pixels, rows)}
+    return None
+
+
+def _check_widths(model: OpenModel, positive: Mapping[str, Tensor]) -> None:
+    """Hold the embeddings of a U-Net against the widths that its config implies."""
+    wanted = {"encoder_hidden_states": per_stage(model.config, "cross_attention_dim")[0]}
+    if _POOLED in positive:
+        wanted[_POOLED] = text_vector_width(model.config, TIME_IDS)
+    for name, width in wanted.items():
+        if positive[name].shape[-1] != width:
+            raise SourceError(
+                f"{model.source.id}: reads {EMBEDDING_KEYS['unet'][name]} of {width} channels, and these have"
+                f" {positive[name].shape[-1]}",
+                hint="the text encoders are of another model, or this one is told other things than sizes",
+            )
 
 
 def read_embeddings(path: Path, model: OpenModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -182,7 +217,9 @@ def read_embeddings(path: Path, model: OpenModel) -> tuple[dict[str, Tensor], di
     Raises:
         SourceError: not readable, a key is missing, or the numbers of prompts differ.
     """
-    keys = EMBEDDING_KEYS[model.family.name]
+    keys = dict(EMBEDDING_KEYS[model.family.name])
+    if model.family.name == "unet" and model.config["addition_embed_type"] is None:
+        del keys[_POOLED]
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 INDEX_FILE = "index.json"
 _INPUT_PREFIX = "inputs/"
+_STATES = "hidden_states"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class DiffusionCalibration:
     """Trajectories on disk. Implements `calibration.base.Calibration`.
 
     One file per batch of samples: `hidden_states` [steps, batch, C, H, W] (one half: guidance feeds
-    both halves the same), `timesteps` [steps], and the conditions of both halves.
+    both halves the same), `timesteps` [steps], and the conditions of both halves. The latents are called
+    `hidden_states` there, whatever the model calls them.
 
     Attributes:
         seed: of the recording, and of the run.
@@ -48,6 +50,7 @@ class DiffusionCalibration:
         files: one per batch, in order.
         guided: whether a call has two rows per sample, the conditional half first.
         samples: how many trajectories there are.
+        latents: name of the denoiser's argument that takes the latents.
         keeper: keeps a temporary folder alive as long as this object; None where the cache is the user's.
     """
 
@@ -56,6 +59,7 @@ class DiffusionCalibration:
     files: tuple[Path, ...]
     guided: bool
     samples: int
+    latents: str = "hidden_states"
     keeper: Any = None
 
     def calls(self) -> Iterator[dict[str, Any]]:
@@ -63,11 +67,11 @@ class DiffusionCalibration:
         for path in self.files:
             with safe_open(path, framework="pt") as file:
                 inputs = _nested(file)
-                timesteps, states = file.get_tensor("timesteps"), file.get_slice("hidden_states")
+                timesteps, states = file.get_tensor("timesteps"), file.get_slice(_STATES)
                 for index, time in enumerate(timesteps):
                     half = states[index : index + 1][0]
                     rows = torch.cat([half, half]) if self.guided else half
-                    yield {"hidden_states": rows, "timestep": time.expand(len(rows)), **inputs}
+                    yield {self.latents: rows, "timestep": time.expand(len(rows)), **inputs}
 
     def count(self) -> int:
         """Return how many forwards are recorded."""
@@ -193,7 +197,7 @@ def record(
                     model, scheduler, conditions, start, settings, seed, path, progress
                 )
                 _write_index(folder / INDEX_FILE, hashes)
-    return DiffusionCalibration(seed, key, files, guided, settings.samples, keeper)
+    return DiffusionCalibration(seed, key, files, guided, settings.samples, model.family.latents, keeper)
 
 
 def recording_key(model: OpenModel, settings: CalibrationSettings, seed: int) -> str:
@@ -230,7 +234,7 @@ def _record_batch(
     times: list[Tensor] = []
 
     def keep(kwargs: dict[str, Any], _: Tensor) -> None:
-        states.append(kwargs["hidden_states"][: stop - start].cpu().clone())
+        states.append(kwargs[model.family.latents][: stop - start].cpu().clone())
         times.append(kwargs["timestep"][0].cpu().clone())
 
     denoise_batch(
@@ -238,7 +242,7 @@ def _record_batch(
         guidance_scale=settings.guidance_scale, seed=seed, on_call=keep, progress=progress,
     )  # fmt: skip
     inputs = _flat(conditions.inputs(start, stop, guided=guided), _INPUT_PREFIX)
-    tensors = {"hidden_states": torch.stack(states), "timesteps": torch.stack(times), **inputs}
+    tensors = {_STATES: torch.stack(states), "timesteps": torch.stack(times), **inputs}
     with atomic_file(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
         return file_sha256(temporary)

@@ -12,6 +12,7 @@ from ..errors import SourceError
 from ..models.base import OpenModel
 from ..models.checkpoint import PIPELINE_NAME, read_json
 from ..models.hub import fetch
+from .conditions import ADDED
 
 _PIPELINE_FILES = ("model_index.json", "tokenizer*/*", "text_encoder*/*.json", "text_encoder*/*.safetensors")
 _ENCODING_PARTS = ("tokenizer", "text_encoder")
@@ -49,7 +50,7 @@ def encode(model: OpenModel, prompts: list[str]) -> tuple[dict[str, Tensor], dic
     """
     pipeline = _text_pipeline(model)
     device = next(model.module.parameters()).device
-    encoder = {"pixart": _encode_pixart, "sd3": _encode_sd3}[model.family.name]
+    encoder = {"pixart": _encode_pixart, "sd3": _encode_sd3, "unet": _encode_unet}[model.family.name]
     rows = [
         encoder(pipeline.to(device), prompts[i : i + _CHUNK], device) for i in range(0, len(prompts), _CHUNK)
     ]
@@ -67,6 +68,18 @@ def _encode_sd3(pipeline: Any, prompts: list[str], device: torch.device) -> dict
         prompts, None, None, do_classifier_free_guidance=False, device=device
     )
     return {"encoder_hidden_states": embeds.cpu(), "pooled_projections": pooled.cpu()}
+
+
+def _encode_unet(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+    """Encode for Stable Diffusion 1.x and 2.x (one text encoder) or XL (two, and a pooled text)."""
+    if "text_encoder_2" not in pipeline.components:
+        embeds, _ = pipeline.encode_prompt(prompts, device, 1, False)
+        return {"encoder_hidden_states": embeds.cpu()}
+    # The pipeline knows what its empty prompt is: SDXL was trained with zeros in its place.
+    empty = prompts == [""]
+    results = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=empty)
+    embeds, pooled = results[1::2] if empty else results[::2]
+    return {"encoder_hidden_states": embeds.cpu(), f"{ADDED}/text_embeds": pooled.cpu()}
 
 
 def _text_pipeline(model: OpenModel) -> Any:

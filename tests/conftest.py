@@ -184,6 +184,36 @@ def tiny_unet(make_tiny: Callable[..., Path]) -> Path:
     return make_tiny("UNet2DConditionModel")
 
 
+@pytest.fixture
+def tiny_sdxl(tiny_unet: Path, tmp_path: Path) -> Path:
+    """A pipeline folder as SDXL-Turbo's: tokenizers, two CLIPs, U-Net, scheduler; the vae is left out."""
+    import json
+
+    import diffusers
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    root = tmp_path / "sdxl"
+    turbo = REPOSITORY / "tests" / "models" / "data" / "sdxl_turbo"
+    shutil.copytree(turbo / "scheduler", root / "scheduler")
+    shutil.copytree(tiny_unet, root / "unet", ignore=shutil.ignore_patterns("scheduler"))
+    words = ["<|startoftext|>", "<|endoftext|>", *"abcdegot", *(f"{letter}</w>" for letter in "abcdegot")]
+    tokenizer = CLIPTokenizer({word: index for index, word in enumerate(words)}, [], model_max_length=77)
+    config = {"vocab_size": len(words), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+              "num_attention_heads": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # fmt: skip
+    kinds = (CLIPTextModel, CLIPTextModelWithProjection)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for kind, suffix in zip(kinds, ("", "_2"), strict=True):
+            tokenizer.save_pretrained(root / f"tokenizer{suffix}")
+            kind(CLIPTextConfig(**config, projection_dim=24)).eval().save_pretrained(
+                root / f"text_encoder{suffix}"
+            )
+    index = json.loads((turbo / "model_index.json").read_text())
+    (root / "model_index.json").write_text(json.dumps({**index, "_diffusers_version": diffusers.__version__}))
+    return root
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout."""

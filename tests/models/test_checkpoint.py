@@ -164,9 +164,9 @@ def test_broken_config(tiny_dit, text):
 
 
 def test_unsupported_class(tiny_dit):
-    edit_config(tiny_dit, _class_name="UNet2DConditionModel")
+    edit_config(tiny_dit, _class_name="FluxTransformer2DModel")
     refused(
-        tiny_dit, "'UNet2DConditionModel' is not supported", "DiTTransformer2DModel, PixArtTransformer2DModel"
+        tiny_dit, "'FluxTransformer2DModel' is not supported", "DiTTransformer2DModel, PixArtTransformer2DModel"
     )
     edit_config(tiny_dit, _class_name=None)
     refused(tiny_dit, "a class that the config does not name")
