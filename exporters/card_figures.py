@@ -60,7 +60,14 @@ def _rows(subject: Subject) -> list[tuple[str, str, str]]:
     if "linear_bytes_ratio" in metrics:
         what = "quantized attention and feed-forward linears, share of bfloat16"
         rows.append((what, "1", f"{metrics['linear_bytes_ratio']:.4f}"))
-    rows += [(text, "", form.format(metrics[name])) for name, text, form in _METRIC_ROWS if name in metrics]
+    for name, text, form in _METRIC_ROWS:
+        if name in metrics:
+            shown = "SQNR of the logits" if "perplexity" in metrics else text
+            rows.append((shown, "", form.format(metrics[name])))
+    if "perplexity" in metrics:
+        what = ("perplexity on text that was not calibrated on", "perplexity_original", "perplexity")
+        rows.append((what[0], f"{metrics[what[1]]:.4f}", f"{metrics[what[2]]:.4f}"))
+        rows.append(("divergence of the next token's distribution, nats", "0", f"{metrics['kl']:.5f}"))
     if "class_agreement" in metrics:
         before, after = metrics["class_agreement_original"], metrics["class_agreement"]
         rows.append(("class agreement", f"{before:.1%}", f"{after:.1%}"))
@@ -70,7 +77,13 @@ def _rows(subject: Subject) -> list[tuple[str, str, str]]:
 
 def _notes(details: Mapping[str, Any]) -> Iterator[str]:
     """Say how the figures of the table were measured."""
-    fidelity, quality = details.get("fidelity"), details.get("quality")
+    fidelity, quality, text = details.get("fidelity"), details.get("quality"), details.get("text")
+    if text:
+        yield (
+            f"- Fidelity: {text['samples']} sequences of {text['length']} tokens of the recipe's text, chosen"
+            f" with seed {text['seed']}, none of them calibrated on; {text['tokens']:,} tokens are scored."
+            " Each sequence is read by itself: the perplexities compare within this table only."
+        )
     if fidelity:
         yield (
             f"- Fidelity: {fidelity['samples']} samples, {fidelity['steps']} steps, guidance"
@@ -88,7 +101,7 @@ def _notes(details: Mapping[str, Any]) -> Iterator[str]:
             " its features and comparable within this table only; its floor, real test images"
             f" against training images, is {quality['fid_floor']:.3f} with 10,000 images, higher with fewer."
         )
-    if fidelity or quality:
+    if fidelity or quality or text:
         yield ""
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from .card_subject import Subject
 from .fresh_process import NOT_EXECUTED
 from .markdown import fenced
+from .stock import library_of
 
 
 def loading(subject: Subject) -> Iterator[str]:
@@ -17,23 +18,32 @@ def loading(subject: Subject) -> Iterator[str]:
     export = subject.export
     yield from ("## Load it", "")
     for way in export["loads_with"]:
-        yield from (_introduction(way, export["format"]), "")
+        yield from (_introduction(way, export["format"], library_of(subject.model["class"])), "")
         yield from fenced("\n".join(_lines(way, subject)), "python")
     if any("compress" in way for way in export["loads_with"]):
         yield "`compress` is the toolkit that made this, in the version that stands below: install it"
         yield from ("from its own repository, not a package of the same name from elsewhere.", "")
-    yield "This is the denoiser and its scheduler, not a whole pipeline: pass it on as `transformer=model`."
+    yield from _use(subject)
     yield from (_verified(export), "")
 
 
-def _introduction(way: str, format_: str) -> str:
+def _use(subject: Subject) -> Iterator[str]:
+    """Say what the loaded object is, and what goes with it."""
+    if library_of(subject.model["class"]) == "transformers":
+        yield "This is the whole language model. Its tokenizer and its defaults for generating are unchanged"
+        yield f"and lie beside it: `transformers.AutoTokenizer.from_pretrained({_arguments(subject)})`."
+        return
+    yield "This is the denoiser and its scheduler, not a whole pipeline: pass it on as `transformer=model`."
+
+
+def _introduction(way: str, format_: str, library: str) -> str:
     if "compress.load" in way:
         return "With compress:"
     return {
         "compress": "With the stock class, which `import compress` teaches the format:",
-        "torchao": "With stock diffusers and torchao, without compress:",
-        "sdnq": "With stock diffusers and the package sdnq, without compress:",
-        "dequantized": "With stock diffusers alone:",
+        "torchao": f"With stock {library} and torchao, without compress:",
+        "sdnq": f"With stock {library} and the package sdnq, without compress:",
+        "dequantized": f"With stock {library} alone:",
     }[format_ if "import compress" in way or format_ != "compress" else "dequantized"]
 
 
@@ -41,13 +51,21 @@ def _lines(way: str, subject: Subject) -> Iterator[str]:
     """Yield the lines of one way of `loads_with`, with its imports and the checkpoint for `path`."""
     *statements, expression = way.split("; ")
     format_ = subject.export["format"]
-    modules = [name for name in ("compress", "diffusers", "torch") if f"{name}." in expression]
+    modules = [
+        name for name in ("compress", "diffusers", "transformers", "torch") if f"{name}." in expression
+    ]
     imports = [f"import {name}" for name in ([format_] if format_ == "sdnq" else []) + modules]
     yield from dict.fromkeys([*statements, *imports])
+    arguments = _arguments(subject)
+    yield "model = " + re.sub(r"\bpath\b", lambda _: arguments, expression)
+
+
+def _arguments(subject: Subject) -> str:
+    """Return the checkpoint's place as Python arguments."""
     arguments = json.dumps(subject.place or subject.folder, ensure_ascii=False)
     if subject.place and subject.revision:
         arguments += f", revision={json.dumps(subject.revision)}"
-    yield "model = " + re.sub(r"\bpath\b", lambda _: arguments, expression)
+    return arguments
 
 
 def _verified(export: Mapping[str, Any]) -> str:

@@ -10,9 +10,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from ..recipes.schema import settings_class
+from ..runtime.language_config import is_language_class
 from .card_subject import Subject
+from .stock import library_of
 
-LIBRARY = "diffusers"
 _NO_FOLDING = 2**16
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./+-]*")
 _IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.+-]*")
@@ -33,13 +34,17 @@ def metadata(subject: Subject) -> dict[str, Any]:
     values = {
         **_licence(model.get("license"), model.get("license_name")),
         "license_link": model.get("license_link"),
-        "library_name": LIBRARY,
-        "pipeline_tag": model.get("pipeline_tag") or _TASKS.get(model["class"]),
+        "library_name": library_of(model["class"]),
+        "pipeline_tag": model.get("pipeline_tag") or _task(model["class"]),
         "base_model": subject.base_model,
         "base_model_relation": relation(subject) if subject.base_model else None,
         "tags": _tags(subject),
     }
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _task(class_name: str) -> str | None:
+    return "text-generation" if is_language_class(class_name) else _TASKS.get(class_name)
 
 
 def _licence(stated: str | list[str] | None, name: str | None) -> dict[str, Any]:
