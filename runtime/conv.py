@@ -55,12 +55,6 @@ class QuantizedConv2d(QuantizedLinear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)
 
-    def _tokens(self, items: Tensor, *, unsigned: bool = False) -> integer.Tokens:
-        """Quantize items [batch, values], each on its own grid."""
-        activation = self.scheme.activation
-        assert activation is not None
-        return integer.quantize_tokens(items, activation.bits, activation.symmetric, unsigned=unsigned)
-
     def _quantize(self, x: Tensor, *, unsigned: bool = False) -> integer.Tokens:
         """Quantize x [batch, channels, height, width].
 
@@ -70,7 +64,7 @@ class QuantizedConv2d(QuantizedLinear):
         """
         last = x.is_contiguous(memory_format=torch.channels_last)
         flat = (x.permute(0, 2, 3, 1) if last else x).reshape(x.shape[0], -1)
-        items = self._tokens(flat, unsigned=unsigned)
+        items = self.quantize_rows(flat, unsigned=unsigned)
         if last:
             q = items.q.view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
         else:
@@ -106,9 +100,7 @@ class QuantizedConv2d(QuantizedLinear):
             float32 [rows, out].
         """
         if self.scheme.activation is not None:
-            grid = self._tokens(rows.reshape(1, -1))
-            level = grid.q.float() if grid.zero is None else grid.q.float() + grid.zero
-            rows = (level * grid.scale).view(rows.shape)
+            rows = integer.dequantized(self.quantize_rows(rows.reshape(1, -1))).view(rows.shape)
         bias = None if self.bias is None else self.bias.float()
         return F.linear(rows.float(), self.dequantized_weight(), bias)
 
@@ -193,8 +185,11 @@ class QuantizedConv2d(QuantizedLinear):
 
 
 def _grids(items: integer.Tokens) -> tuple[list[float], list[int]]:
-    """Return scales and levels of zero of levels stored as q + 128."""
-    scales = items.scale.flatten().tolist()
-    if items.zero is None:
-        return scales, [prepacked_conv.OFFSET] * len(scales)
-    return scales, [prepacked_conv.OFFSET - int(zero) for zero in items.zero.flatten().tolist()]
+    """Return scales and levels of zero of levels stored as q + 128: one each where all items share them."""
+    scales: list[float] = items.scale.flatten().tolist()
+    zeros = [prepacked_conv.OFFSET] * len(scales)
+    if items.zero is not None:
+        zeros = [prepacked_conv.OFFSET - int(zero) for zero in items.zero.flatten().tolist()]
+    if len(set(zip(scales, zeros, strict=True))) == 1:
+        return scales[:1], zeros[:1]
+    return scales, zeros

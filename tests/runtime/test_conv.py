@@ -12,7 +12,7 @@ import torch
 from compress.compressors.quantization.grid import Grid, find_steps, round_to_nearest
 from compress.errors import SourceError
 from compress.runtime import conv as conv_module
-from compress.runtime import packing, prepacked_conv
+from compress.runtime import packing, prepacked_conv, static
 from compress.runtime.conv import QuantizedConv2d
 from compress.runtime.linear import QuantizedLinear
 from compress.runtime.manifest import ActivationScheme, KernelScheme, QuantizedModule
@@ -41,7 +41,7 @@ def _without_gradients() -> Iterator[None]:
 
 def quantize(
     conv: nn.Conv2d, bits: int, *, symmetric: bool = True, group_size: int | None = None,
-    activation: ActivationScheme | None = None,
+    activation: ActivationScheme | None = None, stored: dict[str, Tensor] | None = None,
 ) -> QuantizedConv2d:  # fmt: skip
     weight = conv.weight.detach().float().flatten(1)
     grid = Grid(bits, symmetric, "minmax", group_size)
@@ -56,6 +56,7 @@ def quantize(
         tensors["zero_point"] = steps.zero
     if conv.bias is not None:
         tensors["bias"] = conv.bias.detach()
+    tensors |= stored or {}
     return QuantizedConv2d.from_tensors(scheme, conv.weight.dtype, tensors)
 
 
@@ -128,6 +129,30 @@ def test_windows_in_parts_give_what_the_kernel_of_the_cpu_gives(
     monkeypatch.setattr(prepacked_conv, "is_available", lambda columns: False)
     for layer, reference in zip(layers, expected, strict=True):
         assert sqnr_db(reference, layer(x)) > 110
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_stored_grid_is_the_same_for_all_items(
+    monkeypatch: pytest.MonkeyPatch, symmetric: bool, bits: int
+) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 10, 3, padding=1)
+    x = images(3, 6, 8, 9)
+    scale, zero = static.grid_of_range(-2.0, 4.0, bits, symmetric)
+    activation = ActivationScheme(bits=bits, symmetric=symmetric, scope="tensor")
+    stored = {"activation_scale": scale} | ({} if zero is None else {"activation_zero_point": zero})
+    layer = quantize(conv, 8, activation=activation, stored=stored)
+    offset = 0 if zero is None else int(zero)
+    half = 2 ** (bits - 1)
+    level = (x.double() / scale.double()).round().clamp(offset - half + symmetric, offset + half - 1)
+    seen = (level * scale).float()
+    expected = F.conv2d(seen, layer.kernels(layer.dequantized_weight()), conv.bias, padding=1)
+    assert sqnr_db(expected, layer.reference_forward(x)) > 110
+    assert sqnr_db(expected, layer(x)) > 110
+    assert torch.equal(layer(x)[1:2], layer(x[1:2]))
+    monkeypatch.setattr(prepacked_conv, "is_available", lambda columns: False)
+    assert sqnr_db(expected, quantize(conv, 8, activation=activation, stored=stored)(x)) > 110
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
