@@ -32,7 +32,7 @@ _COLUMNS = 8  # samples side by side
 _ROLE_STYLES = (
     ("attention.q", "o", "#8a5fb0"), ("attention.k", "s", "#b58ad6"), ("attention.out", "D", "#5b3a80"),
     ("cross.q", "o", "#6aa56a"), ("cross.k", "s", "#9cc99c"), ("cross.out", "D", "#3e733e"),
-    ("ff.in", "^", "#e2a15b"), ("ff.out", "v", "#a85a16"),
+    ("ff.in", "^", "#e2a15b"), ("ff.gate", ">", "#c98a3d"), ("ff.out", "v", "#a85a16"),
 )  # fmt: skip
 _BIT_STEPS = (2, 3, 4, 6, 8, 16, 32)
 _BIT_COLOURS = ("#174a7c", "#2c66a0", "#4a86c5", "#7fb0de", "#b4d2ee", "#eceff3", "#dfe2e7")
