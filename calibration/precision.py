@@ -34,6 +34,11 @@ def computing_in(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]
         _convert(before)
 
 
+def widen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Widen the floating-point tensors of a module for good; see `computing_in`."""
+    _widen(module, dtype, [])
+
+
 def _widen(module: nn.Module, dtype: torch.dtype, before: list[tuple[Tensor, torch.dtype]]) -> None:
     tensors = [
         tensor

@@ -65,13 +65,13 @@ def _mean_bits(rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def averages(
-    rows: Sequence[Mapping[str, Any]], settings: UniformSettings, shared: Mapping[str, str]
+    rows: Sequence[Mapping[str, Any]], stage_label: str, shared: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return the label with what it hides: mean bits, and the layers above the labelled bits.
 
     Args:
         rows: of `layer_row`.
-        settings: of the stage.
+        stage_label: such as W4A8.
         shared: copied tensor -> stored tensor; a copy stores no bits, so no average counts it.
 
     Returns:
@@ -83,7 +83,7 @@ def averages(
         [row for row in some if f"{row['name']}.weight" not in shared] for some in (rows, quantized)
     )
     return {
-        "label": label(settings),
+        "label": stage_label,
         "average_bits": {"quantized": _mean_bits(stored_quantized), "all_linears": _mean_bits(stored)},
         "eight_bit_layers": [row["name"] for row in quantized if row["bits"] == 8],
         "float_layers": [row["name"] for row in rows if not row["quantized"]],

@@ -13,7 +13,7 @@ from ...runtime.linear import tensor_shapes
 from ...runtime.manifest import QuantizedModule
 from ...runtime.windows import kernel_of
 from ..base import StagePlan
-from .details import averages, layer_row
+from .details import averages, label, layer_row
 from .inputs import GRAM_BUDGET_BYTES, ROW_BUDGET_BYTES
 from .scheme import Choice, choose, options_of
 
@@ -64,7 +64,7 @@ def _notes(
     rows: Sequence[dict[str, Any]],
     shared: Mapping[str, str],
 ) -> list[str]:
-    facts = averages(rows, settings, shared)
+    facts = averages(rows, label(settings), shared)
     mean = facts["average_bits"]
     notes = [
         f"{facts['label']}: {mean['quantized']} bits per weight on average over the quantized layers,"

@@ -20,7 +20,7 @@ from ...runtime.manifest import QuantizedModule
 from ...runtime.memory import return_freed_memory
 from . import balance
 from .building import Original, layer_of, output_sqnr_db, put, rounded, settled
-from .details import averages, layer_row
+from .details import averages, label, layer_row
 from .inputs import Inputs, gather, gather_grams, portions, sources_of
 from .scheme import Choice, Group, Options, by_block, choose, grid_of, options_of
 from .transforms import transform_of
@@ -75,7 +75,7 @@ class _Stage:
                     self._quantize_block(blocks[index], grams)
                     return_freed_memory()
         rows = [self.rows[choice.site.name] for choice in self.choices]
-        return {**averages(rows, self.settings, self.model.spec.shared), "layers": rows}
+        return {**averages(rows, label(self.settings), self.model.spec.shared), "layers": rows}
 
     def _gram_widths(self, block: list[Choice]) -> dict[str, int]:
         return {

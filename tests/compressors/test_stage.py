@@ -6,6 +6,7 @@ from compress.compressors import registry
 from compress.compressors.base import Workspace
 from compress.compressors.quantization import balance
 from compress.compressors.quantization.details import averages
+from compress.compressors.quantization.details import label as label_of
 from compress.compressors.quantization.scheme import choose
 from compress.errors import PlanError, StageError
 from compress.models.open import read_spec
@@ -195,7 +196,7 @@ def test_averages_count_a_shared_embedder_once(tiny_dit):
     assert copies
     once = [row for row in planned.layers if row not in copies]
     mean = sum(row["parameters"] * row["bits"] for row in once) / sum(row["parameters"] for row in once)
-    found = averages(planned.layers, settings, spec.shared)
+    found = averages(planned.layers, label_of(settings), spec.shared)
     assert found["average_bits"]["all_linears"] == pytest.approx(mean, abs=1e-3)
     assert f"{found['average_bits']['all_linears']} over all linear layers" in planned.notes[0]
     assert {row["name"] for row in copies} <= set(found["float_layers"])
