@@ -283,8 +283,8 @@ def _layer_items(batch: int) -> Tensor:
     return torch.tensor(sorted(chosen))
 
 
-def _first_items(kwargs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    batch = kwargs["hidden_states"].shape[0]
+def _first_items(model: OpenModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    batch, device = kwargs[model.family.latents].shape[0], next(model.module.parameters()).device
     chosen: dict[str, Any] = to_device(take(kwargs, batch, _layer_items(batch)), device)
     return chosen
 
@@ -293,16 +293,14 @@ def _record_layers(model: OpenModel, folder: Path) -> None:
     """Record the layers of a few calls among those that `folder` holds."""
     reference = Reference(folder, {})
     calls = reference.calls()
-    device = next(model.module.parameters()).device
     for index in sorted({int(place) for place in torch.linspace(0, len(calls) - 1, _LAYER_CALLS).round()}):
-        record_layers(model, _first_items(calls[index][0], device), folder / LAYERS / f"{index:05d}")
+        record_layers(model, _first_items(model, calls[index][0]), folder / LAYERS / f"{index:05d}")
 
 
 def _layer_rows(model: OpenModel, reference: Reference) -> list[dict[str, Any]]:
     """Return one row per block and watched linear, in forward order."""
     sums: dict[str, Powers] = {}
     calls = reference.calls()
-    device = next(model.module.parameters()).device
     for index, path in reference.layers().items():
-        compare_layers(model, _first_items(calls[index][0], device), path, sums)
+        compare_layers(model, _first_items(model, calls[index][0]), path, sums)
     return layer_rows(model, sums)

@@ -1,6 +1,7 @@
 """Where the error is made: every block is fed the original's own input, so errors do not pile up.
 
-A block's figure is about what it *adds* to the residual stream; the stream itself would hide it.
+A block's figure is about what it *adds* to the residual stream; the stream itself would hide it. A block
+of another shape behind than before (of a U-Net) has no such stream: its figure is about its output.
 A linear's figure is the error of its output inside its block (so that of `attention.out` contains
 the errors of q, k and v). The value projection is left out, and so is whatever else a channel scale may
 be folded into: that changes its output, but not what comes of it.
@@ -23,10 +24,12 @@ from ..models.base import OpenModel
 from .metrics import decibels, powers
 
 STREAMS = ("hidden_states", "encoder_hidden_states")
+SKIPS = "res_hidden_states_tuple"
+"""Argument of a U-Net's blocks on the way up: what the way down has left for them."""
 ROLES = frozenset(
     {
         *("attention.q", "attention.k", "attention.out", "cross.q", "cross.k", "cross.out"),
-        *("ff.in", "ff.gate", "ff.out"),
+        *("ff.in", "ff.gate", "ff.out", "projection", "conv", "conv.shortcut"),
     }
 )
 _MAX_TOKENS = 64  # rows kept of a linear's output, per item
@@ -50,15 +53,27 @@ class Powers:
         return decibels(self.signal, self.noise)
 
 
-def _image_stream(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Return a block's image tokens: its output, or the last of (text, image)."""
-    return output if isinstance(output, Tensor) else output[-1]
+Output = Tensor | tuple[Any, ...]
+"""Of a block: the image; (text, image); or, on a U-Net's way down, (image, all images for the way up)."""
+
+
+def _image_stream(output: Output) -> Tensor:
+    """Return a block's image tokens or pixels."""
+    image: Tensor = output if isinstance(output, Tensor) else output[-1 if _has_text(output) else 0]
+    return image
+
+
+def _has_text(output: Output) -> bool:
+    """Tell whether the text is a stream of its own that the block changes, and not a condition alone."""
+    return isinstance(output, tuple) and isinstance(output[-1], Tensor)
 
 
 def _rows(output: Tensor) -> Tensor:
-    """Return at most `_MAX_TOKENS` evenly spaced token rows of a linear's output."""
+    """Return at most `_MAX_TOKENS` evenly spaced rows, of tokens or pixels, of a layer's output."""
     if output.ndim < 3:
         return output
+    if output.ndim == 4:
+        output = output.flatten(2).transpose(1, 2)
     return output[:, :: -(-output.shape[1] // _MAX_TOKENS)]
 
 
@@ -68,7 +83,7 @@ class _Tap(Protocol):
     def block_input(self, name: str, arguments: dict[str, Any]) -> None:
         """See, and perhaps replace, the arguments of a block by name."""
 
-    def block_output(self, name: str, output: Tensor | tuple[Tensor, ...]) -> None:
+    def block_output(self, name: str, output: Output) -> None:
         """See what a block returned."""
 
     def linear_output(self, name: str, output: Tensor) -> None:
@@ -121,7 +136,7 @@ def _file(folder: Path, block: str) -> Path:
 class _Recorder:
     """Writes what `_Comparer` needs, block by block; memory holds the tensors of one block.
 
-    ``in|STREAM`` and ``out`` [batch, tokens, channels], ``rows|LINEAR`` [batch, <= 64, out_features].
+    ``in|STREAM`` and ``out`` [batch, tokens, channels] or images, ``rows|LAYER`` [batch, <= 64, outputs].
     """
 
     def __init__(self, folder: Path) -> None:
@@ -135,10 +150,12 @@ class _Recorder:
         for stream in STREAMS:
             if isinstance(arguments.get(stream), Tensor):
                 self._keep(f"in|{stream}", arguments[stream])
+        for index, skip in enumerate(arguments.get(SKIPS, ())):
+            self._keep(f"in|{SKIPS}.{index}", skip)
 
-    def block_output(self, name: str, output: Tensor | tuple[Tensor, ...]) -> None:
+    def block_output(self, name: str, output: Output) -> None:
         self._keep("out", _image_stream(output))
-        if isinstance(output, Tensor):  # the text is a condition here, no stream of its own
+        if not _has_text(output):
             self._found.pop(f"in|{STREAMS[1]}", None)
         save_file(self._found, _file(self._folder, name))
         self._found = {}
@@ -161,13 +178,17 @@ class _Comparer:
             original = self._recorded.get(f"in|{stream}")
             if original is not None:
                 arguments[stream] = original.to(arguments[stream])
+        if SKIPS in arguments:
+            arguments[SKIPS] = tuple(
+                self._recorded[f"in|{SKIPS}.{index}"].to(skip) for index, skip in enumerate(arguments[SKIPS])
+            )
 
-    def block_output(self, name: str, output: Tensor | tuple[Tensor, ...]) -> None:
+    def block_output(self, name: str, output: Output) -> None:
         found = self._sums.setdefault(name, Powers())
         wanted, entered = self._recorded["out"], self._recorded[f"in|{STREAMS[0]}"]
         # Item by item: in double precision a whole batch of a large image would be most of the memory.
         for item, before, after in zip(wanted, entered, _image_stream(output).cpu(), strict=True):
-            update = item.double() - before.double()
+            update = item.double() - before.double() if item.shape == before.shape else item.double()
             found.add(float(update.square().sum()), powers(item, after)[1])
         self._recorded = {}
 

@@ -44,6 +44,7 @@ def conditions_of(tmp_path: Path) -> Callable[[str], CalibrationSettings]:
         names = {
             "PixArtTransformer2DModel": {"prompt_embeds": (5, 32)},
             "SD3Transformer2DModel": {"prompt_embeds": (5, 32), "pooled_prompt_embeds": (32,)},
+            "UNet2DConditionModel": {"prompt_embeds": (5, 32), "pooled_prompt_embeds": (24,)},
         }[class_name]
         tensors = {}
         for prefix, count in (("", 3), ("negative_", 1)):

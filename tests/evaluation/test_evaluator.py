@@ -12,7 +12,9 @@ from compress.recipes.gates import METRICS
 from compress.recipes.schema import EvaluateSettings
 from safetensors.torch import load_file, save_file
 
-CLASSES = ("DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel")
+CLASSES = (
+    "DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "UNet2DConditionModel",
+)  # fmt: skip
 FIDELITY = {"samples": 3, "steps": 4, "guidance_scale": 2.0, "batch_size": 2}
 SILENT = SilentProgress()
 
