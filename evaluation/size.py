@@ -12,7 +12,7 @@ _BFLOAT16_BYTES = 2
 
 
 def linear_bytes(model: OpenModel) -> tuple[int, int]:
-    """Return (bytes, bytes in bfloat16) of the quantized attention and feed-forward linears.
+    """Return (bytes, bytes in bfloat16) of the quantized layers of the blocks: linears and convolutions.
 
     The linears of the adaptive norms are left out: they have bits of their own, `adaln_weight_bits`,
     and stand in `linear_inventory`. The first number counts every tensor of a layer: packed weights,
@@ -32,7 +32,9 @@ def linear_bytes(model: OpenModel) -> tuple[int, int]:
 
 
 def linear_inventory(model: OpenModel) -> list[dict[str, Any]]:
-    """Return one row per linear, in forward order: what it is stored in and who decided so.
+    """Return one row per linear and convolution, in forward order: what it is stored in, who decided so.
+
+    ``kernel`` is [height, width] of a convolution's window, None for a linear.
 
     ``bytes`` counts every tensor of the layer once: 0 for a copy that is stored under another name.
     ``weight_bits`` of a layer in floating point are those of its type; ``activation_bits`` likewise
@@ -63,6 +65,7 @@ def linear_inventory(model: OpenModel) -> list[dict[str, Any]]:
                 "copy_of": first.removesuffix(".weight") if first else None,
                 "role": site.role,
                 "block": site.block,
+                "kernel": list(site.kernel.size) if site.kernel else None,
                 "parameters": site.shape[0] * site.shape[1],
                 "weight_bits": bits,
                 "activation_bits": activation,

@@ -17,7 +17,6 @@ from ..models.base import ModelSpec, OpenModel
 from ..runtime.linear import QuantizedLinear
 from ..runtime.manifest import FILE_NAME, Manifest, QuantizedModule
 from ..runtime.modules import name_of, quantized_layers
-from ..runtime.windows import area
 from .compress_format import METADATA, stock_config
 from .conversion import replaced
 from .formats import Layout
@@ -36,8 +35,7 @@ def layout(model: OpenModel) -> Layout:
     ]
     for name, layer in layers.items():
         read = partial(_weight, layer, dtype)
-        shape = weight_shape(layer.scheme)
-        tensors.append(StoredTensor(f"{name}.weight", dtype_code(dtype), shape, read))
+        tensors.append(StoredTensor(f"{name}.weight", dtype_code(dtype), layer.scheme.weight_shape, read))
         if layer.bias is not None:
             tensors.append(StoredTensor.of(f"{name}.bias", layer.bias))
     config = stock_config(model)
@@ -61,18 +59,10 @@ def predict(spec: ModelSpec) -> tuple[list[StoredTensor], Mapping[str, str]]:
     return tensors, METADATA
 
 
-def weight_shape(scheme: QuantizedModule) -> tuple[int, ...]:
-    """Return the shape of the stock layer's weight: [out, in], of a convolution [out, in, height, width]."""
-    rows, columns = scheme.shape
-    if scheme.kernel is None:
-        return rows, columns
-    return rows, columns // area(scheme.kernel), *scheme.kernel.size
-
-
 def linear_tensors(name: str, scheme: QuantizedModule, dtype: torch.dtype) -> list[StoredTensor]:
     """Return what a plain layer of this size stores."""
     code = dtype_code(dtype)
-    weight = StoredTensor(f"{name}.weight", code, weight_shape(scheme))
+    weight = StoredTensor(f"{name}.weight", code, scheme.weight_shape)
     return [weight, StoredTensor(f"{name}.bias", code, (scheme.shape[0],))] if scheme.bias else [weight]
 
 
@@ -87,4 +77,4 @@ def as_shipped(model: OpenModel) -> OpenModel:
 
 
 def _weight(layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:
-    return layer.equivalent_weight().to(dtype).view(weight_shape(layer.scheme))
+    return layer.equivalent_weight().to(dtype).view(layer.scheme.weight_shape)

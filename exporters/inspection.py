@@ -126,7 +126,7 @@ def _quantized_row(stored: StoredCheckpoint, name: str, scheme: QuantizedModule)
     canonical = shared.get(names[0])
     return {
         "name": name,
-        "shape": list(scheme.shape),
+        "shape": list(scheme.weight_shape),
         "bits": scheme.bits,
         "bytes": sum(stored.tensors[tensor].bytes for tensor in names if tensor not in shared),
         "dtype": weight.dtype,

@@ -16,6 +16,15 @@ def _stored(linears: Sequence[Row]) -> list[Row]:
     return [row for row in linears if row.get("copy_of") is None]
 
 
+def allocation_of(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return what a stage that chose bits layer by layer tells about it; None where there was none."""
+    for stage in document.get("stages", ()):
+        found = stage.get("details", {}).get("allocation")
+        if found:
+            return dict(found)
+    return None
+
+
 def label_of(linears: Sequence[Row]) -> str | None:
     """Return the short name of the scheme that most quantized parameters have, such as ``W4A8``.
 
@@ -75,10 +84,12 @@ def grouped(linears: Sequence[Row]) -> list[tuple[str, str, str, str, int, int, 
 
 
 def _weight(row: Row) -> str:
+    height, width = row.get("kernel") or (None, None)
+    window = f", {height} x {width} convolution" if height else ""
     if row["method"] is None:
-        return f"{row['weight_bits']} (floating point)"
+        return f"{row['weight_bits']} (floating point){window}"
     branch = f" + a rank-{row['low_rank']} branch" if row["low_rank"] else ""
-    return f"{row['weight_bits']}{branch}"
+    return f"{row['weight_bits']}{branch}{window}"
 
 
 def _activation(row: Row) -> str:

@@ -22,11 +22,11 @@ MAX_BYTES = 16 * 2**20
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=512)]
 Width = Annotated[int, Field(ge=1, le=2**20)]
 Window = Annotated[int, Field(ge=1, le=64)]
+Padding = Annotated[int, Field(ge=0, le=64)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FilePath = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=256)
 ]
-Padding = Annotated[int, Field(ge=0, le=64)]
 
 
 class _Strict(BaseModel):
@@ -121,6 +121,15 @@ class QuantizedModule(_Strict):
     method: Annotated[str, Field(max_length=64)]
     decided_by: Annotated[str, Field(max_length=256)] = "default"
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the stock layer's weight: [out, in], of a convolution [out, in, height, width]."""
+        rows, columns = self.shape
+        if self.kernel is None:
+            return rows, columns
+        height, width = self.kernel.size
+        return rows, columns // (height * width), height, width
+
     @model_validator(mode="after")
     def _fits_its_kind(self) -> QuantizedModule:
         scope = self.activation.scope if self.activation else None
@@ -144,14 +153,6 @@ class QuantizedModule(_Strict):
         for label, width in (("group_size", self.group_size), ("rotation.block", block)):
             if width is not None and columns % width:
                 raise ValueError(f"{label} {width} does not divide the {columns} input channels")
-        return self
-
-    @model_validator(mode="after")
-    def _linear_only(self) -> QuantizedModule:
-        if self.kernel is not None and self.first_token is not None:
-            raise ValueError("a convolution reads no tokens, so it has no first_token")
-        if self.kernel is None and self.activation is not None and self.activation.scope == "sample":
-            raise ValueError("activation.scope sample is for convolutions; this is a linear layer")
         return self
 
 

@@ -12,7 +12,10 @@ from compress.calibration.views import views
 from compress.compressors.quantization.planning import convolution_notes, plan_stage
 from compress.compressors.quantization.stage import apply_stage
 from compress.errors import PlanError, SourceError
+from compress.evaluation.size import linear_inventory
 from compress.exporters.formats import as_shipped, write
+from compress.exporters.inspection import inspect
+from compress.exporters.layer_table import grouped
 from compress.models.open import open_model
 from compress.progress import SilentProgress
 from compress.recipes.schema import ModelRef
@@ -155,6 +158,15 @@ def test_round_trip_on_disk(make_tiny, tmp_path, dtype):
     stock = diffusers.UNet2DConditionModel.from_pretrained(out, torch_dtype=getattr(torch, dtype))
     assert isinstance(stock.get_submodule(CONV), QuantizedConv2d)
     assert torch.equal(run(stock, inputs), expected)
+
+    layers = {row["name"]: row for row in inspect(out)["layers"]}
+    assert layers[CONV]["shape"] == list(model.spec.tensors[f"{CONV}.weight"].shape)
+    assert (layers[CONV]["bits"], layers[CONV]["activation_bits"]) == (4, 8)
+    rows = linear_inventory(model)
+    kernels = {row["name"]: row["kernel"] for row in rows}
+    assert (kernels[CONV], kernels["down_blocks.1.attentions.0.proj_in"]) == ([3, 3], None)
+    stored_as = {row[0]: row[1] for row in grouped(rows)}
+    assert stored_as["down_blocks.*.resnets.0.conv1"] == "4, 3 x 3 convolution"
 
     plain = tmp_path / "plain"
     plain.mkdir()
