@@ -122,15 +122,21 @@ def test_unknown_and_unreached_layers_are_refused():
             SuffixRunner(model, list(model.blocks), {"x": torch.zeros(1, 6)}, [name])
 
 
-@pytest.mark.parametrize("family", ["DiT", "PixArt", "SD3"])
-def test_the_families_keep_one_output_a_call(make_tiny, family):
-    ref = ModelRef(id=str(make_tiny(f"{family}Transformer2DModel")))
+@pytest.mark.parametrize(
+    ("class_name", "mode"),
+    [
+        ("DiTTransformer2DModel", "last"), ("PixArtTransformer2DModel", "last"),
+        ("SD3Transformer2DModel", "last"), ("UNet2DConditionModel", "all"),
+    ],
+)  # fmt: skip
+def test_what_the_families_keep_of_a_call(make_tiny, class_name, mode):
+    ref = ModelRef(id=str(make_tiny(class_name)))
     model = open_model(ref, progress=SilentProgress())
     call = model.family.example_inputs(model.module, 2, torch.Generator().manual_seed(0))
     sites = model.linears()
     blocks = [block for _, block in model.family.blocks(model.module)]
     runner = SuffixRunner(model.module, blocks, call, [site.name for site in sites])
-    assert runner.mode == "last"
+    assert runner.mode == mode
     for site in sites:
         outside = 0 if runner.entries[site.name] == 0 else len(blocks)
         assert runner.entries[site.name] == (outside if site.block is None else site.block), site.name
