@@ -65,12 +65,12 @@ def _rows(subject: Subject) -> list[tuple[str, str, str]]:
             shown = "SQNR of the logits" if "perplexity" in metrics else text
             rows.append((shown, "", form.format(metrics[name])))
     if "perplexity" in metrics:
-        what = ("perplexity on text that was not calibrated on", "perplexity_original", "perplexity")
-        rows.append((what[0], f"{metrics[what[1]]:.4f}", f"{metrics[what[2]]:.4f}"))
+        before, after = f"{metrics['perplexity_original']:.4f}", f"{metrics['perplexity']:.4f}"
+        rows.append(("perplexity on text that was not calibrated on", before, after))
         rows.append(("divergence of the next token's distribution, nats", "0", f"{metrics['kl']:.5f}"))
     if "class_agreement" in metrics:
-        before, after = metrics["class_agreement_original"], metrics["class_agreement"]
-        rows.append(("class agreement", f"{before:.1%}", f"{after:.1%}"))
+        before, after = f"{metrics['class_agreement_original']:.1%}", f"{metrics['class_agreement']:.1%}"
+        rows.append(("class agreement", before, after))
         rows.append(("feature FID", f"{metrics['fid_original']:.3f}", f"{metrics['fid']:.3f}"))
     return rows
 

@@ -154,6 +154,6 @@ def attach(module: nn.Module, manifest: Manifest, dtype: str) -> None:
     config = CompressConfig.from_dict(quantization_section(manifest, dtype))
     quantizer = CompressQuantizer(config)
     module.hf_quantizer = quantizer  # type: ignore[assignment]
-    module.quantization_method = config.quant_method  # type: ignore[assignment]
-    module.is_quantized = True  # type: ignore[assignment]
+    module.quantization_method = config.quant_method
+    module.is_quantized = True
     quantizer.postprocess_model(module)

@@ -214,6 +214,50 @@ def tiny_sdxl(tiny_unet: Path, tmp_path: Path) -> Path:
     return root
 
 
+LLM: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {"model_type": "llama"},
+    "MistralForCausalLM": {"model_type": "mistral"},
+    "Qwen2ForCausalLM": {"model_type": "qwen2"},
+    "Qwen3ForCausalLM": {"model_type": "qwen3", "head_dim": 16},
+}
+
+
+@pytest.fixture(scope="session")
+def llm_config() -> Callable[..., dict[str, Any]]:
+    """Return `config(class_name, **changes)`: 48 channels, 4 heads on 2, 2 layers, 60 tokens, 32 positions."""
+
+    def make(class_name: str, **changes: Any) -> dict[str, Any]:
+        common = {
+            "architectures": [class_name], "vocab_size": 60, "hidden_size": 48, "intermediate_size": 80,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 32, "tie_word_embeddings": False,
+        }  # fmt: skip
+        return {**common, **LLM[class_name], **changes}
+
+    return make
+
+
+@pytest.fixture
+def make_llm(llm_config: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., Path]:
+    """Return `make(class_name, *, seed=0, dtype="float32", name=None, **config)` -> folder of a tiny model."""
+
+    def make(
+        class_name: str, *, seed: int = 0, dtype: str = "float32", name: str | None = None, **config: Any
+    ) -> Path:
+        import torch
+        import transformers
+
+        keys = llm_config(class_name, **config)
+        arguments = {key: value for key, value in keys.items() if key != "architectures"}
+        stock = getattr(transformers, class_name)(transformers.AutoConfig.for_model(**arguments))
+        _randomise(stock, seed)
+        folder = tmp_path / (name or f"tiny-{keys['model_type']}")
+        stock.to(getattr(torch, dtype)).eval().save_pretrained(folder)
+        return folder
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout."""
