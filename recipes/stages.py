@@ -40,8 +40,7 @@ class BitsSettings(StageSettings):
     weight_bits: WeightBits = Field(8, description="Bits of a weight of the quantized linear layers.")
     activation_bits: ActivationBits = Field(
         8,
-        description="Bits of an activation, one dynamic scale per token; 16 leaves activations in floating "
-        "point.",
+        description="Bits of an activation; 16 leaves activations in floating point.",
     )
 
 
@@ -49,7 +48,7 @@ class GridSettings(StageSettings):
     """The integer grids that all weight-and-activation quantizers share, bits aside."""
 
     phase: ClassVar[Phase] = "quantize"
-    families: ClassVar[frozenset[str]] = frozenset({"dit", "pixart", "sd3", "llm"})
+    families: ClassVar[frozenset[str]] = frozenset({"dit", "pixart", "sd3", "unet", "llm"})
 
     group_size: int | None = Field(
         None,
@@ -61,8 +60,25 @@ class GridSettings(StageSettings):
     )
     activation_symmetric: bool | None = Field(
         None,
-        description="Symmetric activation grid; null: symmetric, but asymmetric at 4 bits (the paper's "
-        "choice).",
+        description="Symmetric activation grid; null: symmetric, but asymmetric at 4 bits and with static "
+        "scales (the papers' choices).",
+    )
+    activation_scale: Literal["token", "static"] = Field(
+        "token",
+        description="token: one scale per token (per image in convolutions), found while the model runs;"
+        " static: one for a layer, found by calibration with all weights quantized, asymmetric unless told"
+        " otherwise.",
+    )
+    activation_range: Literal["minmax", "ema"] | None = Field(
+        None,
+        description="Range of a static scale: minmax, over all calibration calls, or ema, their moving "
+        "average (momentum 0.95, the paper's); null: minmax.",
+    )
+    first_token: Literal["auto", "store", "quantize"] = Field(
+        "auto",
+        description="store: keys and values of cross-attention keep their output for the text's first token "
+        "in floating point, which must be the same for every prompt (CLIP); quantize: they do not; auto: "
+        "store where scales are static and the recorded prompts have one first token.",
     )
     clip: Literal["minmax", "mse"] | None = Field(
         None, description="How the weight range is found; null: minmax at 6 and 8 bits, mse at 4 and below."
@@ -78,6 +94,12 @@ class GridSettings(StageSettings):
         " and across dots.",
     )
 
+    @model_validator(mode="after")
+    def _check_range(self) -> GridSettings:
+        if self.activation_range is not None and self.activation_scale != "static":
+            raise ValueError("activation_range has no effect with activation_scale: token; write static")
+        return self
+
 
 class UniformSettings(GridSettings, BitsSettings):
     """Grids with equal bits for all layers."""
@@ -91,6 +113,12 @@ class UniformSettings(GridSettings, BitsSettings):
     def _check_adaln(self) -> UniformSettings:
         if self.adaln_weight_bits is None and self.allocation is None:
             raise ValueError("adaln_weight_bits: null is for allocated bits; write 8 or 16")
+        return self
+
+    @model_validator(mode="after")
+    def _check_static(self) -> UniformSettings:
+        if self.activation_scale == "static" and self.activation_bits == 16 and self.allocation is None:
+            raise ValueError("activation_scale: static has no effect with activation_bits: 16")
         return self
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, Self
 
@@ -188,8 +189,8 @@ class QuantizedLinear(nn.Module):
             self._rotation = Rotation(self.rotation_sign, self.scheme.rotation.block)
         return self._rotation
 
-    def _transform(self, x: Tensor) -> Tensor:
-        """Scale and rotate x [M, in]; float32 if either is done, else untouched."""
+    def transformed(self, x: Tensor) -> Tensor:
+        """Scale and rotate x [M, in] as before it is quantized; float32 if either is done, else untouched."""
         if self.scheme.rotation is None:
             return x if self.input_scale is None else x * self.input_scale
         rotation = self._rotate()
@@ -229,6 +230,22 @@ class QuantizedLinear(nn.Module):
         assert activation is not None
         return integer.quantize_tokens(rows, activation.bits, activation.symmetric, total, unsigned=unsigned)
 
+    @contextmanager
+    def floating_input(self) -> Iterator[None]:
+        """Leave the input in floating point for a while; the weight is the quantized one."""
+        scheme = self.scheme
+        try:
+            self.scheme = scheme.model_copy(update={"activation": None})
+            self._forget()  # a weight is laid out for the grid of the input
+            yield
+        finally:
+            self.scheme = scheme
+            self._forget()
+
+    def reference_rows(self, rows: Tensor) -> Tensor:
+        """Do `reference_forward` for rows [M, in] of which none is a first token that the layer stores."""
+        return self._reference(rows, self.quantize_rows)
+
     def reference_forward(self, x: Tensor) -> Tensor:
         """Compute with rounded floats in float32: what `forward` must reproduce.
 
@@ -249,7 +266,7 @@ class QuantizedLinear(nn.Module):
         ).float()
 
     def _reference(self, x: Tensor, quantize: Quantize) -> Tensor:
-        rows = self._transform(x.reshape(-1, self.in_features)).float()
+        rows = self.transformed(x.reshape(-1, self.in_features)).float()
         if self.scheme.activation is not None:
             rows = integer.dequantized(quantize(rows))
         bias = None if self.bias is None else self.bias.float()
@@ -299,7 +316,7 @@ class QuantizedLinear(nn.Module):
 
     def _compute(self, x: Tensor, quantize: Quantize) -> Tensor:
         raw = x.reshape(-1, self.in_features)
-        rows = self._transform(raw)
+        rows = self.transformed(raw)
         if self.scheme.activation is None:
             y = self._weight_only(rows)
             if self.bias is not None:

@@ -19,6 +19,7 @@ from .config import check_config
 from .headers import ITEM_BYTES, TensorEntry, read_header
 from .language_config import check_language_config, class_name_of, is_language_class
 from .manifest import FILE_NAME, MAX_BYTES, VERSION, Manifest, QuantizedModule
+from .stored_values import check_values
 from .strict_json import parse_object
 
 __all__ = ["ITEM_BYTES", "TensorEntry", "read_header"]
@@ -220,7 +221,8 @@ def check_quantized(manifest: Manifest, dtype: str, tensors: Mapping[str, Tensor
     """Hold every quantized layer's scheme, and the shared names, against the headers.
 
     Raises:
-        SourceError: a tensor is missing, superfluous, or has another shape or dtype.
+        SourceError: a tensor is missing, superfluous, or has another shape or dtype; or a value that a
+            whole layer depends on is out of its bounds.
     """
     _check_shared(manifest.shared, tensors, where)
     for module, scheme in manifest.quantization.items():
@@ -239,6 +241,7 @@ def check_quantized(manifest: Manifest, dtype: str, tensors: Mapping[str, Tensor
                     f"the manifest implies {code} {list(shape)}",
                     hint="the manifest was changed by hand, or the weights are of another export",
                 )
+    check_values(manifest.quantization, tensors, manifest.shared, where)
     suffixes = {name: expected_tensors(scheme, dtype) for name, scheme in manifest.quantization.items()}
     for name in tensors:
         module, _, suffix = name.rpartition(".")

@@ -122,7 +122,10 @@ def output_error(
     for layer in layers:
         inputs = transform.on_inputs(layer.rows)
         if activation is not None:
-            inputs = fake_quantize_tokens(inputs, activation.bits, activation.symmetric)
+            # Rows that share one grid are rounded as one row.
+            rows = inputs.reshape(1, -1) if activation.scope == "tensor" else inputs
+            rows = fake_quantize_tokens(rows, activation.bits, activation.symmetric)
+            inputs = rows.view(inputs.shape)
         weight = grid.dequantize(grid.quantize(transform.on_weight(layer.weight), kind))
         total += float((inputs @ weight.t() - layer.rows @ layer.weight.t()).double().square().sum())
     return total

@@ -11,14 +11,17 @@ from torch import Tensor, nn
 from ...recipes.stages import GridSettings
 from ...runtime import packing
 from ...runtime.conv import QuantizedConv2d
+from ...runtime.first_token import digest
 from ...runtime.linear import QuantizedLinear
 from ...runtime.manifest import QuantizedModule, RotationScheme
 from ...runtime.modules import layer_class
-from . import low_rank
+from . import low_rank, ranges
 from .balance import Transform
 from .grid import Grid, find_steps, round_to_nearest
 from .rounding import round_with_compensation
 from .scheme import grid_of
+
+_TEXT_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Original:
         transform: of its input. A scale in it divides the weight's columns here.
         folded: the scale reaches the input through the layer's producer; the layer itself does not apply it.
         gram: float32 [in, in] of its inputs as they come, before the transform; None rounds to nearest.
+        first_token: float32 [in], the token that its text starts with, as `weight` reads it; None where
+            all tokens are computed.
     """
 
     name: str
@@ -40,18 +45,43 @@ class Original:
     transform: Transform = Transform()
     folded: bool = False
     gram: Tensor | None = None
+    first_token: Tensor | None = None
 
     @property
     def online(self) -> bool:
         """Whether the layer multiplies its input when it runs."""
         return self.transform.scale is not None and not self.folded
 
+    def as_read(self, x: Tensor) -> Tensor:
+        """Return inputs [..., in] of `weight` as the quantized layer will read them."""
+        scale = self.transform.scale
+        return x if self.online or scale is None else x * scale.to(x.device)
+
 
 def settled(planned: QuantizedModule, original: Original) -> QuantizedModule:
-    """Return a planned scheme with the transforms that were decided on data."""
+    """Return a planned scheme with the transforms, and the first token, that were decided on data."""
     block = original.transform.block
     rotation = RotationScheme(block=block) if block else None
-    return planned.model_copy(update={"input_scale": original.online, "rotation": rotation})
+    first = None
+    if planned.first_token is not None and original.first_token is not None:
+        sha256 = digest(original.as_read(original.first_token))
+        first = planned.first_token.model_copy(update={"sha256": sha256})
+    return planned.model_copy(
+        update={"input_scale": original.online, "rotation": rotation, "first_token": first}
+    )
+
+
+def _stored_output(original: Original, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return what a layer stores of the first token: the token, and the original layer's output for it."""
+    assert original.first_token is not None
+    token = original.first_token.to(original.weight.device)
+    bias = None if original.bias is None else original.bias.detach().float()
+    # Enough rows that the product is computed as it is for a whole text, to the last bit.
+    output = nn.functional.linear(token.expand(_TEXT_ROWS, -1), original.weight, bias)[0]
+    return {
+        "first_token_input": original.as_read(token).contiguous(),
+        "first_token_output": output.to(dtype).contiguous(),
+    }
 
 
 def rounded(
@@ -92,6 +122,8 @@ def rounded(
     tensors["scale"] = steps.scale
     if steps.zero is not None:
         tensors["zero_point"] = steps.zero
+    if scheme.first_token is not None:
+        tensors |= _stored_output(original, dtype)
     return tensors
 
 
@@ -107,7 +139,8 @@ def _round(name: str, weight: Tensor, kind: Grid, gram: Tensor | None) -> Any:
 def layer_of(
     scheme: QuantizedModule, dtype: torch.dtype, tensors: dict[str, Tensor], bias: Tensor | None
 ) -> QuantizedLinear:
-    """Return the module of a scheme around its tensors."""
+    """Return the module of a scheme around its tensors; a static grid of its input is yet to be found."""
+    tensors = {**ranges.unset(scheme), **tensors}
     if bias is not None:
         tensors = {**tensors, "bias": bias.detach()}
     return layer_class(scheme).from_tensors(scheme, dtype, tensors)
@@ -125,14 +158,17 @@ def output_sqnr_db(original: Original, layer: QuantizedLinear, rows: Tensor) -> 
     Args:
         original: what it was made of.
         layer: what it became.
-        rows: float32 [rows, in], inputs before the transform; windows of a convolution.
+        rows: float32 [rows, in], inputs before the transform; windows of a convolution. A first token
+            whose output is stored does not count, and a static grid is the one of these rows.
     """
-    scale = original.transform.scale
-    seen = rows if original.online or scale is None else rows * scale
+    rows = rows[ranges.off_the_stored(layer, original.as_read(rows))]
+    seen = original.as_read(rows)
+    if ranges.is_static(layer):
+        ranges.set_range(layer, *ranges.ends_of(layer, seen))
     bias = None if original.bias is None else original.bias.detach().float()
     exact = nn.functional.linear(rows, original.weight, bias)
     found = (
-        layer.reference_windows(seen) if isinstance(layer, QuantizedConv2d) else layer.reference_forward(seen)
+        layer.reference_windows(seen) if isinstance(layer, QuantizedConv2d) else layer.reference_rows(seen)
     )
     signal = float(exact.double().square().sum())
     error = float((exact - found).double().square().sum())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,7 @@ def gather(
     ranges: Sequence[tuple[int, int]],
     calibration: Calibration,
     progress: Progress,
+    stored: Collection[str] = (),
 ) -> Inputs:
     """Replay the calibration once and keep vectors and a few rows per source layer.
 
@@ -68,6 +69,7 @@ def gather(
         ranges: inclusive timestep ranges of v1's statistic; empty: maximum over all calls.
         calibration: to replay.
         progress: to report to.
+        stored: layers that store their output for the first token, which does not count for them.
 
     Raises:
         StageError: a layer is never reached, or its inputs are not finite.
@@ -78,6 +80,7 @@ def gather(
     maximum = {name: ChannelAbsMax(ranges) for name in widths}
 
     def observe(name: str, x: Tensor, timesteps: Tensor) -> None:
+        x = x[:, 1:] if name in stored else x
         rows[name].update(x, timesteps)
         maximum[name].update(x, timesteps)
 
@@ -104,13 +107,20 @@ def _statistic(sink: ChannelAbsMax) -> Tensor:
 
 
 def gather_grams(
-    model: OpenModel, widths: dict[str, int], calibration: Calibration, progress: Progress
+    model: OpenModel,
+    widths: dict[str, int],
+    calibration: Calibration,
+    progress: Progress,
+    stored: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """Replay the calibration once and return X^T X / rows, float32 [in, in], per source layer."""
+    """Replay the calibration once and return X^T X / rows, float32 [in, in], per source layer.
+
+    The first token does not count for the layers in `stored`.
+    """
     grams = {name: Gram() for name in widths}
 
     def observe(name: str, x: Tensor, timesteps: Tensor) -> None:
-        grams[name].update(x, timesteps)
+        grams[name].update(x[:, 1:] if name in stored else x, timesteps)
 
     with step(progress, "input correlations"):
         calibration.observe(model, list(widths), observe, progress)

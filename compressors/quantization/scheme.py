@@ -21,6 +21,8 @@ from ...recipes.stages import (
 )
 from ...runtime.manifest import ActivationScheme, QuantizedModule, RotationScheme
 from ...runtime.rotation import block_for, has_hadamard
+from .first_tokens import check_wanted as check_first_token
+from .first_tokens import planned as planned_first_token
 from .grid import Clip, Grid
 
 _FLOAT_ROLES = ("embedder", "head")
@@ -139,8 +141,11 @@ def activation_of(settings: GridSettings, bits: int) -> ActivationScheme | None:
     """Return the activation grid of so many bits; None leaves activations in floating point."""
     if bits == 16:
         return None
+    static = settings.activation_scale == "static"
     symmetric = settings.activation_symmetric
-    return ActivationScheme(bits=bits, symmetric=bits != 4 if symmetric is None else symmetric)
+    if symmetric is None:
+        symmetric = bits != 4 and not static
+    return ActivationScheme(bits=bits, symmetric=symmetric, scope="tensor" if static else "token")
 
 
 def rotation_block(kind: str, columns: int) -> int | None:
@@ -210,16 +215,18 @@ def linear_scheme(
             hint="choose a divisor, or keep the layer in floating point",
         )
     block = rotation_block("block" if options.rotation == "auto" else options.rotation, columns)
+    activation = activation_of(settings, activation_bits)
     return QuantizedModule(
         shape=site.shape,
         bits=bits,
         group_size=settings.group_size,
         symmetric=settings.weight_symmetric,
-        activation=activation_of(settings, activation_bits),
+        activation=activation,
         input_scale=options.act_exponent is not None and site.name not in survey.folded,
         rotation=RotationScheme(block=block) if block else None,
         low_rank=min(options.low_rank, *site.shape),
         bias=site.name in survey.biased,
+        first_token=planned_first_token(site, settings, activation),
         method=options.method,
         decided_by=rule,
     )
@@ -275,6 +282,7 @@ def survey_linears(
             f"{method}: no linear layer is left to quantize",
             hint="`keep` covers all of them; take out a pattern or the stage",
         )
+    check_first_token(settings, [site for site in sites if site.name in main])
     balanced = main - {site.name for site in sites if site.kernel is not None}
     groups = _groups(family.folds(module), names, balanced, set(select(settings.keep, names)))
     biased = frozenset(name for name in names if module.get_submodule(name).bias is not None)

@@ -21,7 +21,9 @@ from ...runtime.memory import return_freed_memory
 from . import balance
 from .building import Original, layer_of, output_sqnr_db, put, rounded, settled
 from .details import averages, label, layer_row
+from .first_tokens import FirstTokens, settle_first_tokens
 from .inputs import Inputs, gather, gather_grams, portions, sources_of
+from .ranges import calibrate_ranges
 from .scheme import Choice, Group, Options, by_block, choose, grid_of, options_of
 from .transforms import transform_of
 
@@ -60,12 +62,15 @@ class _Stage:
         self.transforms: dict[str, balance.Transform] = {}
         self.rows: dict[str, dict[str, Any]] = {}
         self.inputs = Inputs({}, {})
+        self.first_tokens = FirstTokens({}, {}, {})
 
     def run(self) -> dict[str, Any]:
         """Do all of it."""
+        self._settle_first_tokens()
         sources = {self.sources[name]: scheme.shape[1] for name, scheme in self.schemes.items()}
         ranges = self.options.timestep_ranges
-        self.inputs = gather(self.model, sources, ranges, self.calibration, self.progress)
+        stored = self.first_tokens.features
+        self.inputs = gather(self.model, sources, ranges, self.calibration, self.progress, stored)
         blocks = by_block(self.choices)
         widths = [self._gram_widths(block) for block in blocks]
         with step(self.progress, "quantize layers", len(self.schemes)):
@@ -74,6 +79,7 @@ class _Stage:
                 for index in portion:
                     self._quantize_block(blocks[index], grams)
                     return_freed_memory()
+        self._fill_ranges()
         rows = [self.rows[choice.site.name] for choice in self.choices]
         return {**averages(rows, label(self.settings), self.model.spec.shared), "layers": rows}
 
@@ -87,7 +93,23 @@ class _Stage:
     def _grams(self, widths: dict[str, int]) -> dict[str, Tensor]:
         if not self.options.compensate or not widths:
             return {}
-        return gather_grams(self.model, widths, self.calibration, self.progress)
+        stored = self.first_tokens.features
+        return gather_grams(self.model, widths, self.calibration, self.progress, stored)
+
+    def _settle_first_tokens(self) -> None:
+        """Find out which layers store their output for the first token."""
+        self.first_tokens = settle_first_tokens(
+            self.model, self.schemes, self.settings, self.calibration, self.progress
+        )
+        self.schemes = {name: self.first_tokens.scheme(name, scheme) for name, scheme in self.schemes.items()}
+
+    def _fill_ranges(self) -> None:
+        """Find the static grids of activations, now that all weights are rounded."""
+        ends = calibrate_ranges(
+            self.model, self.calibration, self.settings.activation_range or "minmax", self.progress
+        )
+        for name, (low, high) in ends.items():
+            self.rows[name]["activation_range"] = [low, high]
 
     def _quantize_block(self, block: list[Choice], grams: dict[str, Tensor]) -> None:
         names = {choice.site.name for choice in block}
@@ -99,7 +121,7 @@ class _Stage:
             if choice.scheme is None:
                 self.rows[choice.site.name] = layer_row(choice, None, self.model.spec.dtype)
                 continue
-            self._replace(choice, choice.scheme, grams.get(self.sources[choice.site.name]))
+            self._replace(choice, self.schemes[choice.site.name], grams.get(self.sources[choice.site.name]))
             self.progress.advance(1, choice.site.name)
 
     def _layer(self, name: str) -> nn.Linear | nn.Conv2d:
@@ -131,7 +153,8 @@ class _Stage:
         bias = None if dense.bias is None else dense.bias.detach()
         transform = self.transforms.get(name, balance.Transform())
         weight = dense.weight.detach().float().flatten(1)
-        original = Original(name, weight, bias, transform, name in self.folded, gram)
+        first_token = self.first_tokens.features.get(name)
+        original = Original(name, weight, bias, transform, name in self.folded, gram, first_token)
         scheme = settled(planned, original)
         tensors = rounded(original, scheme, self.settings, self.model.spec.dtype)
         layer = layer_of(scheme, dense.weight.dtype, tensors, bias)
