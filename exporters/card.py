@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.hashes import file_sha256
+from .card_allocation import allocation
 from .card_figures import gates, measured
 from .card_layers import export_notes, layers, limits
 from .card_loading import loading
 from .card_metadata import front_matter, metadata
 from .card_provenance import licence, provenance
 from .card_subject import Subject
-from .layer_table import average_bits, exceptions
+from .layer_table import allocation_of, average_bits, exceptions
 from .markdown import code, size
 
 FILE_NAME = "README.md"
@@ -33,13 +34,20 @@ def _title(subject: Subject) -> Iterator[str]:
     yield f"{code(subject.source)} ({model['class']}, {millions}), compressed"
     yield f"with {methods}. The weights take {size(subject.size_bytes)} instead of {size(model['bytes'])}:"
     yield from (f"**{share:.3f}** of the original.", "")
+    chosen = allocation_of(subject.document)
     if subject.label:
-        yield f"Most weights are **{subject.label}**: averaged over all linear layers"
+        if chosen:
+            mean = chosen["used"]["mean_bits"]
+            yield f"Every layer has bits of its own, {mean:.2f} per allocated weight on"
+            yield f"average; most weights are **{subject.label}**. Averaged over all linear layers"
+        else:
+            yield f"Most weights are **{subject.label}**: averaged over all linear layers"
         yield f"**{average_bits(subject.linears):.2f} bits per weight**, scales not counted;"
         bits = 8 * subject.size_bytes / model["parameters"]
         yield f"{bits:.2f} bits per parameter with scales and everything else."
         yield ""
-        yield from exceptions(subject.linears, subject.label)
+        if chosen is None:
+            yield from exceptions(subject.linears, subject.label)
         yield ""
 
 
@@ -69,6 +77,7 @@ def render_card(
         export_notes(subject),
         measured(subject, figures),
         gates(subject),
+        allocation(subject),
         layers(subject),
         limits(subject),
         provenance(subject, recipe_text),

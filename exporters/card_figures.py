@@ -13,6 +13,8 @@ _CAPTIONS = {
     "sqnr_per_timestep.png": "Signal to error of one denoiser call at every sampling step.",
     "layer_error.png": "Signal to error of every block and its linears, each block on the original's input.",
     "bits.png": "Bits and bytes of the linear layers inside the blocks.",
+    "sensitivity.png": "Signal to error of the output with one layer's weight quantized, layer by layer.",
+    "error_over_bytes.png": "Measured error over bytes: this checkpoint, other budgets, and equal bits.",
 }
 _METRIC_ROWS = (
     ("sqnr_db", "denoiser SQNR, all steps", "{:.2f} dB"),

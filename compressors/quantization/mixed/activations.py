@@ -143,10 +143,10 @@ def _average(
     tried = []
     with step(progress, "try activation bits", len(solved)):
         for chosen_bits, (label, found) in solved.items():
-            error = score(Assignment(weights, {**bits, **dict(chosen_bits)}))
-            tried.append((error, label, dict(chosen_bits), found))
+            measured = score(Assignment(weights, {**bits, **dict(chosen_bits)}))
+            tried.append((measured, label, dict(chosen_bits), found))
             progress.advance(1, label)
-    error, label, best, found = min(tried, key=lambda entry: entry[0])
+    _, label, best, found = min(tried, key=lambda entry: entry[0])
     proof = {key: value for key, value in found.to_json().items() if key not in ("choices", "layers")}
     return ActivationDecision(
         {**bits, **best},
@@ -155,7 +155,7 @@ def _average(
             "mean_bits_asked": mean,
             "mean_bits": found.budgets[0].used / max(1, sum(entry.inputs for entry in entries)),
             "chosen": label,
-            "tried": [{"label": name, "error": value} for value, name, _, _ in tried],
+            "tried": [{"label": entry[1], "error": entry[0]} for entry in tried],
             "skipped": skipped,
             "bound": proof,
         },
