@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import SourceError
 from . import config_unet
-from .language_config import complete_language_config, is_language_class
+from .language_config import class_name_of, complete_language_config, is_language_class
 
 MAX_WIDTH = 2**20
 MAX_LAYERS = 2**12
@@ -89,7 +89,7 @@ def check_config(config: Mapping[str, Any], stored_bytes: int, where: str) -> No
     for key, value in config.items():
         if key != "quantization_config":
             _check_numbers(key, value, where)
-    class_name = config["_class_name"]
+    class_name = str(class_name_of(config))
     if class_name in DEFAULTS:
         full = complete_config(class_name, config, where)
         table = 4 * _positions(full) * model_width(full) if "patch_size" in full else 0

@@ -224,7 +224,7 @@ LLM: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def llm_config() -> Callable[..., dict[str, Any]]:
-    """Return `config(class_name, **changes)`: 48 channels, 4 heads on 2, 2 layers, 60 tokens, 32 positions."""
+    """Return `config(class_name, **changes)`: 48 channels, 4 heads on 2, 2 layers, 60 ids, 32 positions."""
 
     def make(class_name: str, **changes: Any) -> dict[str, Any]:
         common = {
@@ -239,7 +239,7 @@ def llm_config() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture
 def make_llm(llm_config: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., Path]:
-    """Return `make(class_name, *, seed=0, dtype="float32", name=None, **config)` -> folder of a tiny model."""
+    """Return `make(class_name, *, seed=0, dtype="float32", name=None, **config)` -> a tiny model's folder."""
 
     def make(
         class_name: str, *, seed: int = 0, dtype: str = "float32", name: str | None = None, **config: Any
