@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..errors import PlanError
 from ..models.base import ModelSpec, OpenModel
 from ..runtime.linear import QuantizedLinear
 from ..runtime.manifest import FILE_NAME, Manifest, QuantizedModule
@@ -25,7 +26,12 @@ from .writer import StoredTensor, dtype_code
 
 
 def layout(model: OpenModel) -> Layout:
-    """Describe the folder of a model; see `formats.Layout`."""
+    """Describe the folder of a model; see `formats.Layout`.
+
+    Raises:
+        PlanError: a layer stores its output for the first token.
+    """
+    check(model.quantization)
     dtype = model.spec.dtype
     layers = quantized_layers(model.module)
     tensors = [
@@ -48,7 +54,12 @@ def layout(model: OpenModel) -> Layout:
 
 
 def predict(spec: ModelSpec) -> tuple[list[StoredTensor], Mapping[str, str]]:
-    """Return what `layout` will store of a planned model."""
+    """Return what `layout` will store of a planned model.
+
+    Raises:
+        PlanError: as `layout`.
+    """
+    check(spec.quantization)
     tensors = [
         StoredTensor(name, dtype_code(tensor.dtype), tensor.shape)
         for name, tensor in spec.tensors.items()
@@ -57,6 +68,21 @@ def predict(spec: ModelSpec) -> tuple[list[StoredTensor], Mapping[str, str]]:
     for name, scheme in spec.quantization.items():
         tensors += linear_tensors(name, scheme, spec.dtype)
     return tensors, METADATA
+
+
+def check(quantization: Mapping[str, QuantizedModule]) -> None:
+    """Refuse what a plain weight cannot express.
+
+    Raises:
+        PlanError: naming a layer and the setting to change.
+    """
+    names = [name for name, scheme in quantization.items() if scheme.first_token is not None]
+    if names:
+        raise PlanError(
+            f"dequantized format cannot express a stored first token ({names[0]}, {len(names)} such layers):"
+            " a plain layer computes all tokens",
+            hint="set first_token: quantize, or export with format: compress",
+        )
 
 
 def linear_tensors(name: str, scheme: QuantizedModule, dtype: torch.dtype) -> list[StoredTensor]:

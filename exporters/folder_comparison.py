@@ -13,7 +13,8 @@ from torch import nn
 from ..errors import CompressError
 from ..models.registry import family_for
 from ..progress import Progress, step
-from ..runtime.load import skeleton
+from ..runtime.first_token import put_first
+from ..runtime.load import read_tensor, skeleton
 from ..runtime.modules import dtype_of
 from ..runtime.validate import StoredCheckpoint, open_folder
 from .fresh_process import Answer, ask_fresh_process, largest_difference, packages_of, ways_of
@@ -88,7 +89,10 @@ def _inputs(stored: StoredCheckpoint) -> dict[str, Any]:
     dtype = dtype_of(stored.dtype)
     like = _Like(skeleton(stored, dtype).config, dtype)
     generator = torch.Generator().manual_seed(_SEED)
-    return family_for(stored.class_name).example_inputs(like, _BATCH, generator)
+    inputs = family_for(stored.class_name).example_inputs(like, _BATCH, generator)
+    names = (f"{name}.first_token_input" for name in stored.manifest.quantization)
+    entry = next((stored.tensors[name] for name in names if name in stored.tensors), None)
+    return put_first(None if entry is None else read_tensor(entry), inputs)
 
 
 def _judge(ways: list[str], ours: Answer, theirs: Answer) -> Comparison:

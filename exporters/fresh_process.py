@@ -21,6 +21,7 @@ from ..errors import CompressError
 from ..models.base import OpenModel
 from ..progress import Progress, step
 from ..recipes.secrets import TOKEN_VARIABLES
+from ..runtime.first_token import feature_of, put_first
 from ..runtime.modules import name_of
 from ..runtime.threads import computing_with
 from ..runtime.validate import QUANT_METHOD, open_folder
@@ -109,6 +110,7 @@ def verify_export(
     device = next(shipped.module.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     inputs = model.family.example_inputs(model.module, _BATCH, generator)
+    inputs = put_first(feature_of(shipped.module), inputs)
     request = {
         "folder": str(Path(folder).resolve()), "library": library_of(stored.class_name),
         "class_name": loader_of(stored.class_name),

@@ -104,6 +104,8 @@ def check(quantization: Mapping[str, QuantizedModule]) -> None:
         "activations that are not 8-bit symmetric": lambda s: (
             s.activation is not None and (s.activation.bits != 8 or not s.activation.symmetric)
         ),
+        "static activations": lambda s: s.activation is not None and s.activation.scope == "tensor",
+        "a stored first token": lambda s: s.first_token is not None,
         "a number of weights that is no multiple of 8": lambda s: s.shape[0] * s.shape[1] % 8 != 0,
     }
     if not quantization:
@@ -114,8 +116,8 @@ def check(quantization: Mapping[str, QuantizedModule]) -> None:
             listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise PlanError(
                 f"sdnq format cannot express {what} ({listed})",
-                hint="export with format: compress, or quantize linear layers alone with rtn, which uses"
-                " none of these",
+                hint="export with format: compress, or quantize linear layers alone with rtn and a scale per"
+                " token, which uses none of these",
             )
 
 

@@ -5,7 +5,8 @@ activations per token and a channel scale of the input. So here
 - grids below 8 bits lie in int8 containers: the accuracy of the bits, the size of int8;
 - an asymmetric grid below 8 bits is exact as well, because (q + z) fits into int8;
 - an asymmetric 8-bit grid is rounded again to a symmetric one;
-- rotations, groups and low-rank branches are refused: torchao has no place for them.
+- rotations, groups, low-rank branches, static activations and stored first tokens are refused: this
+  layout has no place for them.
 torchao's own rule for activations is absmax / 127.5, ours absmax / 127; outputs differ by that.
 """
 
@@ -36,7 +37,8 @@ def layout(model: OpenModel) -> Layout:
     """Describe the folder of a model; see `formats.Layout`.
 
     Raises:
-        PlanError: a layer has a rotation, groups, a low-rank branch or activations of other bits.
+        PlanError: a layer has a rotation, groups, a low-rank branch, a stored first token, or activations
+            of other bits or with a stored scale.
     """
     check(model.quantization)
     layers = quantized_layers(model.module)
@@ -120,6 +122,10 @@ def check(quantization: Mapping[str, QuantizedModule]) -> None:
         "activations that are not 8-bit; set activation_bits: 8 or 16": lambda s: (
             s.activation is not None and s.activation.bits != 8
         ),
+        "static activations; set activation_scale: token": lambda s: (
+            s.activation is not None and s.activation.scope == "tensor"
+        ),
+        "a stored first token; set first_token: quantize": lambda s: s.first_token is not None,
     }
     if not quantization:
         raise PlanError("torchao format: no layer is quantized", hint="export with format: compress")

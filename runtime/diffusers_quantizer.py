@@ -17,6 +17,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from ..errors import SourceError
+from .encoders import check_encoders
 from .manifest import Manifest
 from .modules import ALIGNMENT, dtype_of, exact_names, name_of, swap_linears
 from .validate import (
@@ -90,6 +91,7 @@ class CompressQuantizer(DiffusersQuantizer):
             tensors.update(read_header(Path(file))[0])
         where = str(Path(checkpoint_files[0]).parent)
         check_quantized(self._manifest, self.quantization_config.dtype, tensors, where)
+        check_encoders(self._manifest.quantization, Path(where))
         self._loaded = [*loaded_keys, *self._manifest.shared]
         return self._loaded
 

@@ -93,15 +93,23 @@ def around(
     return torch.cat([head.to(tail.dtype), tail], dim=-2)
 
 
-def put_first(module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return example inputs whose first row starts with the token that the module's layers store.
+def feature_of(module: nn.Module) -> Tensor | None:
+    """Return the first token that the module's layers store, [channels]; None where they store none."""
+    features = (getattr(layer, "first_token_input", None) for layer in module.modules())
+    return next((feature for feature in features if isinstance(feature, Tensor)), None)
+
+
+def put_first(feature: Tensor | None, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return example inputs whose first row starts with a stored token.
 
     So that what is stored takes part when two copies of a model are compared. Inputs of a model
     that stores no such token, or does not read it directly, come back as they are.
+
+    Args:
+        feature: [channels], of `feature_of`.
+        inputs: keyword arguments of a forward.
     """
     text = inputs.get(_TEXT_ARGUMENT)
-    features = (getattr(layer, "first_token_input", None) for layer in module.modules())
-    feature = next((item for item in features if isinstance(item, Tensor)), None)
     if feature is None or not isinstance(text, Tensor) or text.shape[-1] != len(feature):
         return inputs
     text = text.clone()

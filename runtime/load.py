@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import SourceError
 from .config import DEFAULTS, SPARE_TABLE_BYTES
+from .encoders import check_encoders
 from .fetch import fetch
 from .language import build_language_model
 from .language_config import implied_copies, is_language_class
@@ -193,6 +194,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def _build(stored: StoredCheckpoint, dtype: str | torch.dtype | None) -> nn.Module:
     target = dtype_of(dtype or stored.dtype)
+    check_encoders(stored.manifest.quantization, stored.folder)
     module = skeleton(stored, target)
     _check_names(stored, module)
     exact = exact_names(module)

@@ -174,12 +174,13 @@ def test_example_inputs_take_the_stored_token_into_one_row():
     feature = planted()
     module = nn.Sequential(make(feature, static_range=(-4, 4)))
     inputs = {"encoder_hidden_states": text(), "timestep": torch.ones(2)}
-    changed = first_token.put_first(module, inputs)
+    changed = first_token.put_first(first_token.feature_of(module), inputs)
     assert torch.equal(changed["encoder_hidden_states"][0, 0], feature)
     assert torch.equal(changed["encoder_hidden_states"][1], inputs["encoder_hidden_states"][1])
     assert not torch.equal(inputs["encoder_hidden_states"][0, 0], feature)
-    assert first_token.put_first(nn.Linear(2, 2), inputs) is inputs
-    assert first_token.put_first(module, {"timestep": torch.ones(2)}).keys() == {"timestep"}
+    assert first_token.feature_of(nn.Linear(2, 2)) is None
+    assert first_token.put_first(None, inputs) is inputs
+    assert first_token.put_first(feature, {"timestep": torch.ones(2)}).keys() == {"timestep"}
 
 
 @pytest.mark.slow
