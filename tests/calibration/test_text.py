@@ -18,7 +18,10 @@ from compress.progress import SilentProgress
 from compress.recipes.schema import CalibrationSettings, ModelRef
 from safetensors.torch import save_file
 
-WORDS = ("one day a cat saw the big red ball", "and was very happy", "to play with it", "in the park")
+WORDS = [
+    *("one", "day", "a", "cat", "saw", "the", "big", "red", "ball"),
+    *("and", "was", "very", "happy", "to", "play", "with", "it"),
+]
 
 
 @pytest.fixture(scope="module")
