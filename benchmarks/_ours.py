@@ -1,12 +1,14 @@
-"""Our runtime's layers made from a plain nn.Linear, with the grids of `rtn` and no calibration."""
+"""Our runtime's layers made from plain torch ones, with the grids of `rtn` and no calibration."""
 
 from __future__ import annotations
 
 import torch
 from compress.runtime import packing
+from compress.runtime.conv import QuantizedConv2d
 from compress.runtime.linear import QuantizedLinear
 from compress.runtime.manifest import ActivationScheme, QuantizedModule, RotationScheme
 from compress.runtime.rotation import Rotation, random_signs
+from compress.runtime.windows import kernel_of
 from torch import Tensor, nn
 
 
@@ -61,3 +63,29 @@ def quantize_blocks(module: nn.Module, bits: int, *, transforms: bool, seed: int
         layer = quantized(module.get_submodule(name), bits, transforms=transforms, seed=seed)
         module.set_submodule(name, layer)
     return module
+
+
+def quantized_conv(conv: nn.Conv2d, bits: int, *, activation_bits: int) -> QuantizedConv2d:
+    """Return an integer convolution: min-max weight rows, symmetric, and one 8-bit scale an image.
+
+    Args:
+        conv: of one group, with a bias; its dtype becomes the layer's.
+        bits: of a weight.
+        activation_bits: 8, or 16 for weights alone.
+    """
+    weight = conv.weight.detach().float().flatten(1)
+    top = 2 ** (bits - 1) - 1
+    scale = weight.abs().amax(1, keepdim=True) / top
+    levels = torch.round(weight / scale).to(torch.int8)
+    scheme = QuantizedModule(
+        shape=(weight.shape[0], weight.shape[1]),
+        bits=bits,  # type: ignore[arg-type]
+        symmetric=True,
+        activation=ActivationScheme(bits=8, scope="sample") if activation_bits == 8 else None,
+        bias=True,
+        kernel=kernel_of(conv),
+        method="rtn",
+    )
+    packed = levels if bits == 8 else packing.pack(levels, bits)
+    tensors = {"qweight": packed, "scale": scale, "bias": conv.bias.detach()}
+    return QuantizedConv2d.from_tensors(scheme, conv.bias.dtype, tensors)

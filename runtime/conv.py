@@ -68,7 +68,7 @@ class QuantizedConv2d(QuantizedLinear):
         if last:
             q = items.q.view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
         else:
-            q = items.q.view(x.shape).contiguous(memory_format=torch.channels_last)
+            q = _channels_last(items.q.view(x.shape))
         return items._replace(q=q)
 
     def reference_forward(self, x: Tensor) -> Tensor:
@@ -182,6 +182,18 @@ class QuantizedConv2d(QuantizedLinear):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size},"
             f" stride={self.stride}, padding={self.padding}, W{self.scheme.bits}{activation}"
         )
+
+
+def _channels_last(q: Tensor) -> Tensor:
+    """Return an image [batch, channels, height, width] with its channels last in memory."""
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        return q.contiguous(memory_format=torch.channels_last)
+    # Matrix by matrix is several times faster where the rows of an image lie a power of two apart.
+    batch, channels, height, width = q.shape
+    last = torch.empty(batch, height, width, channels, dtype=q.dtype)
+    for item, target in zip(q.view(batch, channels, -1), last.view(batch, -1, channels), strict=True):
+        target.copy_(item.t())
+    return last.permute(0, 3, 1, 2)
 
 
 def _grids(items: integer.Tokens) -> tuple[list[float], list[int]]:

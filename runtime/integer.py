@@ -141,6 +141,26 @@ def _quantize_parts(x: Tensor, bits: int, symmetric: bool, unsigned: bool) -> To
     return Tokens(q, scale, zero if bits == 8 else None, None)
 
 
+def _quantize_wide(x: Tensor, bits: int, symmetric: bool, unsigned: bool) -> Tokens:
+    """Quantize rows that are wider than the cache, such as whole images: piece by piece."""
+    width = cache_rows(1)
+    q = torch.empty(x.shape, dtype=torch.uint8 if unsigned else torch.int8)
+    buffer = torch.empty(1, width)
+    rounder = torch.full((width,), ROUNDER + 128 if unsigned else ROUNDER)
+    scales, zeros = [], []
+    for row, target in zip(x.split(1), q.split(1), strict=True):
+        pieces = row.split(width, dim=1)
+        ends = (_largest(pieces),) if symmetric else _extremes(pieces)
+        scale, zero = _grid((torch.cat(ends).view(1, -1),), bits, symmetric)
+        inverse = scale.reciprocal()
+        for piece, place in zip(pieces, target.split(width, dim=1), strict=True):
+            count = piece.shape[1]
+            place.copy_(_round_part(piece, inverse, zero, bits, rounder[:count], buffer[:, :count]))
+        scales.append(scale)
+        zeros += [] if zero is None else [zero]
+    return Tokens(q, torch.cat(scales), torch.cat(zeros) if zeros and bits == 8 else None, None)
+
+
 def quantize_tokens(
     x: Tensor, bits: int, symmetric: bool, total: bool = False, *, unsigned: bool = False
 ) -> Tokens:
@@ -159,7 +179,8 @@ def quantize_tokens(
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return _quantize_whole(x, bits, symmetric, total)
-    tokens = _quantize_parts(x.detach(), bits, symmetric, unsigned)
+    in_cache = x.shape[1] <= cache_rows(1)
+    tokens = (_quantize_parts if in_cache else _quantize_wide)(x.detach(), bits, symmetric, unsigned)
     if not total:
         return tokens
     return tokens._replace(total=tokens.q.sum(dim=-1, keepdim=True, dtype=torch.int32).float())

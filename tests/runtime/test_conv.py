@@ -12,7 +12,7 @@ import torch
 from compress.compressors.quantization.grid import Grid, find_steps, round_to_nearest
 from compress.errors import SourceError
 from compress.runtime import conv as conv_module
-from compress.runtime import packing, prepacked_conv, static
+from compress.runtime import integer, packing, prepacked_conv, static
 from compress.runtime.conv import QuantizedConv2d
 from compress.runtime.linear import QuantizedLinear
 from compress.runtime.manifest import ActivationScheme, KernelScheme, QuantizedModule
@@ -153,6 +153,29 @@ def test_a_stored_grid_is_the_same_for_all_items(
     assert torch.equal(layer(x)[1:2], layer(x[1:2]))
     monkeypatch.setattr(prepacked_conv, "is_available", lambda columns: False)
     assert sqnr_db(expected, quantize(conv, 8, activation=activation, stored=stored)(x)) > 110
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "symmetric"), [(8, True), (8, False), (4, False)])
+def test_items_wider_than_the_cache_are_quantized_alike(
+    dtype: torch.dtype, bits: int, symmetric: bool
+) -> None:
+    width = 2 * integer.cache_rows(1) + 17
+    x = images(2, 1, 1, width).view(2, width).to(dtype)
+    x[:, 5], x[:, -3] = 7.0, -5.0
+    whole = integer._quantize_whole(x, bits, symmetric, total=False)
+    tokens = integer.quantize_tokens(x, bits, symmetric)
+    assert torch.equal(tokens.scale, whole.scale)
+    assert (tokens.zero is None) == (whole.zero is None)
+    assert tokens.zero is None or torch.equal(tokens.zero, whole.zero)
+    # Products are rounded once here and twice there, which differs for a few that lie half way.
+    apart = (tokens.q.int() - whole.q.int()).abs()
+    assert apart.max() <= 1
+    assert apart.float().mean() < 1e-3
+    unsigned = integer.quantize_tokens(x, bits, symmetric, unsigned=True)
+    assert torch.equal(unsigned.q.int() - 128, tokens.q.int())
+    x[1, width // 2] = torch.nan
+    assert integer.quantize_tokens(x, bits, symmetric).scale.isnan().tolist() == [[False], [True]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
