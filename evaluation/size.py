@@ -38,8 +38,10 @@ def linear_inventory(model: OpenModel) -> list[dict[str, Any]]:
 
     ``bytes`` counts every tensor of the layer once: 0 for a copy that is stored under another name.
     ``weight_bits`` of a layer in floating point are those of its type; ``activation_bits`` likewise
-    where activations are not quantized. ``copy_of`` names the linear whose weight this one shares, None
-    for all others: averages over what is stored leave copies out.
+    where activations are not quantized. ``activation_scope`` says what shares a scale of theirs, and
+    ``first_token_stored`` whether the output for the text's first token is stored in floating point.
+    ``copy_of`` names the linear whose weight this one shares, None for all others: averages over what is
+    stored leave copies out.
     """
     shared = model.spec.shared
     rows = []
@@ -47,7 +49,7 @@ def linear_inventory(model: OpenModel) -> list[dict[str, Any]]:
         module = model.module.get_submodule(site.name)
         scheme = model.quantization.get(site.name)
         bits = scheme.bits if scheme else _float_bits(module)
-        activation = scheme.activation.bits if scheme and scheme.activation else None
+        activation = scheme.activation if scheme else None
         stored = sum(
             tensor_bytes(tensor)
             for name, tensor in module.state_dict().items()
@@ -68,7 +70,9 @@ def linear_inventory(model: OpenModel) -> list[dict[str, Any]]:
                 "kernel": list(site.kernel.size) if site.kernel else None,
                 "parameters": site.shape[0] * site.shape[1],
                 "weight_bits": bits,
-                "activation_bits": activation,
+                "activation_bits": activation.bits if activation else None,
+                "activation_scope": activation.scope if activation else None,
+                "first_token_stored": scheme is not None and scheme.first_token is not None,
                 "group_size": scheme.group_size if scheme else None,
                 "low_rank": scheme.low_rank if scheme else 0,
                 "bytes": stored,

@@ -31,7 +31,9 @@ def inspect(path: str | Path, *, revision: str | None = None, subfolder: str | N
         disk; `bits_per_weight` is 8 * tensor_bytes / parameters; `quantized_bits` is the average
         over the weights of the quantized layers, scales not counted, None without any. A layer:
         `name, shape, bits, bytes` (all its tensors), `dtype` (of the stored weight),
-        `activation_bits` (None: floating point), `group_size, decided_by, method` and `shared_with`.
+        `activation_bits` (None: floating point), `activation_scope` (what shares a scale: `token`,
+        `sample`, or `tensor`, which is static), `first_token_stored` (its output, in floating point),
+        `group_size, decided_by, method` and `shared_with`.
 
     Raises:
         SourceError: the folder is missing, damaged or contradicts itself.
@@ -131,6 +133,8 @@ def _quantized_row(stored: StoredCheckpoint, name: str, scheme: QuantizedModule)
         "bytes": sum(stored.tensors[tensor].bytes for tensor in names if tensor not in shared),
         "dtype": weight.dtype,
         "activation_bits": scheme.activation.bits if scheme.activation else None,
+        "activation_scope": scheme.activation.scope if scheme.activation else None,
+        "first_token_stored": scheme.first_token is not None,
         "group_size": scheme.group_size,
         "decided_by": scheme.decided_by,
         "method": scheme.method,
@@ -150,6 +154,8 @@ def _row(stored: StoredCheckpoint, name: str, weight: TensorEntry, **values: Any
         "bytes": sum(own),
         "dtype": weight.dtype,
         "activation_bits": None,
+        "activation_scope": None,
+        "first_token_stored": False,
         "group_size": None,
         "decided_by": None,
         "method": None,
@@ -185,7 +191,8 @@ def _sdnq_shape(weight: TensorEntry, scale: TensorEntry, count: int) -> list[int
 def _torchao_row(stored: StoredCheckpoint, name: str, weight: TensorEntry) -> dict[str, Any]:
     text = stored.metadata.get(f"{name}.weight", "")
     dynamic = '"act_quant_kwargs": {' in text
-    return _row(stored, name, weight, activation_bits=8 if dynamic else None, method="torchao")
+    bits, scope = (8, "token") if dynamic else (None, None)
+    return _row(stored, name, weight, activation_bits=bits, activation_scope=scope, method="torchao")
 
 
 def _parameters(stored: StoredCheckpoint, names: Iterable[str]) -> Iterable[int]:

@@ -93,7 +93,10 @@ def _weight(row: Row) -> str:
 
 
 def _activation(row: Row) -> str:
-    return str(row["activation_bits"] or "floating point")
+    words = [str(row["activation_bits"] or "floating point")]
+    words += ["static"] if row.get("activation_scope") == "tensor" else []
+    words += ["first token stored"] if row.get("first_token_stored") else []
+    return ", ".join(words)
 
 
 def _scale(row: Row) -> str:

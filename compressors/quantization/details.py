@@ -49,6 +49,8 @@ def layer_row(choice: Choice, scheme: QuantizedModule | None, dtype: torch.dtype
     }
     if scheme is not None:
         row["activation_bits"] = scheme.activation.bits if scheme.activation else 16
+        row["activation_scope"] = scheme.activation.scope if scheme.activation else None
+        row["first_token_stored"] = scheme.first_token is not None
         row["rotation"] = scheme.rotation.block if scheme.rotation else None
         row["input_scale"] = scheme.input_scale
     return row
