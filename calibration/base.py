@@ -27,6 +27,10 @@ class Calibration(Protocol):
     def key(self) -> str:
         """Content hash of everything that the recorded inputs depend on."""
 
+    @property
+    def samples(self) -> int:
+        """How many trajectories or sequences are recorded."""
+
     def observe(
         self,
         model: OpenModel,

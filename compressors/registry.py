@@ -16,6 +16,7 @@ METHODS: Mapping[str, tuple[str, str]] = {
     "rtn": (".quantization.rtn", "Rtn"),
     "smoothquant": (".quantization.smoothquant", "SmoothQuant"),
     "vidit_q": (".quantization.vidit_q", "ViditQ"),
+    "mixdq": (".quantization.mixdq", "Mixdq"),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...models.base import ModelSpec, TensorSpec
-from ...recipes.stages import UniformSettings
+from ...recipes.stages import GridSettings, UniformSettings
 from ...runtime.linear import tensor_shapes
 from ...runtime.manifest import QuantizedModule
 from ...runtime.windows import kernel_of
@@ -19,7 +19,7 @@ from .scheme import Choice, choose, options_of
 
 # What rounding one layer holds beside its own float32 weight: the transformed weight, integers,
 # and the search's temporaries.
-_WORKING_COPIES = 6
+WORKING_COPIES = 6
 
 
 def planned_tensors(spec: ModelSpec, choices: Sequence[Choice]) -> dict[str, TensorSpec]:
@@ -52,7 +52,7 @@ def _peak_bytes(spec: ModelSpec, choices: Sequence[Choice], compensate: bool) ->
     quantized = [choice.site.shape for choice in choices if choice.scheme is not None]
     largest = max(rows * columns for rows, columns in quantized)
     widest = max(columns for _, columns in quantized)
-    work = _WORKING_COPIES * 4 * largest + ROW_BUDGET_BYTES
+    work = WORKING_COPIES * 4 * largest + ROW_BUDGET_BYTES
     if compensate:
         work += _gram_bytes(choices) + 4 * 4 * widest * widest
     return spec.size().bytes + work
@@ -70,12 +70,21 @@ def _notes(
         f"{facts['label']}: {mean['quantized']} bits per weight on average over the quantized layers,"
         f" {mean['all_linears']} over all linear layers"
     ]
+    return notes + left_in_floating_point(choices) + transform_notes(settings)
+
+
+def left_in_floating_point(choices: Sequence[Choice]) -> list[str]:
+    """Say which layers stay in floating point, and by which rule."""
     by_rule: dict[str, list[str]] = {}
     for choice in choices:
         if choice.scheme is None:
             by_rule.setdefault(choice.decided_by, []).append(choice.site.name)
-    for rule, names in by_rule.items():
-        notes.append(f"left in floating point ({rule}): {_few(names)}")
+    return [f"left in floating point ({rule}): {_few(names)}" for rule, names in by_rule.items()]
+
+
+def transform_notes(settings: GridSettings) -> list[str]:
+    """Say which transforms are decided on data, and how they are counted."""
+    notes = []
     options = options_of(settings)
     if options.act_exponent == "sweep":
         notes.append(

@@ -6,6 +6,7 @@ import difflib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, cast
 
 from torch import nn
 
@@ -18,6 +19,7 @@ from ...recipes.stages import (
     SmoothQuantSettings,
     UniformSettings,
     ViditQSettings,
+    WeightBits,
 )
 from ...runtime.manifest import ActivationScheme, QuantizedModule, RotationScheme
 from ...runtime.rotation import block_for, has_hadamard
@@ -27,6 +29,7 @@ from .grid import Clip, Grid
 
 _FLOAT_ROLES = ("embedder", "head")
 _MSE_BITS = 4
+_IntegerBits = Literal[4, 6, 8]
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,9 @@ def activation_of(settings: GridSettings, bits: int) -> ActivationScheme | None:
     symmetric = settings.activation_symmetric
     if symmetric is None:
         symmetric = bits != 4 and not static
-    return ActivationScheme(bits=bits, symmetric=symmetric, scope="tensor" if static else "token")
+    return ActivationScheme(
+        bits=cast(_IntegerBits, bits), symmetric=symmetric, scope="tensor" if static else "token"
+    )
 
 
 def rotation_block(kind: str, columns: int) -> int | None:
@@ -179,7 +184,7 @@ def modulation_scheme(survey: Survey, site: LinearSite, method: str, bits: int, 
     """Return the scheme of an adaptive-norm modulation layer: weight-only, symmetric, one scale per row."""
     return QuantizedModule(
         shape=site.shape,
-        bits=bits,
+        bits=cast(WeightBits, bits),
         symmetric=True,
         bias=site.name in survey.biased,
         method=method,
@@ -218,7 +223,7 @@ def linear_scheme(
     activation = activation_of(settings, activation_bits)
     return QuantizedModule(
         shape=site.shape,
-        bits=bits,
+        bits=cast(WeightBits, bits),
         group_size=settings.group_size,
         symmetric=settings.weight_symmetric,
         activation=activation,
@@ -242,7 +247,7 @@ def _convolution_scheme(
     size = settings.group_size
     return QuantizedModule(
         shape=site.shape,
-        bits=bits,
+        bits=cast(WeightBits, bits),
         group_size=size if size and site.shape[1] % size == 0 else None,
         symmetric=settings.weight_symmetric,
         activation=activation,
@@ -315,6 +320,7 @@ def choose(
     """
     survey = survey_linears(family, module, settings, quantization)
     choices: list[Choice] = []
+    bits: int
     for site in survey.sites:
         scheme: QuantizedModule | None = None
         rule = survey.float_rules.get(site.name)

@@ -9,6 +9,10 @@ range is kept, but one weight is stored, so the ranges are joined by their maxim
 The faithful mode is `clip: minmax, rounding: nearest, rotation: hadamard, act_exponent: <number>,
 weight_symmetric: false, low_rank: 0`, as in the recipe `dit_w4a8_faithful` (exponent 0.5); `mse`,
 `gptq`, `low_rank`, `group_size` and the sweep per layer group go beyond the paper.
+
+With `bits` every layer gets bits of its own under a budget (the paper's ViDiT-Q-MP), behind the same
+transforms; see `mixed.stage`. The paper's mixed precision sums metrics per group as MixDQ does; here the
+objective is MixDQ's with error powers, see `mixed.problem`.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from ...models.base import ModelSpec, OpenModel
 from ...progress import Progress
 from ...recipes.stages import ViditQSettings
 from ..base import StagePlan, Workspace
+from .mixed.planning import plan_mixed
+from .mixed.stage import apply_mixed
 from .planning import plan_stage
 from .stage import apply_stage
 
@@ -32,7 +38,9 @@ class ViditQ:
     version: ClassVar[int] = 2
 
     def plan(self, spec: ModelSpec, settings: ViditQSettings) -> StagePlan:
-        """Predict tensors, bytes and memory; see `planning.plan_stage`."""
+        """Predict tensors, bytes and memory; see `planning.plan_stage` and `mixed.planning`."""
+        if settings.allocation is not None:
+            return plan_mixed(spec, settings)
         return plan_stage(spec, settings)
 
     def apply(
@@ -43,5 +51,7 @@ class ViditQ:
         workspace: Workspace,
         progress: Progress,
     ) -> dict[str, Any]:
-        """Quantize in place; see `stage.apply_stage`."""
+        """Quantize in place; see `stage.apply_stage` and `mixed.stage.apply_mixed`."""
+        if settings.allocation is not None:
+            return apply_mixed(model, settings, calibration, workspace, progress)
         return apply_stage(model, settings, calibration, progress)

@@ -97,6 +97,12 @@ class Bank:
         with safe_open(self._path(name), framework="pt") as file:
             return tuple(json.loads(file.metadata()[_DESCRIPTION]))
 
+    def facts(self, name: str, label: str) -> Mapping[str, Any]:
+        """Return what is told about a candidate."""
+        with safe_open(self._path(name), framework="pt") as file:
+            found: Mapping[str, Any] = json.loads(file.metadata()[_DESCRIPTION])[label]["facts"]
+        return found
+
     def layer(
         self, name: str, label: str, original: nn.Module, changes: Mapping[str, Any] | None = None
     ) -> QuantizedLinear:

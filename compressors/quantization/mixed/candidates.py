@@ -15,7 +15,7 @@ from ....recipes.patterns import select, unmatched
 from ....recipes.stages import MixdqSettings, ViditQSettings
 from ....runtime.manifest import QuantizedModule
 from ..details import scheme_bytes
-from ..scheme import Survey, linear_scheme, modulation_scheme
+from ..scheme import Survey, linear_scheme, modulation_scheme, options_of
 from .groups import MetricGroup, group_layers
 from .problem import label_of_weight
 
@@ -102,7 +102,7 @@ def find_candidates(
     dtype: torch.dtype,
     shared: Mapping[str, str],
     *,
-    settle: Settle = lambda _, scheme: scheme,
+    settle: Settle | None = None,
     inputs: Mapping[str, int] | None = None,
 ) -> Candidates:
     """Find out what may be chosen for every layer.
@@ -117,12 +117,12 @@ def find_candidates(
         settings: of the stage.
         dtype: that the model is stored in.
         shared: copied tensor -> stored tensor.
-        settle: adds what was decided on data to a planned scheme.
+        settle: adds what was decided on data to a planned scheme; None: nothing is decided yet.
         inputs: layer -> elements of its input; None: not known.
 
     Raises:
-        PlanError: a pattern of `fixed` or of a group matches nothing, or `group_size` does not divide a
-            layer's inputs.
+        PlanError: a pattern of `fixed` or of a group matches nothing, `group_size` does not divide a
+            layer's inputs, or tied layers would get scales of their own.
     """
     float_rules = {**survey.float_rules, **_float_modulations(survey, settings)}
     sites = [site for site in survey.sites if site.name not in float_rules]
@@ -138,12 +138,12 @@ def find_candidates(
         bits, rule = _offered_bits(site, settings, group, fixed)
         activations = _offered_activations(site, settings, group, fixed_activations)
         schemes = {
-            label_of_weight(number): settle(
-                site.name, _scheme(survey, site, settings, number, activations, rule)
-            )
+            label_of_weight(number): _scheme(survey, site, settings, number, activations, rule)
             for number in bits
             if number != FLOAT_BITS
         }
+        if settle is not None:
+            schemes = {label: settle(site.name, scheme) for label, scheme in schemes.items()}
         costs = {label: scheme_bytes(scheme, dtype) for label, scheme in schemes.items()}
         if FLOAT_BITS in bits:
             costs[FLOAT_LABEL] = _float_bytes(site, site.name in survey.biased, dtype)
@@ -159,7 +159,10 @@ def find_candidates(
                 decided_by=rule,
             )
         )
-    return Candidates(tuple(_joined(layers, shared)), tuple(groups), float_rules)
+    joined = _joined(layers, shared)
+    if options_of(settings).act_exponent is not None:
+        _refuse_tied(joined)
+    return Candidates(tuple(joined), tuple(groups), float_rules)
 
 
 def bytes_outside(tensors: Mapping[str, TensorSpec], shared: Mapping[str, str], names: frozenset[str]) -> int:
@@ -239,6 +242,16 @@ def _scheme(
 def _float_bytes(site: LinearSite, biased: bool, dtype: torch.dtype) -> int:
     rows, columns = site.shape
     return (rows * columns + (rows if biased else 0)) * dtype.itemsize
+
+
+def _refuse_tied(layers: Sequence[LayerChoices]) -> None:
+    for layer in layers:
+        if layer.members:
+            raise PlanError(
+                f"{' and '.join(layer.members)} are one weight, and channel scales of their inputs would make"
+                " two of it",
+                hint="use mixdq, or keep these layers in floating point",
+            )
 
 
 def _joined(layers: Sequence[LayerChoices], shared: Mapping[str, str]) -> list[LayerChoices]:

@@ -1,0 +1,172 @@
+"""How far the model's output is off under an assignment: installed from the bank, measured, taken out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ....calibration.sampler import place
+from ....calibration.sensitivity_calls import Calls
+from ....calibration.similarity import powers
+from ....errors import StageError
+from ....models.base import OpenModel
+from ....runtime.linear import QuantizedLinear
+from ....runtime.manifest import ActivationScheme
+from ..building import put
+from ..scheme import Survey, linear_scheme
+from .bank import Bank
+from .candidates import FLOAT_LABEL, AllocatingSettings, LayerChoices
+from .problem import Assignment
+
+
+class Made(NamedTuple):
+    """A layer of the bank, and what is told about it."""
+
+    layer: QuantizedLinear
+    facts: Mapping[str, Any]
+
+
+class Installer:
+    """Turns an assignment into layers.
+
+    Args:
+        model: in floating point, behind its transforms.
+        bank: of its layers.
+        choices: what was to choose.
+        survey: of the model's linears.
+        settings: of the stage.
+    """
+
+    def __init__(
+        self,
+        model: OpenModel,
+        bank: Bank,
+        choices: Sequence[LayerChoices],
+        survey: Survey,
+        settings: AllocatingSettings,
+    ) -> None:
+        self._model, self._bank, self._choices = model, bank, choices
+        self._survey, self._settings = survey, settings
+
+    def layer(self, entry: LayerChoices, name: str, assignment: Assignment) -> Made | None:
+        """Return what `name` becomes; None where it stays in floating point."""
+        label = assignment.weights[name]
+        if label == FLOAT_LABEL:
+            return None
+        activation = self._activation(entry, assignment.activations[name])
+        changes = {"activation": activation, "decided_by": self.rule(entry)}
+        original = self._model.module.get_submodule(name)
+        layer = self._bank.layer(entry.site.name, label, original, changes)
+        return Made(layer, self._bank.facts(entry.site.name, label))
+
+    def rule(self, entry: LayerChoices) -> str:
+        """Return what decided a layer's bits."""
+        if len(entry.costs) == 1:
+            return entry.decided_by
+        allocation = self._settings.allocation
+        assert allocation is not None
+        limits = allocation.budget.model_dump(exclude_none=True)
+        return "allocated: " + ", ".join(f"{name} {value:.12g}" for name, value in limits.items())
+
+    @contextmanager
+    def installed(self, assignment: Assignment) -> Iterator[None]:
+        """Let the model compute with an assignment for a while."""
+        module = self._model.module
+        replaced = []
+        try:
+            for entry in self._choices:
+                for name in entry.names:
+                    made = self.layer(entry, name, assignment)
+                    if made is not None:
+                        replaced.append((name, module.get_submodule(name)))
+                        put(module, name, made.layer)
+            yield
+        finally:
+            for name, original in replaced:
+                put(module, name, original)
+
+    def _activation(self, entry: LayerChoices, bits: int) -> ActivationScheme | None:
+        if entry.site.role == "adaln":
+            return None
+        number = next(iter(entry.schemes.values())).bits
+        return linear_scheme(self._survey, entry.site, self._settings, number, bits, "").activation
+
+
+class Scorer:
+    """Measures assignments on calls; holds them and the original's outputs in memory.
+
+    Args:
+        model: in floating point; its answers are what others are compared with.
+        calls: to measure on.
+        installer: of assignments.
+
+    Raises:
+        StageError: the original's output is not finite or zero.
+    """
+
+    def __init__(self, model: OpenModel, calls: Calls, installer: Installer) -> None:
+        self._model, self._installer = model, installer
+        self._calls = [place(call, model.module) for call in calls]
+        self._references = [self._run(call) for call in self._calls]
+        finite = all(bool(torch.isfinite(output).all()) for output in self._references)
+        if not finite or not any(bool(output.any()) for output in self._references):
+            raise StageError(
+                "the original model's output is not finite, or zero, in the calls that allocations are"
+                " compared on",
+                hint="check the calibration",
+            )
+
+    def __call__(self, assignment: Assignment) -> float:
+        """Return the power of the error relative to that of the output, 10^(-SQNR/10).
+
+        Raises:
+            StageError: the output is not finite.
+        """
+        signal = noise = 0.0
+        with self._installer.installed(assignment):
+            for call, reference in zip(self._calls, self._references, strict=True):
+                output = self._run(call)
+                if not bool(torch.isfinite(output).all()):
+                    raise StageError(
+                        "the model's output is not finite under an allocation that was tried",
+                        hint="offer more bits, or keep sensitive layers in floating point",
+                    )
+                added = powers(reference, output)
+                signal, noise = signal + added[0], noise + added[1]
+        return noise / signal
+
+    @torch.no_grad()
+    def _run(self, call: dict[str, Any]) -> Tensor:
+        output: Tensor = self._model.module(**call, return_dict=False)[0]
+        return output
+
+
+@torch.no_grad()
+def input_elements(model: OpenModel, calls: Calls, names: Sequence[str]) -> dict[str, int]:
+    """Return how many elements the input of each layer has in one forward of one sample.
+
+    Args:
+        model: to run once.
+        calls: the first one is run.
+        names: of the layers.
+    """
+    found: dict[str, int] = {}
+    call = place(next(iter(calls)), model.module)
+    batch = max(
+        (len(value) for value in call.values() if isinstance(value, Tensor) and value.ndim), default=1
+    )
+    with ExitStack() as stack:
+        for name in names:
+
+            def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+                x: Tensor = args[0] if args else next(iter(kwargs.values()))
+                found[name] = found.get(name, 0) + x.numel() // batch
+
+            layer = model.module.get_submodule(name)
+            stack.callback(layer.register_forward_pre_hook(see, with_kwargs=True).remove)
+        model.module(**call, return_dict=False)
+    return found

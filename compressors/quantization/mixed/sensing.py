@@ -1,0 +1,142 @@
+"""The sensitivities of the bank's layers: what is measured, and where the table lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ....calibration.precision import widen
+from ....calibration.sensitivity import Candidate, Table, Target, measure
+from ....calibration.sensitivity_calls import Calls
+from ....errors import SourceError
+from ....models.base import OpenModel
+from ....recipes.stages import GridSettings
+from ....runtime.hashes import file_sha256
+from ....runtime.manifest import ActivationScheme
+from ...base import Workspace
+from ..scheme import Survey, linear_scheme, options_of, survey_linears
+from .bank import Bank
+from .candidates import FLOAT_LABEL, AllocatingSettings, Candidates, LayerChoices, allocation_of
+from .filling import Filling
+from .folding import fold_all, read_transforms
+from .problem import label_of_activation, nominal_bits
+from .quantizer import BankQuantizer
+
+# Sums depend on how they are split: only with one thread in every process do several processes give
+# the values of one.
+_THREADS = 1
+
+
+@dataclass(frozen=True)
+class Opener:
+    """Opens the model in another process as the stage has it: in float32, behind its transforms.
+
+    Attributes:
+        reopen: opens it as the stage found it; picklable.
+        settings: of the stage.
+        transforms: file of the transforms; None without any.
+    """
+
+    reopen: Callable[[], OpenModel]
+    settings: AllocatingSettings
+    transforms: Path | None
+
+    def __call__(self) -> OpenModel:
+        """Open it."""
+        model = self.reopen()
+        widen(model.module, torch.float32)
+        if self.transforms is not None:
+            survey = survey_linears(model.family, model.module, self.settings, model.quantization)
+            device = next(model.module.parameters()).device
+            fold_all(model.module, survey.groups, read_transforms(self.transforms, device))
+        return model
+
+
+def targets_of(candidates: Candidates, survey: Survey, settings: AllocatingSettings) -> list[Target]:
+    """Return what is measured: every choice of every layer but floating point, which loses nothing.
+
+    A layer with a single choice is not measured.
+    """
+    targets = []
+    for layer in candidates.layers:
+        weights = sorted(layer.schemes, key=nominal_bits) if len(layer.costs) > 1 else []
+        tried = [Candidate("weight", label, nominal_bits(label)) for label in weights]
+        for bits in layer.activations if len(layer.activations) > 1 else ():
+            scheme = _activation(layer, survey, settings, bits)
+            if scheme is not None:
+                described = scheme.model_dump(mode="json")
+                tried.append(Candidate("activation", label_of_activation(bits), bits, described))
+        if tried:
+            metric = candidates.metrics[layer.metric_group]
+            targets.append(Target(layer.site.name, tuple(tried), metric))
+    return targets
+
+
+def _activation(
+    layer: LayerChoices, survey: Survey, settings: AllocatingSettings, bits: int
+) -> ActivationScheme | None:
+    if set(layer.costs) == {FLOAT_LABEL}:
+        return None
+    number = next(iter(layer.schemes.values())).bits
+    return linear_scheme(survey, layer.site, settings, number, bits, "").activation
+
+
+def sense(filling: Filling, candidates: Candidates, bank: Bank, calls: Calls, workspace: Workspace) -> Table:
+    """Measure the sensitivities, or go on with those that are there.
+
+    They lie in `workspace.shared` by the hash of all they depend on, which the budget is no part of:
+    another budget uses them again. `sensitivity.table` names a file instead.
+
+    Args:
+        filling: of the model, which is behind its transforms by now.
+        candidates: of its layers.
+        bank: of the layers.
+        calls: to measure on.
+        workspace: of the stage.
+
+    Raises:
+        SourceError: the named table is absent, damaged, or of something else.
+        StageError: an output is not finite; the layer is named.
+    """
+    settings, transforms = filling.settings, filling.transforms_file
+    named = allocation_of(settings).sensitivity.table
+    if named is not None and not named.is_file():
+        raise SourceError(
+            f"{named}: no such file", hint="correct sensitivity.table, or leave it out to measure"
+        )
+    workers = workspace.workers if workspace.reopen is not None else 1
+    cores = torch.get_num_threads()
+    if workers < cores and named is None:
+        filling.progress.note(f"sensitivities: {workers} of {cores} cores; --workers {cores} is faster")
+    return measure(
+        filling.model,
+        calls,
+        targets_of(candidates, filling.survey, settings),
+        BankQuantizer(bank),
+        path=workspace.shared if named is None else named,
+        settings=_depends_on(settings, transforms, filling.calibration.key),
+        replace=workspace.fresh and named is None,
+        dtype=None,
+        workers=workers,
+        threads=_THREADS,
+        opener=None if workspace.reopen is None else Opener(workspace.reopen, settings, transforms),
+        progress=filling.progress,
+    )
+
+
+def _depends_on(
+    settings: AllocatingSettings, transforms: Path | None, calibration_key: str
+) -> dict[str, Any]:
+    """Return what the bank's layers depend on beside the weights and their bits; JSON values."""
+    options = options_of(settings)
+    grid = settings.model_dump(mode="json", include=set(GridSettings.model_fields) - {"keep"})
+    return {
+        "grid": grid,
+        "rounding": calibration_key if options.compensate else "nearest",
+        "low_rank": options.low_rank,
+        "transforms": None if transforms is None else file_sha256(transforms),
+    }

@@ -1,0 +1,200 @@
+"""Bits per layer: transforms, a bank of rounded layers, sensitivities, a decision, and the layers it names.
+
+The model computes in float32 throughout, and every weight is rounded once from it, into the bank. What
+the sensitivities are measured with, what allocations are compared by and what is shipped are the same
+tensors. At the end layers left in floating point go back to the model's own type.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ....calibration.base import Calibration
+from ....calibration.precision import computing_in
+from ....calibration.recording import calls_of
+from ....calibration.sensitivity import Table
+from ....calibration.sensitivity_calls import Calls
+from ....errors import StageError
+from ....models.base import OpenModel, TensorSpec
+from ....progress import Progress
+from ....runtime.memory import return_freed_memory
+from ...base import Workspace
+from ..building import put
+from ..details import averages, layer_row
+from ..scheme import Choice, survey_linears
+from .candidates import AllocatingSettings, Candidates, allocation_of, bytes_outside, find_candidates
+from .decision import check_budget, decide
+from .filling import Filling, likely_bits
+from .folding import Transforms
+from .labels import settled_by, stage_label
+from .problem import Assignment
+from .scoring import Installer, Scorer, input_elements
+from .sensing import sense
+
+
+def apply_mixed(
+    model: OpenModel,
+    settings: AllocatingSettings,
+    calibration: Calibration,
+    workspace: Workspace,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Quantize a model in place, with bits per layer that keep a budget.
+
+    Args:
+        model: to change.
+        settings: of the stage; they say how bits are chosen.
+        calibration: recorded inputs. At most half of its samples are measured on; allocations are
+            compared on others.
+        workspace: the bank and the transforms lie in its folder, sensitivities where others find them.
+        progress: to report to.
+
+    Returns:
+        layers (one row per linear), label, average bits, the allocation, and the sensitivities.
+
+    Raises:
+        PlanError: the budget cannot be kept, or see `candidates.find_candidates`.
+        StageError: the calibration is too small or not finite, or nothing would change.
+        SourceError: the sensitivities that the recipe names are those of something else.
+    """
+    with torch.no_grad():
+        return _MixedStage(model, settings, calibration, workspace, progress).run()
+
+
+class _MixedStage:
+    """State of one run of the stage."""
+
+    def __init__(
+        self,
+        model: OpenModel,
+        settings: AllocatingSettings,
+        calibration: Calibration,
+        workspace: Workspace,
+        progress: Progress,
+    ) -> None:
+        self.model, self.settings, self.allocation = model, settings, allocation_of(settings)
+        self.calibration, self.workspace, self.progress = calibration, workspace, progress
+        self.survey = survey_linears(model.family, model.module, settings, model.quantization)
+        self.original_bytes = model.size().bytes
+        self.planned = self._candidates(Transforms.of({}, ()), decided=False)
+        tensors = {
+            name: TensorSpec(tuple(tensor.shape), tensor.dtype)
+            for name, tensor in model.module.state_dict().items()
+        }
+        self.fixed_bytes = bytes_outside(tensors, model.spec.shared, self.planned.names)
+
+    def run(self) -> dict[str, Any]:
+        """Do all of it."""
+        layers = self.planned.layers
+        check_budget(layers, self.allocation, self.fixed_bytes, self.original_bytes)
+        measured, compared = split_calls(self.calibration, self.settings)
+        filling = Filling(
+            self.model, self.survey, self.settings, self.calibration, self.workspace.folder, self.progress
+        )
+        with computing_in(self.model.module, torch.float32):
+            filling.gather(layers)
+            likely = likely_bits(layers, self.settings, self.fixed_bytes, self.original_bytes)
+            transforms = filling.transforms(layers, likely)
+            candidates = self._candidates(transforms, decided=True, calls=compared)
+            bank = filling.bank(candidates.layers, transforms)
+            table = sense(filling, candidates, bank, measured, self.workspace)
+            installer = Installer(self.model, bank, candidates.layers, self.survey, self.settings)
+            decision = decide(
+                candidates.layers,
+                table,
+                self.allocation,
+                fixed_bytes=self.fixed_bytes,
+                original_bytes=self.original_bytes,
+                score=Scorer(self.model, compared, installer),
+                progress=self.progress,
+            )
+            rows = self._install(candidates, installer, decision.assignment, transforms)
+        return_freed_memory()
+        label = stage_label(candidates, decision.assignment)
+        return {
+            **averages(rows, label, self.model.spec.shared),
+            "allocation": decision.details,
+            "sensitivity": _compact(table),
+            "layers": rows,
+        }
+
+    def _candidates(self, transforms: Transforms, *, decided: bool, calls: Calls | None = None) -> Candidates:
+        model = self.model
+        names = [site.name for site in self.survey.sites]
+        return find_candidates(
+            model.family,
+            self.survey,
+            self.settings,
+            model.spec.dtype,
+            model.spec.shared,
+            settle=settled_by(transforms) if decided else None,
+            inputs=None if calls is None else input_elements(model, calls, names),
+        )
+
+    def _install(
+        self,
+        candidates: Candidates,
+        installer: Installer,
+        assignment: Assignment,
+        transforms: Transforms,
+    ) -> list[dict[str, Any]]:
+        """Put the chosen layers in the place of the originals; return one row per linear."""
+        entries = {name: layer for layer in candidates.layers for name in layer.names}
+        rows = []
+        changed = False
+        for site in self.survey.sites:
+            name, dtype = site.name, self.model.spec.dtype
+            entry = entries.get(name)
+            made = None if entry is None else installer.layer(entry, name, assignment)
+            if entry is None or made is None:
+                rule = candidates.float_rules[name] if entry is None else installer.rule(entry)
+                rows.append(layer_row(Choice(site, None, rule), None, dtype))
+                continue
+            row = layer_row(
+                Choice(site, made.layer.scheme, made.layer.scheme.decided_by), made.layer.scheme, dtype
+            )
+            row["act_exponent"] = transforms.exponent(name)
+            rows.append({**row, **made.facts})
+            put(self.model.module, name, made.layer)
+            self.model.quantization[name] = made.layer.scheme
+            changed = True
+        if not changed:
+            raise StageError(
+                "every layer stays in floating point: the budget leaves room for that",
+                hint="ask for a smaller budget, or take the stage out",
+            )
+        return rows
+
+
+def split_calls(calibration: Calibration, settings: AllocatingSettings) -> tuple[Calls, Calls]:
+    """Return the calls that sensitivities are measured on, and others that allocations are compared on.
+
+    The first samples of the calibration, at most half of them, and the next as many.
+
+    Raises:
+        StageError: the calibration has one sample only.
+    """
+    asked = allocation_of(settings).sensitivity
+    have = calibration.samples
+    if have < 2:
+        raise StageError(
+            f"the calibration has {have} sample; bits are measured on one half and compared on the other",
+            hint="raise calibration.samples to 2 at least, better to twice sensitivity.samples",
+        )
+    count = min(asked.samples, have // 2)
+    return (
+        calls_of(calibration, steps=asked.steps, samples=count),
+        calls_of(calibration, steps=asked.steps, samples=min(asked.samples, have - count), start=count),
+    )
+
+
+def _compact(table: Table) -> dict[str, Any]:
+    """Return a table for the report, a list of values per row."""
+    columns = ("kind", "layer", "label", "metric", "value", "loss")
+    return {
+        "key": table.key,
+        "columns": list(columns),
+        "rows": [[getattr(row, name) for name in columns] for row in table.rows],
+    }
