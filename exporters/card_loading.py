@@ -33,7 +33,8 @@ def _use(subject: Subject) -> Iterator[str]:
         yield "This is the whole language model. Its tokenizer and its defaults for generating are unchanged"
         yield f"and lie beside it: `transformers.AutoTokenizer.from_pretrained({_arguments(subject)})`."
         return
-    yield "This is the denoiser and its scheduler, not a whole pipeline: pass it on as `transformer=model`."
+    part = "unet" if subject.model["class"].startswith("UNet") else "transformer"
+    yield f"This is the denoiser and its scheduler, not a whole pipeline: pass it on as `{part}=model`."
 
 
 def _introduction(way: str, format_: str, library: str) -> str:

@@ -27,6 +27,15 @@ def blocks_of(card):
     return re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("name", "part"), [("DiTTransformer2DModel", "transformer"), ("UNet2DConditionModel", "unet")]
+)
+def test_a_pipeline_takes_the_denoiser_by_its_own_name(document, ways, name, part):
+    document["export"] |= {"format": "compress", "loads_with": ways["compress"]}
+    document["model"]["class"] = name
+    assert f"pass it on as `{part}=model`" in render_card(document, [], "")
+
+
 @pytest.mark.parametrize("place", [None, "org/name"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_code_for_every_format(document, ways, format, place):
