@@ -1,0 +1,91 @@
+"""Keys and gates that mean nothing for a kind of model are refused, at their place."""
+
+from __future__ import annotations
+
+import pytest
+from compress import pipeline
+from compress.errors import PlanError, RecipeError, SourceError
+from compress.fitting import check_kind
+from compress.models.checkpoint import locate
+from compress.recipes.loader import load_recipe
+
+STORIES, DIT = "builtin:stories", "builtin:dit"
+
+
+def _recipe(model, **parts):
+    stages = parts.pop("stages", [{"rtn": {"weight_bits": 8}}])
+    return {"model": model, "stages": stages, "export": {"path": "out/x"}, **parts}
+
+
+def _check(recipe):
+    loaded = load_recipe(recipe)
+    check_kind(loaded, locate(loaded.recipe.model, weights=False))
+
+
+@pytest.mark.parametrize(
+    ("model", "parts", "message"),
+    [
+        (STORIES, {"calibration": {"steps": 10}}, r"calibration\.steps: is of use for denoisers"),
+        (STORIES, {"calibration": {"guidance_scale": 1.0}}, r"calibration\.guidance_scale: is of use"),
+        (STORIES, {"calibration": {"scheduler": "ddim"}}, r"calibration\.scheduler: is of use"),
+        (STORIES, {"calibration": {"classes": [1]}}, r"calibration\.classes: is of use"),
+        (STORIES, {"calibration": {"prompts": "prompts.txt"}}, r"calibration\.prompts: is of use"),
+        (STORIES, {"calibration": {"length": 513}}, r"calibration\.length: 513 tokens; .* at most 512"),
+        (STORIES, {"evaluate": {"fidelity": {"steps": 5}}}, r"evaluate\.fidelity\.steps: is of use"),
+        (STORIES, {"evaluate": {"quality": {}}}, r"evaluate\.quality: judges images"),
+        (STORIES, {"require": {"psnr_db": ">= 30"}}, r"require\.psnr_db: is not measured for a language"),
+        (
+            STORIES,
+            {"require": {"fid": "<= 3"}, "evaluate": {"quality": {}}},
+            r"evaluate\.quality: judges images",
+        ),
+        (STORIES, {"stages": [{"rtn": {"adaln_weight_bits": 8}}]}, r"rtn\.adaln_weight_bits: is of use"),
+        (
+            STORIES,
+            {"stages": [{"vidit_q": {"weight_bits": 8, "timestep_ranges": [[0, 10]]}}]},
+            r"vidit_q\.timestep_ranges: is of use",
+        ),
+        (DIT, {"calibration": {"text": "text.txt"}}, r"calibration\.text: is of use for language models"),
+        (DIT, {"calibration": {"length": 64}}, r"calibration\.length: is of use for language models"),
+        (DIT, {"require": {"perplexity": "<= 9"}}, r"require\.perplexity: is not measured for a denoiser"),
+    ],
+)
+def test_what_is_of_no_use_is_refused(model, parts, message):
+    with pytest.raises(RecipeError, match=message) as found:
+        _check(_recipe(model, **parts))
+    assert found.value.exit_code == 2
+
+
+def test_the_place_in_the_file_is_told(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: builtin:stories\ncalibration:\n  samples: 2\n  steps: 3\n"
+        "stages:\n  - rtn: {weight_bits: 8}\nexport: {path: out/x}\n"
+    )
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:4:10: calibration\.steps"):
+        pipeline.plan(path)
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:4:10: calibration\.steps"):
+        pipeline.run(path, work_dir=tmp_path / "work")
+
+
+@pytest.mark.parametrize("model", [STORIES, DIT])
+def test_a_resolved_recipe_fits_again(model):
+    loaded = load_recipe(_recipe(model))
+    _check(loaded.recipe.model_dump(mode="json"))
+
+
+def test_a_language_model_without_a_text_is_refused_before_the_work(make_llm, tmp_path):
+    folder = make_llm("LlamaForCausalLM")
+    with pytest.raises(SourceError, match="a language model is measured on text") as found:
+        _check(_recipe(str(folder), calibration={"length": 16}))
+    assert "text: FILE.txt" in str(found.value.hint) and found.value.exit_code == 4
+    (folder / "calibration.txt").write_text("a text")
+    _check(_recipe(str(folder), calibration={"length": 16}))
+    with pytest.raises(SourceError, match=r"nowhere\.txt: no such file"):
+        pipeline.run(_recipe(str(folder), calibration={"text": "nowhere.txt"}), work_dir=tmp_path / "work")
+
+
+def test_formats_of_another_library_are_refused_by_the_plan(tmp_path):
+    recipe = _recipe(STORIES, export={"path": str(tmp_path / "x"), "format": "torchao"})
+    with pytest.raises(PlanError, match="written as the loader of diffusers reads it"):
+        pipeline.plan(recipe)
