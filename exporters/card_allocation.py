@@ -45,9 +45,9 @@ def _proof(found: Mapping[str, Any]) -> Iterator[str]:
     bound, measured = found["bound"], found["measured"]
     proven = "which proves it optimal" if bound["stopped"] == "optimal" else "found by " + bound["found_by"]
     yield (
-        f"- {100 * found['used']['share']:.2f} % of the budget is used. Loss {bound['loss']:.6g}, lower bound"
-        f" {bound['lower_bound']:.6g} ({bound['certificate']}), gap {bound['gap_of_range']:.1e} of the range,"
-        f" {proven}."
+        f"- {100 * found['used']['share']:.2f} % of the budget is used. Taken: {bound['point']}; loss"
+        f" {bound['loss']:.6g}, lower bound {bound['lower_bound']:.6g} ({bound['certificate']}), gap"
+        f" {bound['gap_of_range']:.1e} of the range, {proven}."
     )
     predicted = measured["predicted_weights_sqnr_db"]
     sum_ = "" if predicted is None else f" (the sum of the layers' losses predicts {predicted:.2f} dB)"

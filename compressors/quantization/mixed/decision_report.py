@@ -73,7 +73,7 @@ def describe(
         "asked": settings.budget.model_dump(exclude_none=True),
         "used": _used(choices, chosen),
         "groups": _groups(choices, program, chosen.weights),
-        "bound": proof(chosen.allocation),
+        "bound": {"point": chosen.label, **proof(chosen.allocation)},
         "measured": {
             "weights_sqnr_db": _decibels(chosen.error),
             "predicted_weights_sqnr_db": None if predicted is None else _decibels(predicted),

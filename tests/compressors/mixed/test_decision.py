@@ -118,7 +118,7 @@ def test_points_show_other_budgets_equal_bits_and_the_front(made):
     layers, rows = made.network(30, bits=(2, 3, 4, 8))
     points = decided(layers, rows, made.settings({"mean_bits": 4.0}, bits=(2, 3, 4, 8))).details["points"]
     labels = [point["label"] for point in points]
-    assert {"all w2", "all w3", "all w4", "all w8", "optimum"} <= set(labels)
+    assert {"all w2", "all w3", "all w4", "all w8", "least sum of powers"} <= set(labels)
     assert labels.count("other budget") >= 4
     front = [point for point in points if point["on_front"]]
     assert [point["sqnr_db"] for point in front] == sorted(point["sqnr_db"] for point in front)
@@ -242,7 +242,7 @@ def test_an_input_of_a_layer_in_floating_point_is_so_too(made):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
 def test_a_measured_error_that_is_none_is_refused(made, value):
     layers, rows = made.network(5)
-    with pytest.raises(StageError, match="the model's error under the allocation 'optimum' is"):
+    with pytest.raises(StageError, match="the model's error under the allocation 'least sum of powers' is"):
         decided(layers, rows, made.settings({"mean_bits": 4.0}), lambda _: value)
 
 

@@ -1,0 +1,149 @@
+"""A model made ready for allocations: its layers rounded at all bits, its sensitivities, and scorers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from compress.calibration.diffusion import record
+from compress.calibration.precision import computing_in
+from compress.calibration.recording import calls_of
+from compress.calibration.sensitivity import Table
+from compress.compressors.base import Workspace
+from compress.compressors.quantization.mixed.activations import in_floating_point
+from compress.compressors.quantization.mixed.bank import Bank
+from compress.compressors.quantization.mixed.candidates import (
+    AllocatingSettings,
+    Candidates,
+    LayerChoices,
+    bytes_outside,
+    find_candidates,
+)
+from compress.compressors.quantization.mixed.filling import Filling, likely_bits
+from compress.compressors.quantization.mixed.folding import Transforms
+from compress.compressors.quantization.mixed.labels import settled_by
+from compress.compressors.quantization.mixed.problem import Assignment, spread
+from compress.compressors.quantization.mixed.scoring import Installer, Scorer
+from compress.compressors.quantization.mixed.sensing import sense
+from compress.compressors.quantization.mixed.stage import split_calls
+from compress.compressors.quantization.scheme import survey_linears
+from compress.models.open import open_model
+from compress.progress import SilentProgress
+from compress.recipes.schema import CalibrationSettings, ModelRef
+from torch import nn
+
+_OTHER_SEED = 1000  # of the trajectories that nothing was decided on
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What allocations are made from, and measured by.
+
+    Attributes:
+        layers: with their choices.
+        table: sensitivities.
+        fixed_bytes: of all tensors that are not allocated.
+        original_bytes: of all tensors before.
+        weight_errors: layer -> label -> |W - W^|^2 / |W|^2.
+        unseen: measures an assignment on trajectories that nothing was decided on.
+        compared: measures it on those that the stage compares allocations on.
+        seconds: what the sensitivities took; 0 where they were there.
+    """
+
+    layers: tuple[LayerChoices, ...]
+    table: Table
+    fixed_bytes: int
+    original_bytes: int
+    weight_errors: Mapping[str, Mapping[str, float]]
+    unseen: Scorer
+    compared: Scorer
+    seconds: float
+
+    def error(self, chosen: Mapping[str, str]) -> float:
+        """Return the relative error power on unseen trajectories, weights quantized alone."""
+        return self.unseen(self._assignment(chosen))
+
+    def compared_error(self, chosen: Mapping[str, str]) -> float:
+        """Return the same on the calls that the stage compares on."""
+        return self.compared(self._assignment(chosen))
+
+    def _assignment(self, chosen: Mapping[str, str]) -> Assignment:
+        return Assignment(spread(self.layers, chosen), in_floating_point(self.layers))
+
+
+@contextmanager
+def prepared(
+    model_id: str,
+    settings: AllocatingSettings,
+    calibration: CalibrationSettings,
+    folder: Path,
+    seed: int,
+    unseen: tuple[int, int],
+) -> Iterator[Prepared]:
+    """Round and measure a model; it computes in float32 until the context ends.
+
+    Args:
+        model_id: of an original.
+        settings: of the stage.
+        calibration: to round and measure on.
+        folder: for recordings and rounded layers.
+        seed: of everything.
+        unseen: samples and steps of the trajectories to compare on.
+    """
+    silent = SilentProgress()
+    model = open_model(ModelRef(id=model_id), progress=silent)
+    recorded = record(model, calibration, seed=seed, cache=folder / "calibration", progress=silent)
+    fresh = calibration.model_copy(update={"samples": unseen[0]})
+    other = record(model, fresh, seed=seed + _OTHER_SEED, cache=folder / "calibration", progress=silent)
+    original_bytes = model.size().bytes
+    survey = survey_linears(model.family, model.module, settings, model.quantization)
+
+    def candidates(transforms: Transforms | None) -> Candidates:
+        settle = None if transforms is None else settled_by(transforms)
+        dtype, shared = model.spec.dtype, model.spec.shared
+        return find_candidates(model.family, survey, settings, dtype, shared, settle=settle)
+
+    planned = candidates(None)
+    fixed_bytes = bytes_outside(model.spec.tensors, model.spec.shared, planned.names)
+    measured, compared = split_calls(recorded, settings)
+    filling = Filling(model, survey, settings, recorded, folder / "stage", silent)
+    workspace = Workspace(folder / "stage", folder / "measured")
+    workspace.shared.mkdir(exist_ok=True)
+    with torch.no_grad(), computing_in(model.module, torch.float32):
+        filling.gather(planned.layers)
+        likely = likely_bits(planned.layers, settings, fixed_bytes, original_bytes)
+        transforms = filling.transforms(planned.layers, likely)
+        found = candidates(transforms)
+        layers = found.layers
+        bank = filling.bank(layers, transforms)
+        began = time.perf_counter()
+        table = sense(filling, found, bank, measured, workspace)
+        seconds = time.perf_counter() - began
+        installer = Installer(model, bank, layers, survey, settings)
+        errors = {
+            entry.site.name: _weight_errors(model.module.get_submodule(entry.site.name), entry, bank)
+            for entry in layers
+        }
+        calls = calls_of(other, steps=unseen[1], samples=unseen[0])
+        yield Prepared(
+            layers,
+            table,
+            fixed_bytes,
+            original_bytes,
+            errors,
+            Scorer(model, calls, installer),
+            Scorer(model, compared, installer),
+            seconds,
+        )
+
+
+def _weight_errors(original: nn.Module, entry: LayerChoices, bank: Bank) -> dict[str, float]:
+    """Return |W - W^|^2 / |W|^2 of a layer at all its bits, transforms undone."""
+    weight = original.weight.detach().flatten(1)
+    name, power = entry.site.name, weight.square().sum()
+    made = {label: bank.layer(name, label, original).equivalent_weight() for label in entry.schemes}
+    return {label: float((rounded - weight).square().sum() / power) for label, rounded in made.items()}
