@@ -13,7 +13,7 @@ from ..progress import Progress
 Observer = Callable[[str, Tensor, Tensor], None]
 """Called as observer(name, x, timesteps): x [batch, tokens, channels] is the input of linear `name`
 ([batch, 1, channels] where the layer sees no token axis), timesteps [batch] float32. Of a convolution it
-sees windows or pixels, see `views.views`: windows in parts, with the timesteps of the items in a part."""
+sees windows in several parts, with the timesteps of the items in a part; see `views.views`."""
 
 
 class Calibration(Protocol):
@@ -31,19 +31,10 @@ class Calibration(Protocol):
     def samples(self) -> int:
         """How many trajectories or sequences are recorded."""
 
-    def observe(
-        self,
-        model: OpenModel,
-        names: Sequence[str],
-        observer: Observer,
-        progress: Progress,
-        *,
-        as_windows: bool = True,
-    ) -> None:
+    def observe(self, model: OpenModel, names: Sequence[str], observer: Observer, progress: Progress) -> None:
         """Replay all recorded calls through `model.module` as it is now.
 
-        `observer` sees the inputs of the named layers while they are computed; nothing is kept. Those
-        of convolutions are handed out as windows, or as pixels, all of a call at once.
+        `observer` sees the inputs of the named layers while they are computed; nothing is kept.
 
         Raises:
             StageError: when a name is never reached.

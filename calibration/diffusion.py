@@ -78,25 +78,17 @@ class DiffusionCalibration:
         return sum(read_header(path)["timesteps"].shape[0] for path in self.files)
 
     @torch.no_grad()
-    def observe(
-        self,
-        model: OpenModel,
-        names: Sequence[str],
-        observer: Observer,
-        progress: Progress,
-        *,
-        as_windows: bool = True,
-    ) -> None:
+    def observe(self, model: OpenModel, names: Sequence[str], observer: Observer, progress: Progress) -> None:
         """Replay all recorded calls through `model.module` as it is now.
 
         `observer(name, x, timesteps)` sees the inputs of the named layers while they are computed: x
         [batch, tokens, channels] in the module's dtype, timesteps [batch] float32; of convolutions
-        windows or pixels, see `views.views`. Hooks are removed however this ends.
+        windows in parts, see `views.views`. Hooks are removed however this ends.
 
         Raises:
             StageError: a name is no module, or was never reached.
         """
-        watch = _Watch(observer, as_windows)
+        watch = _Watch(observer)
         handles = []
         try:
             for name in dict.fromkeys(names):
@@ -122,8 +114,8 @@ class DiffusionCalibration:
 class _Watch:
     """Hands the inputs of layers to an observer, with the timesteps of the call in progress."""
 
-    def __init__(self, observer: Observer, as_windows: bool = True) -> None:
-        self.observer, self.as_windows = observer, as_windows
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
         self.timesteps = torch.empty(0)
         self.reached: set[str] = set()
 
@@ -131,7 +123,7 @@ class _Watch:
         def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x: Tensor = args[0] if args else next(iter(kwargs.values()))
             self.reached.add(name)
-            for rows, timesteps in views(name, layer, x, self.timesteps, as_windows=self.as_windows):
+            for rows, timesteps in views(name, layer, x, self.timesteps):
                 self.observer(name, rows, timesteps)
 
         return see

@@ -69,15 +69,7 @@ class TextCalibration:
         return -(-self.samples // self.batch_size)
 
     @torch.no_grad()
-    def observe(
-        self,
-        model: OpenModel,
-        names: Sequence[str],
-        observer: Observer,
-        progress: Progress,
-        *,
-        as_windows: bool = True,
-    ) -> None:
+    def observe(self, model: OpenModel, names: Sequence[str], observer: Observer, progress: Progress) -> None:
         """Run all sequences through `model.module` as it is now; see `calibration.base.Calibration`.
 
         There are no timesteps: the observer gets zeros. Hooks are removed however this ends.

@@ -19,9 +19,7 @@ View = tuple[Tensor, Tensor]
 """x [items, positions, channels] and the timesteps of the items, [items]."""
 
 
-def views(
-    name: str, layer: nn.Module, x: Tensor, timesteps: Tensor, *, as_windows: bool = True
-) -> Iterator[View]:
+def views(name: str, layer: nn.Module, x: Tensor, timesteps: Tensor) -> Iterator[View]:
     """Yield a layer's input as rows that its weight matrix multiplies.
 
     A linear layer's come all at once. Those of a convolution are its windows, [items, positions,
@@ -33,8 +31,6 @@ def views(
         layer: a linear layer or a convolution, quantized or not.
         x: its input: [..., channels] grouped by item, or [items, channels, height, width].
         timesteps: [items].
-        as_windows: False yields the pixels of a convolution's input instead, [items, height * width,
-            channels], all at once: for what is about values and not about rows, such as ranges.
 
     Raises:
         StageError: a convolution that is no matrix product of windows.
@@ -43,14 +39,10 @@ def views(
         # Rows are grouped by sample wherever a layer flattens them, so this is exact.
         yield x.reshape(len(timesteps), -1, x.shape[-1]), timesteps
         return
-    image = x.permute(0, 2, 3, 1)
-    if not as_windows:
-        yield image.flatten(1, 2), timesteps
-        return
     kernel = layer.window if isinstance(layer, QuantizedConv2d) else kernel_of(layer)
     if kernel is None:
         raise StageError(f"{name}: {layer} is no product of one weight with zero-padded windows")
-    yield from _window_views(image, timesteps, kernel)
+    yield from _window_views(x.permute(0, 2, 3, 1), timesteps, kernel)
 
 
 def _window_views(image: Tensor, timesteps: Tensor, kernel: KernelScheme) -> Iterator[View]:

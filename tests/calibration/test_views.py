@@ -1,4 +1,4 @@
-"""Convolutions: observers see every window once, in bounded parts, or the pixels; sensitivities know them."""
+"""Convolutions: observers see every window once, in bounded parts; sensitivities know them."""
 
 from __future__ import annotations
 
@@ -74,17 +74,6 @@ def test_statistics_of_windows_do_not_depend_on_the_parts(recorded, monkeypatch,
     assert set(map(tuple, sample.rows.tolist())) <= set(wanted)
     side = expected.shape[2] ** 0.5
     assert largest <= max(elements, side * expected.shape[3])
-
-
-def test_pixels_come_at_once(recorded):
-    model, calibration = recorded
-    calls = list(calibration.calls())
-    seen = []
-    calibration.observe(model, [PATCHES], lambda _, x, t: seen.append((x, t)), QUIET, as_windows=False)
-    assert len(seen) == len(calls)
-    for (x, timesteps), call in zip(seen, calls, strict=True):
-        assert torch.equal(x, call["hidden_states"].flatten(2).transpose(1, 2))
-        assert torch.equal(timesteps, call["timestep"].float())
 
 
 def test_a_convolution_that_is_no_product_of_windows_is_named():

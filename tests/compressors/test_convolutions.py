@@ -35,13 +35,13 @@ class OneCall:
     def __init__(self, inputs):
         self.inputs = inputs
 
-    def observe(self, model, names, observer, progress, *, as_windows=True):
+    def observe(self, model, names, observer, progress):
         times = self.inputs["timestep"].float()
 
         def hook(name):
             def see(layer, args, kwargs):
                 x = args[0] if args else next(iter(kwargs.values()))
-                for rows, timesteps in views(name, layer, x, times, as_windows=as_windows):
+                for rows, timesteps in views(name, layer, x, times):
                     observer(name, rows, timesteps)
 
             return see
