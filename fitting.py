@@ -6,7 +6,7 @@ for the other instead of being left aside without a word.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
@@ -14,8 +14,9 @@ from pydantic import BaseModel
 from .calibration.inputs import OWN_TEXTS, text_file
 from .errors import SourceError
 from .models.registry import FAMILY_NAMES, is_language_family
+from .recipes.allocation import AllocationSettings
 from .recipes.gates import DENOISER_ONLY, LANGUAGE_ONLY
-from .recipes.stages import GridSettings, ViditQSettings
+from .recipes.stages import GridSettings, StageSettings, ViditQSettings
 from .runtime.language_config import language_shape
 
 if TYPE_CHECKING:
@@ -53,9 +54,7 @@ def _check_language(loaded: LoadedRecipe, checkpoint: Checkpoint, family: str) -
     recipe = loaded.recipe
     unused = f"is of use for denoisers, and {family} is a language model"
     for key in _changed(recipe.calibration, _DENOISER_KEYS):
-        raise loaded.error(
-            ("calibration", key), unused, "leave it out; it has `text` and `length`"
-        )
+        raise loaded.error(("calibration", key), unused, "leave it out; it has `text` and `length`")
     if recipe.evaluate.fidelity is not None:
         for key in _changed(recipe.evaluate.fidelity, _DENOISER_FIDELITY):
             raise loaded.error(("evaluate", "fidelity", key), unused, "leave it out")
@@ -87,6 +86,25 @@ def _check_settings(loaded: LoadedRecipe, unused: str) -> None:
             raise loaded.error((*location, "adaln_weight_bits"), unused, "leave it out")
         if isinstance(settings, ViditQSettings) and settings.timestep_ranges:
             raise loaded.error((*location, "timestep_ranges"), unused, "leave it out")
+        for place, allocation in _allocations(location, settings):
+            if _changed(allocation.sensitivity, ("steps",)):
+                raise loaded.error((*place, "sensitivity", "steps"), unused, "leave it out")
+            for name, group in (allocation.groups or {}).items():
+                if group.metric == "ssim":
+                    raise loaded.error(
+                        (*place, "groups", name, "metric"), "ssim compares images, not logits", "use sqnr_db"
+                    )
+
+
+def _allocations(
+    location: Location, settings: StageSettings
+) -> Iterator[tuple[Location, AllocationSettings]]:
+    """Yield the settings of a bit allocation, with their place: the stage itself, or its `bits`."""
+    if isinstance(settings, AllocationSettings):
+        yield location, settings
+    bits = getattr(settings, "bits", None)
+    if isinstance(bits, AllocationSettings):
+        yield (*location, "bits"), bits
 
 
 def _check_gates(loaded: LoadedRecipe, reasons: Mapping[str, str]) -> None:

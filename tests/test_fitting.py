@@ -45,6 +45,38 @@ def _check(recipe):
             {"stages": [{"vidit_q": {"weight_bits": 8, "timestep_ranges": [[0, 10]]}}]},
             r"vidit_q\.timestep_ranges: is of use",
         ),
+        (
+            STORIES,
+            {"stages": [{"mixdq": {"budget": {"mean_bits": 4}, "sensitivity": {"steps": 3}}}]},
+            r"mixdq\.sensitivity\.steps: is of use for denoisers",
+        ),
+        (
+            STORIES,
+            {
+                "stages": [
+                    {
+                        "mixdq": {
+                            "budget": {"mean_bits": 4},
+                            "groups": {"all": {"layers": ["*"], "metric": "ssim"}},
+                        }
+                    }
+                ]
+            },
+            r"mixdq\.groups\.all\.metric: ssim compares images",
+        ),
+        (
+            STORIES,
+            {
+                "stages": [
+                    {
+                        "vidit_q": {
+                            "bits": {"budget": {"mean_bits": 4}, "sensitivity": {"steps": 3}},
+                        }
+                    }
+                ]
+            },
+            r"vidit_q\.bits\.sensitivity\.steps: is of use for denoisers",
+        ),
         (DIT, {"calibration": {"text": "text.txt"}}, r"calibration\.text: is of use for language models"),
         (DIT, {"calibration": {"length": 64}}, r"calibration\.length: is of use for language models"),
         (DIT, {"require": {"perplexity": "<= 9"}}, r"require\.perplexity: is not measured for a denoiser"),
