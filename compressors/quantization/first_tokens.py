@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,6 +135,12 @@ class FirstTokens:
     features: Mapping[str, Tensor]
     encoders: Mapping[str, str]
     objections: Mapping[str, str]
+
+    def details(self) -> dict[str, Any]:
+        """Return what a report says: layers that store their token, and why others do not; JSON values."""
+        if not self.features and not self.objections:
+            return {}
+        return {"first_token": {"stored": list(self.features), "computed": dict(self.objections)}}
 
     def scheme(self, name: str, scheme: QuantizedModule) -> QuantizedModule:
         """Return a planned scheme with what was found: the encoders, or no first token at all."""
