@@ -20,7 +20,7 @@ from .problem import (
     label_of_weight,
     nominal_bits,
 )
-from .sweep import points_of, solve
+from .sweep import points_of, proof, solve
 
 if TYPE_CHECKING:
     from .candidates import LayerChoices
@@ -147,7 +147,6 @@ def _average(
             tried.append((measured, label, dict(chosen_bits), found))
             progress.advance(1, label)
     _, label, best, found = min(tried, key=lambda entry: entry[0])
-    proof = {key: value for key, value in found.to_json().items() if key not in ("choices", "layers")}
     return ActivationDecision(
         {**bits, **best},
         {
@@ -157,6 +156,6 @@ def _average(
             "chosen": label,
             "tried": [{"label": entry[1], "error": entry[0]} for entry in tried],
             "skipped": skipped,
-            "bound": proof,
+            "bound": proof(found),
         },
     )

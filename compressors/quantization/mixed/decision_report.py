@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from ....calibration.sensitivity_table import Table
 from ....calibration.similarity import decibels
 from ....recipes.allocation import FLOAT_BITS, AllocationSettings
-from ...allocation import Allocation
 from .problem import (
     Assignment,
     Program,
@@ -21,6 +20,7 @@ from .problem import (
     nominal_bits,
     stored_bytes,
 )
+from .sweep import proof
 from .trying import Tried
 
 if TYPE_CHECKING:
@@ -83,11 +83,6 @@ def describe(
         "monotone_changes": [asdict(change) for change in program.changes],
         "layers": _layers(choices, table, assignment),
     }
-
-
-def proof(allocation: Allocation) -> dict[str, Any]:
-    """Return an allocation's figures without the answer for every layer."""
-    return {key: value for key, value in allocation.to_json().items() if key not in ("choices", "layers")}
 
 
 def _decibels(error: float) -> float:

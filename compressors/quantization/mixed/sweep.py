@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -101,6 +102,15 @@ def _paper_points(groups: Sequence[str], count: int, bounds: tuple[float, float]
     return [
         Point(f"paper's objective, {first}/{second} {value:.2f}", {}, float(value)) for value in quotients
     ]
+
+
+def proof(allocation: Allocation) -> dict[str, Any]:
+    """Return an allocation's figures for the report: without every layer's answer, and without times.
+
+    A report is kept beside the weights, and the same run must give the same bytes.
+    """
+    left_out = ("choices", "layers", "seconds")
+    return {key: value for key, value in allocation.to_json().items() if key not in left_out}
 
 
 def solve(program: Program, rest: Item, budgets: Sequence[Budget], point: Point) -> Allocation:
