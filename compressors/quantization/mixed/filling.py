@@ -13,7 +13,8 @@ from ....progress import Progress, step
 from ....runtime.manifest import QuantizedModule
 from ....runtime.memory import return_freed_memory
 from ..balance import Transform
-from ..building import Original, layer_of, output_sqnr_db, rounded
+from ..building import Original, layer_of, output_sqnr_db, rounded, settled
+from ..first_tokens import FirstTokens, settle_first_tokens
 from ..inputs import Inputs, gather, gather_grams, portions, sources_of
 from ..scheme import Choice, Group, Survey, by_block, grid_of, options_of
 from ..transforms import transform_of
@@ -67,6 +68,8 @@ class Filling:
         self.calibration, self.folder, self.progress = calibration, folder, progress
         self._inputs = Inputs({}, {})
         self._sources: dict[str, str] = {}
+        self._first_tokens = FirstTokens({}, {}, {})
+        self._transforms = Transforms.of({}, ())
 
     @property
     def transforms_file(self) -> Path | None:
@@ -87,13 +90,14 @@ class Filling:
         """
         file = self.transforms_file
         if file is None:
-            return Transforms.of({}, ())
+            return self._transforms
         groups = self.survey.groups
         device = next(self.model.module.parameters()).device
         if file.is_file():
             decided = read_transforms(file, device)
             fold_all(self.model.module, groups, decided)
-            return Transforms.of(decided, groups)
+            self._transforms = Transforms.of(decided, groups)
+            return self._transforms
         schemes = {name: _near(layer, likely) for layer in layers for name in layer.names}
         decided = {}
         with step(self.progress, "choose transforms", len(groups)):
@@ -105,7 +109,8 @@ class Filling:
                 self.progress.advance(1, group.targets[0])
         file.parent.mkdir(parents=True, exist_ok=True)
         write_transforms(file, decided)
-        return Transforms.of(decided, groups)
+        self._transforms = Transforms.of(decided, groups)
+        return self._transforms
 
     def _decide(self, group: Group, scheme: QuantizedModule) -> Transform:
         transform = transform_of(
@@ -121,12 +126,11 @@ class Filling:
         fold(self.model.module, group, transform)
         return transform
 
-    def bank(self, layers: Sequence[LayerChoices], transforms: Transforms) -> Bank:
+    def bank(self, layers: Sequence[LayerChoices]) -> Bank:
         """Round every layer at all its bits, where that is not done yet.
 
         Args:
-            layers: of `candidates`, with the transforms that were decided.
-            transforms: of `transforms`.
+            layers: of `candidates`, their schemes settled.
 
         Raises:
             StageError: the calibration never reached a layer, or its inputs are not finite.
@@ -137,43 +141,52 @@ class Filling:
         if not missing:
             return bank
         blocks = by_block([Choice(layer.site, None, "") for layer in missing.values()])
-        compensate = options_of(self.settings).compensate
+        compensate, stored = options_of(self.settings).compensate, self._first_tokens.features
         widths = [self._gram_widths(block) for block in blocks]
         with step(self.progress, "round layers", len(missing)):
             for portion in portions(widths) if compensate else [range(len(blocks))]:
                 wanted = {name: width for index in portion for name, width in widths[index].items()}
                 grams: Mapping[str, Tensor] = {}
                 if compensate and wanted:
-                    grams = gather_grams(self.model, wanted, self.calibration, self.progress)
+                    grams = gather_grams(self.model, wanted, self.calibration, self.progress, stored)
                 for index in portion:
                     for choice in blocks[index]:
-                        self._round(bank, missing[choice.site.name], transforms, grams)
+                        self._round(bank, missing[choice.site.name], grams)
                         self.progress.advance(1, choice.site.name)
                     return_freed_memory()
         self._inputs = Inputs({}, {})
         return bank
 
-    def _round(
-        self, bank: Bank, layer: LayerChoices, transforms: Transforms, grams: Mapping[str, Tensor]
-    ) -> None:
-        name = layer.site.name
+    def settle(self, name: str, scheme: QuantizedModule) -> QuantizedModule:
+        """Return a layer's planned scheme with the transform and the first token that it got."""
+        return settled(self._first_tokens.scheme(name, scheme), self._original(name))
+
+    def _original(self, name: str, gram: Tensor | None = None) -> Original:
         dense = self.model.module.get_submodule(name)
         weight, bias = dense.weight, dense.bias
         assert isinstance(weight, Tensor)
-        dtype, source = self.model.spec.dtype, self._sources[name]
-        kept = bias.detach().to(dtype) if isinstance(bias, Tensor) else None
-        left = transforms.layer(name)
-        original = Original(name, weight.detach().float().flatten(1), kept, left, gram=grams.get(source))
+        token, absorbed = self._first_tokens.features.get(name), self._transforms.absorbed(name)
+        return Original(
+            name=name,
+            weight=weight.detach().float().flatten(1),
+            bias=bias.detach().to(self.model.spec.dtype) if isinstance(bias, Tensor) else None,
+            transform=self._transforms.layer(name),
+            gram=gram,
+            # As the weight reads it by now.
+            first_token=token if token is None or absorbed is None else token * absorbed,
+        )
+
+    def _round(self, bank: Bank, layer: LayerChoices, grams: Mapping[str, Tensor]) -> None:
+        name, dtype = layer.site.name, self.model.spec.dtype
+        source, absorbed = self._sources[name], self._transforms.absorbed(name)
+        original = self._original(name, grams.get(source))
         rows = self._inputs.rows[source]
-        absorbed = transforms.absorbed(name)
         rows = rows if absorbed is None else rows * absorbed.to(rows.device)
         made = {}
         for label, scheme in layer.schemes.items():
             tensors = rounded(original, scheme, self.settings, dtype)
-            static = scheme.activation is not None and scheme.activation.scope == "tensor"
-            shown = scheme.model_copy(update={"activation": None}) if static else scheme
-            sqnr = output_sqnr_db(original, layer_of(shown, dtype, tensors, kept), rows)
-            made[label] = Candidate(scheme, tensors, {"sqnr_db": sqnr})
+            candidate = layer_of(scheme, dtype, tensors, original.bias)
+            made[label] = Candidate(scheme, tensors, {"sqnr_db": output_sqnr_db(original, candidate, rows)})
         bank.write(name, made)
 
     def _gram_widths(self, block: Sequence[Choice]) -> dict[str, int]:
@@ -184,7 +197,7 @@ class Filling:
         }
 
     def gather(self, layers: Sequence[LayerChoices]) -> None:
-        """Look at the calibration, unless an earlier run has done all that it is needed for.
+        """Look at the calibration, as far as an earlier run has not done all that it is needed for.
 
         Called before anything is folded: inputs are kept as the original has them.
 
@@ -192,8 +205,13 @@ class Filling:
             layers: of `candidates`, as planned.
 
         Raises:
-            StageError: the calibration never reached a layer, or its inputs are not finite.
+            StageError: the calibration never reached a layer, its inputs are not finite, or a first token
+                cannot be stored that is to be.
         """
+        planned = {name: scheme for layer in layers for name in layer.names for scheme in _any_scheme(layer)}
+        self._first_tokens = settle_first_tokens(
+            self.model, planned, self.settings, self.calibration, self.progress
+        )
         bank, file = self._empty_bank(), self.transforms_file
         if (file is None or file.is_file()) and not self._missing(bank, layers):
             return
@@ -203,7 +221,8 @@ class Filling:
         self._sources |= {name: name for name in shapes if name not in self._sources}
         widths = {self._sources[name]: width for name, width in shapes.items()}
         ranges = options_of(self.settings).timestep_ranges
-        self._inputs = gather(self.model, widths, ranges, self.calibration, self.progress)
+        stored = self._first_tokens.features
+        self._inputs = gather(self.model, widths, ranges, self.calibration, self.progress, stored)
 
     def _empty_bank(self) -> Bank:
         return Bank(self.folder / BANK_FOLDER, self.model.spec.dtype)
@@ -211,6 +230,10 @@ class Filling:
     @staticmethod
     def _missing(bank: Bank, layers: Sequence[LayerChoices]) -> dict[str, LayerChoices]:
         return {layer.site.name: layer for layer in layers if layer.schemes and not bank.has(layer.site.name)}
+
+
+def _any_scheme(layer: LayerChoices) -> list[QuantizedModule]:
+    return list(layer.schemes.values())[:1]
 
 
 def _near(layer: LayerChoices, bits: float) -> QuantizedModule | None:

@@ -1,23 +1,13 @@
-"""What a mixed stage is called, and planned schemes with what was decided on data."""
+"""What a mixed stage is called, and the sensitivities as they stand in its report."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from ....calibration.sensitivity import Table
 from ....recipes.allocation import FLOAT_BITS
-from ....runtime.manifest import QuantizedModule, RotationScheme
-from .candidates import Candidates, Settle
-from .folding import Transforms
+from .candidates import Candidates
 from .problem import Assignment, mean_bits
-
-
-def settled_by(transforms: Transforms) -> Settle:
-    """Return what gives a planned scheme the transforms that its layer got."""
-
-    def settle(name: str, scheme: QuantizedModule) -> QuantizedModule:
-        found = transforms.layer(name)
-        rotation = RotationScheme(block=found.block) if found.block else None
-        return scheme.model_copy(update={"input_scale": found.scale is not None, "rotation": rotation})
-
-    return settle
 
 
 def stage_label(candidates: Candidates, assignment: Assignment) -> str:
@@ -31,3 +21,13 @@ def stage_label(candidates: Candidates, assignment: Assignment) -> str:
     }
     inputs = "/".join(str(bits) for bits in sorted(used)) or str(FLOAT_BITS)
     return f"W{weights:.4g}A{inputs} mixed"
+
+
+def compact(table: Table) -> dict[str, Any]:
+    """Return a table for the report, a list of values per row."""
+    columns = ("kind", "layer", "label", "metric", "value", "loss")
+    return {
+        "key": table.key,
+        "columns": list(columns),
+        "rows": [[getattr(row, name) for name in columns] for row in table.rows],
+    }

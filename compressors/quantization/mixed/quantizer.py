@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ....calibration.sensitivity_probe import Candidate, Layer
@@ -23,7 +24,7 @@ class BankQuantizer:
 
     A weight's candidate is the very layer of the bank, its input left in floating point. An input's
     candidate is rounded where the layer rounds it, behind its channel scale and rotation, and multiplied
-    by the original weight.
+    by the original weight; a first token whose output the layer stores is not rounded.
 
     Attributes:
         bank: of the layers.
@@ -58,7 +59,9 @@ class BankQuantizer:
             _rotation(found.scheme, None if sign is None else sign.to(device)),
         )
         original: Forward = layer.forward
-        return lambda x: original(rounding(x))
+        if found.scheme.first_token is None:
+            return lambda x: original(rounding(x))
+        return lambda x: original(torch.cat([x[..., :1, :], rounding(x[..., 1:, :])], dim=-2))
 
 
 def _rotation(scheme: QuantizedModule, sign: Tensor | None) -> Rotation | None:

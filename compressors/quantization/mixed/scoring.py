@@ -17,9 +17,11 @@ from ....models.base import OpenModel
 from ....runtime.linear import QuantizedLinear
 from ....runtime.manifest import ActivationScheme
 from ..building import put
-from ..scheme import Survey, linear_scheme
+from ..ranges import calibrate_ranges
+from ..scheme import linear_scheme
 from .bank import Bank
-from .candidates import FLOAT_LABEL, AllocatingSettings, LayerChoices
+from .candidates import FLOAT_LABEL, LayerChoices
+from .filling import Filling
 from .problem import Assignment
 
 
@@ -34,23 +36,14 @@ class Installer:
     """Turns an assignment into layers.
 
     Args:
-        model: in floating point, behind its transforms.
+        filling: of the model, which is in floating point behind its transforms.
         bank: of its layers.
         choices: what was to choose.
-        survey: of the model's linears.
-        settings: of the stage.
     """
 
-    def __init__(
-        self,
-        model: OpenModel,
-        bank: Bank,
-        choices: Sequence[LayerChoices],
-        survey: Survey,
-        settings: AllocatingSettings,
-    ) -> None:
-        self._model, self._bank, self._choices = model, bank, choices
-        self._survey, self._settings = survey, settings
+    def __init__(self, filling: Filling, bank: Bank, choices: Sequence[LayerChoices]) -> None:
+        self._filling, self._bank, self._choices = filling, bank, choices
+        self._model, self._settings = filling.model, filling.settings
 
     def layer(self, entry: LayerChoices, name: str, assignment: Assignment) -> Made | None:
         """Return what `name` becomes; None where it stays in floating point."""
@@ -84,16 +77,22 @@ class Installer:
                     if made is not None:
                         replaced.append((name, module.get_submodule(name)))
                         put(module, name, made.layer)
+            self.fill_ranges()
             yield
         finally:
             for name, original in replaced:
                 put(module, name, original)
 
+    def fill_ranges(self) -> dict[str, tuple[float, float]]:
+        """Find the static grids of the layers that are installed; see `ranges.calibrate_ranges`."""
+        average = self._settings.activation_range or "minmax"
+        return calibrate_ranges(self._model, self._filling.calibration, average, self._filling.progress)
+
     def _activation(self, entry: LayerChoices, bits: int) -> ActivationScheme | None:
         if entry.site.role == "adaln":
             return None
         number = next(iter(entry.schemes.values())).bits
-        return linear_scheme(self._survey, entry.site, self._settings, number, bits, "").activation
+        return linear_scheme(self._filling.survey, entry.site, self._settings, number, bits, "").activation
 
 
 class Scorer:

@@ -14,7 +14,6 @@ import torch
 from ....calibration.base import Calibration
 from ....calibration.precision import computing_in
 from ....calibration.recording import calls_of
-from ....calibration.sensitivity import Table
 from ....calibration.sensitivity_calls import Calls
 from ....errors import StageError
 from ....models.base import OpenModel, TensorSpec
@@ -24,11 +23,11 @@ from ...base import Workspace
 from ..building import put
 from ..details import averages, layer_row
 from ..scheme import Choice, survey_linears
-from .candidates import AllocatingSettings, Candidates, allocation_of, bytes_outside, find_candidates
+from .candidates import AllocatingSettings, Candidates, Settle, allocation_of, bytes_outside, find_candidates
 from .decision import check_budget, decide
 from .filling import Filling, likely_bits
 from .folding import Transforms
-from .labels import settled_by, stage_label
+from .labels import compact, stage_label
 from .problem import Assignment
 from .scoring import Installer, Scorer, input_elements
 from .sensing import sense
@@ -78,7 +77,7 @@ class _MixedStage:
         self.calibration, self.workspace, self.progress = calibration, workspace, progress
         self.survey = survey_linears(model.family, model.module, settings, model.quantization)
         self.original_bytes = model.size().bytes
-        self.planned = self._candidates(Transforms.of({}, ()), decided=False)
+        self.planned = self._candidates()
         tensors = {
             name: TensorSpec(tuple(tensor.shape), tensor.dtype)
             for name, tensor in model.module.state_dict().items()
@@ -97,10 +96,10 @@ class _MixedStage:
             filling.gather(layers)
             likely = likely_bits(layers, self.settings, self.fixed_bytes, self.original_bytes)
             transforms = filling.transforms(layers, likely)
-            candidates = self._candidates(transforms, decided=True, calls=compared)
-            bank = filling.bank(candidates.layers, transforms)
+            candidates = self._candidates(filling.settle, compared)
+            bank = filling.bank(candidates.layers)
             table = sense(filling, candidates, bank, measured, self.workspace)
-            installer = Installer(self.model, bank, candidates.layers, self.survey, self.settings)
+            installer = Installer(filling, bank, candidates.layers)
             decision = decide(
                 candidates.layers,
                 table,
@@ -116,11 +115,11 @@ class _MixedStage:
         return {
             **averages(rows, label, self.model.spec.shared),
             "allocation": decision.details,
-            "sensitivity": _compact(table),
+            "sensitivity": compact(table),
             "layers": rows,
         }
 
-    def _candidates(self, transforms: Transforms, *, decided: bool, calls: Calls | None = None) -> Candidates:
+    def _candidates(self, settle: Settle | None = None, calls: Calls | None = None) -> Candidates:
         model = self.model
         names = [site.name for site in self.survey.sites]
         return find_candidates(
@@ -129,7 +128,7 @@ class _MixedStage:
             self.settings,
             model.spec.dtype,
             model.spec.shared,
-            settle=settled_by(transforms) if decided else None,
+            settle=settle,
             inputs=None if calls is None else input_elements(model, calls, names),
         )
 
@@ -142,8 +141,8 @@ class _MixedStage:
     ) -> list[dict[str, Any]]:
         """Put the chosen layers in the place of the originals; return one row per linear."""
         entries = {name: layer for layer in candidates.layers for name in layer.names}
-        rows = []
-        changed = False
+        rows: list[dict[str, Any]] = []
+        by_name: dict[str, dict[str, Any]] = {}
         for site in self.survey.sites:
             name, dtype = site.name, self.model.spec.dtype
             entry = entries.get(name)
@@ -157,14 +156,16 @@ class _MixedStage:
             )
             row["act_exponent"] = transforms.exponent(name)
             rows.append({**row, **made.facts})
+            by_name[name] = rows[-1]
             put(self.model.module, name, made.layer)
             self.model.quantization[name] = made.layer.scheme
-            changed = True
-        if not changed:
+        if not by_name:
             raise StageError(
                 "every layer stays in floating point: the budget leaves room for that",
                 hint="ask for a smaller budget, or take the stage out",
             )
+        for name, ends in installer.fill_ranges().items():
+            by_name[name]["activation_range"] = list(ends)
         return rows
 
 
@@ -188,13 +189,3 @@ def split_calls(calibration: Calibration, settings: AllocatingSettings) -> tuple
         calls_of(calibration, steps=asked.steps, samples=count),
         calls_of(calibration, steps=asked.steps, samples=min(asked.samples, have - count), start=count),
     )
-
-
-def _compact(table: Table) -> dict[str, Any]:
-    """Return a table for the report, a list of values per row."""
-    columns = ("kind", "layer", "label", "metric", "value", "loss")
-    return {
-        "key": table.key,
-        "columns": list(columns),
-        "rows": [[getattr(row, name) for name in columns] for row in table.rows],
-    }
