@@ -20,12 +20,11 @@ from compress.compressors.quantization.mixed.candidates import (
     AllocatingSettings,
     Candidates,
     LayerChoices,
+    Settle,
     bytes_outside,
     find_candidates,
 )
 from compress.compressors.quantization.mixed.filling import Filling, likely_bits
-from compress.compressors.quantization.mixed.folding import Transforms
-from compress.compressors.quantization.mixed.labels import settled_by
 from compress.compressors.quantization.mixed.problem import Assignment, spread
 from compress.compressors.quantization.mixed.scoring import Installer, Scorer
 from compress.compressors.quantization.mixed.sensing import sense
@@ -102,12 +101,11 @@ def prepared(
     original_bytes = model.size().bytes
     survey = survey_linears(model.family, model.module, settings, model.quantization)
 
-    def candidates(transforms: Transforms | None) -> Candidates:
-        settle = None if transforms is None else settled_by(transforms)
+    def candidates(settle: Settle | None = None) -> Candidates:
         dtype, shared = model.spec.dtype, model.spec.shared
         return find_candidates(model.family, survey, settings, dtype, shared, settle=settle)
 
-    planned = candidates(None)
+    planned = candidates()
     fixed_bytes = bytes_outside(model.spec.tensors, model.spec.shared, planned.names)
     measured, compared = split_calls(recorded, settings)
     filling = Filling(model, survey, settings, recorded, folder / "stage", silent)
@@ -116,14 +114,14 @@ def prepared(
     with torch.no_grad(), computing_in(model.module, torch.float32):
         filling.gather(planned.layers)
         likely = likely_bits(planned.layers, settings, fixed_bytes, original_bytes)
-        transforms = filling.transforms(planned.layers, likely)
-        found = candidates(transforms)
+        filling.transforms(planned.layers, likely)
+        found = candidates(filling.settle)
         layers = found.layers
-        bank = filling.bank(layers, transforms)
+        bank = filling.bank(layers)
         began = time.perf_counter()
         table = sense(filling, found, bank, measured, workspace)
         seconds = time.perf_counter() - began
-        installer = Installer(model, bank, layers, survey, settings)
+        installer = Installer(filling, bank, layers)
         errors = {
             entry.site.name: _weight_errors(model.module.get_submodule(entry.site.name), entry, bank)
             for entry in layers
