@@ -27,6 +27,7 @@ _ROLE_STYLES = (
     ("attention.q", "o", "#8a5fb0"), ("attention.k", "s", "#b58ad6"), ("attention.out", "D", "#5b3a80"),
     ("cross.q", "o", "#6aa56a"), ("cross.k", "s", "#9cc99c"), ("cross.out", "D", "#3e733e"),
     ("ff.in", "^", "#e2a15b"), ("ff.gate", ">", "#c98a3d"), ("ff.out", "v", "#a85a16"),
+    ("projection", "P", "#4c7fb3"), ("conv", "X", "#3a3f4a"), ("conv.shortcut", "*", "#8a919e"),
 )  # fmt: skip
 
 
@@ -108,13 +109,16 @@ def draw_layers(rows: Sequence[Mapping[str, Any]]) -> Figure:
         [row["block"] for row in blocks], [row["sqnr_db"] for row in blocks],
         width=0.72, color="#c9d8ea", label="block's update",
     )  # fmt: skip
-    for role, marker, colour in _ROLE_STYLES:
+    drawn = [style for style in _ROLE_STYLES if any(row["role"] == style[0] for row in rows)]
+    # A stage of a U-Net has many layers of a role: there each role gets a place of its own.
+    crowded = len({(row["role"], row["block"]) for row in rows}) < len(rows)
+    for place, (role, marker, colour) in enumerate(drawn):
         points = [row for row in rows if row["role"] == role]
-        if points:
-            axes.plot(
-                [row["block"] for row in points], [row["sqnr_db"] for row in points],
-                linestyle="none", marker=marker, markersize=4.5, color=colour, label=role,
-            )  # fmt: skip
+        aside = 0.6 * ((place + 0.5) / len(drawn) - 0.5) if crowded else 0.0
+        axes.plot(
+            [row["block"] + aside for row in points], [row["sqnr_db"] for row in points],
+            linestyle="none", marker=marker, markersize=4.5, color=colour, label=role,
+        )  # fmt: skip
     axes.set(xlabel="block", ylabel="SQNR, dB (higher is better)")
     axes.set_xticks([row["block"] for row in blocks][:: max(1, len(blocks) // 28)])
     axes.set_title("Where the error is made: every block on the original's own input")
