@@ -61,7 +61,7 @@ class GridSettings(StageSettings):
     activation_symmetric: bool | None = Field(
         None,
         description="Symmetric activation grid; null: symmetric, but asymmetric at 4 bits and with static "
-        "scales (the papers' choices).",
+        "scales (the papers' choices), and in convolutions.",
     )
     activation_scale: Literal["token", "static"] = Field(
         "token",

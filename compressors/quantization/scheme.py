@@ -241,9 +241,12 @@ def _convolution_scheme(
     survey: Survey, site: LinearSite, settings: GridSettings, bits: int, activation_bits: int, rule: str
 ) -> QuantizedModule:
     activation = activation_of(settings, activation_bits)
-    if activation is not None and activation.scope == "token":
-        # Windows overlap: a pixel has to be the same integer in all of them.
-        activation = activation.model_copy(update={"scope": "sample"})
+    if activation is not None:
+        # Windows overlap: a pixel has to be the same integer in all of them. What comes from a SiLU lies
+        # almost all on one side of zero, and a zero point costs nothing here.
+        scope = "sample" if activation.scope == "token" else activation.scope
+        symmetric = bool(settings.activation_symmetric)
+        activation = activation.model_copy(update={"scope": scope, "symmetric": symmetric})
     size = settings.group_size
     return QuantizedModule(
         shape=site.shape,

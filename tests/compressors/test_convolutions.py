@@ -99,7 +99,8 @@ def test_all_convolutions_are_quantized_as_planned(unet, settings, limit):
         if scheme.kernel is not None:
             assert rows[name]["kernel"] == list(scheme.kernel.size)
             assert not (scheme.rotation or scheme.input_scale or scheme.low_rank)
-            assert scheme.activation is None or scheme.activation.scope == "sample"
+            if scheme.activation is not None:
+                assert (scheme.activation.scope, scheme.activation.symmetric) == ("sample", False)
             assert rows[name]["sqnr_db"] > {8: 33, 6: 24, 4: 12}[scheme.bits], name
     assert model.quantization[CONV].kernel.padding == (1, 1)
     assert relative(run(model.module, inputs), exact) < limit
@@ -120,6 +121,18 @@ def test_gptq_beats_rounding_to_nearest_on_windows(unet, tiny_unet):
         with torch.no_grad():
             errors[rounding] = relative(model.module.get_submodule(CONV)(seen[0]), dense(seen[0]))
     assert errors["gptq"] < 0.8 * errors["nearest"]
+
+
+def test_inputs_of_convolutions_are_better_off_with_a_zero_point(tiny_unet, unet):
+    inputs, found = unet[1], {}
+    for symmetric in (True, None):
+        model = open_model(ModelRef(id=str(tiny_unet)), progress=QUIET)
+        settings = RtnSettings(weight_bits=8, activation_bits=6, activation_symmetric=symmetric)
+        details = apply_stage(model, settings, OneCall(inputs), QUIET)
+        assert model.quantization[CONV].activation.symmetric == bool(symmetric)
+        values = [row["sqnr_db"] for row in details["layers"] if row["quantized"] and row["kernel"]]
+        found[symmetric] = sum(values) / len(values)
+    assert found[None] > found[True] + 3
 
 
 def test_the_plan_says_what_becomes_of_convolutions(unet):
