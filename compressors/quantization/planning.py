@@ -93,7 +93,29 @@ def transform_notes(settings: GridSettings) -> list[str]:
         )
     if options.rotation == "auto":
         notes.append("rotation is decided on calibration data; its signs are counted for every layer")
+    if settings.activation_scale == "static":
+        notes.append(
+            "activation scales are static: found on calibration data once all weights are rounded; what lies"
+            " outside a range takes its end"
+        )
     return notes
+
+
+def first_token_notes(settings: GridSettings, schemes: Mapping[str, QuantizedModule]) -> list[str]:
+    """Say which layers may store their output for the first token, and what decides.
+
+    Args:
+        settings: of the stage.
+        schemes: layer name -> planned scheme, of the quantized layers.
+    """
+    count = sum(scheme.first_token is not None for scheme in schemes.values())
+    if not count:
+        return []
+    if settings.first_token == "store":
+        note = "; refused when the recorded prompts turn out to have several"
+    else:
+        note = " if the recorded prompts have one; counted as if they had"
+    return [f"{count} layers store their output for the text's first token in floating point{note}"]
 
 
 def convolution_notes(
@@ -162,6 +184,7 @@ def plan_stage(spec: ModelSpec, settings: UniformSettings) -> StagePlan:
         peak_memory_bytes=_peak_bytes(spec, choices, options_of(settings).compensate),
         notes=[
             *_notes(choices, settings, rows, spec.shared),
+            *first_token_notes(settings, schemes),
             *convolution_notes(module, schemes, settings.group_size),
         ],
         layers=rows,

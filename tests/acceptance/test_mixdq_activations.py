@@ -290,12 +290,15 @@ def test_b9_a_bidirectional_encoder_is_refused_with_an_explanation(tiny_pixart, 
     assert not (tmp_path / "out").exists()
 
 
+STORE = {"activation_scale": "token", "first_token": "store"}
+
+
 @pytest.mark.parametrize(("format_", "class_name", "stage", "what"), [
     ("torchao", "DiTTransformer2DModel", {}, "static activations"),
     ("sdnq", "DiTTransformer2DModel", {}, "activations that are not 8-bit symmetric"),
     ("sdnq", "DiTTransformer2DModel", {"activation_symmetric": True}, "static activations"),
-    ("torchao", "PixArtTransformer2DModel", {"activation_scale": "token", "first_token": "store"}, "first token"),
-    ("sdnq", "PixArtTransformer2DModel", {"activation_scale": "token", "first_token": "store"}, "first token"),
+    ("torchao", "PixArtTransformer2DModel", STORE, "a stored first token"),
+    ("sdnq", "PixArtTransformer2DModel", STORE, "a stored first token"),
     ("dequantized", "UNet2DConditionModel", {}, "a plain layer computes all tokens"),
 ])  # fmt: skip
 def test_other_formats_refuse_in_the_plan(format_, class_name, stage, what, make_tiny, tmp_path):

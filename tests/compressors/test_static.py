@@ -261,6 +261,19 @@ def test_store_is_refused_without_cross_attention(tiny_dit):
         plan(opened(tiny_dit), RtnSettings(first_token="store", **STATIC))
 
 
+def test_the_plan_says_what_is_static_and_what_decides_about_the_first_token(tiny_unet, tiny_dit):
+    model = opened(tiny_unet)
+    count = len(cross(model))
+    notes = "\n".join(plan(model, RtnSettings(**STATIC)).notes)
+    assert "activation scales are static" in notes
+    assert f"{count} layers store their output for the text's first token" in notes
+    assert "if the recorded prompts have one; counted as if they had" in notes
+    notes = "\n".join(plan(model, RtnSettings(first_token="store")).notes)
+    assert "refused when the recorded prompts turn out to have several" in notes
+    assert "static" not in notes
+    assert "first token" not in "\n".join(plan(opened(tiny_dit), RtnSettings(**STATIC)).notes)
+
+
 def test_pixart_s_projected_text_counts_too(tiny_pixart, text_features):
     """PixArt's layers read the projected caption: one first token if the encoder's is one."""
     model = opened(tiny_pixart)

@@ -16,6 +16,7 @@ from ..inputs import GRAM_BUDGET_BYTES, ROW_BUDGET_BYTES
 from ..planning import (
     WORKING_COPIES,
     convolution_notes,
+    first_token_notes,
     left_in_floating_point,
     planned_tensors,
     transform_notes,
@@ -70,6 +71,7 @@ def plan_mixed(spec: ModelSpec, settings: AllocatingSettings) -> StagePlan:
         spec=after,
         peak_memory_bytes=_peak_bytes(spec, after, candidates, settings),
         notes=_notes(settings, candidates, choices, runs)
+        + first_token_notes(settings, schemes)
         + convolution_notes(module, schemes, settings.group_size),
         layers=_rows(candidates, choices, spec.dtype),
     )
