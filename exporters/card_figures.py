@@ -60,7 +60,7 @@ def _rows(subject: Subject) -> list[tuple[str, str, str]]:
         ("multiply-accumulates of one forward", f"{model['macs']:,}", f"{metrics['macs']:,}"),
     ]
     if "linear_bytes_ratio" in metrics:
-        what = "quantized attention and feed-forward linears, share of bfloat16"
+        what = "quantized layers of the blocks, share of bfloat16"
         rows.append((what, "1", f"{metrics['linear_bytes_ratio']:.4f}"))
     for name, text, form in _METRIC_ROWS:
         if name in metrics:
