@@ -18,7 +18,7 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "size_ratio": "tensor bytes of the result / tensor bytes of the original",
         "bytes": "tensor bytes of the result",
         "bits_per_weight": "8 * bytes / parameters of the result",
-        "linear_bytes_ratio": "bytes of the blocks' quantized linears and convolutions / their bytes in bfloat16",
+        "linear_bytes_ratio": "bytes of the blocks' quantized layers / their bytes in bfloat16",
         "parameters": "parameters of the result, identical copies counted once",
         "macs": "multiply-accumulates of one forward at the reference input",
         "sqnr_db": "signal to error of the model's output (of a denoiser over all steps), decibels",
