@@ -173,7 +173,7 @@ class Filling:
             transform=self._transforms.layer(name),
             gram=gram,
             # As the weight reads it by now.
-            first_token=token if token is None or absorbed is None else token * absorbed,
+            first_token=token if token is None or absorbed is None else token * absorbed.to(token.device),
         )
 
     def _round(self, bank: Bank, layer: LayerChoices, grams: Mapping[str, Tensor]) -> None:

@@ -85,6 +85,19 @@ def _activation(
     return linear_scheme(survey, layer.site, settings, number, bits, "").activation
 
 
+def check_named_table(settings: AllocatingSettings) -> None:
+    """Refuse a recipe that names a table which is not there, before anything is computed.
+
+    Raises:
+        SourceError: no such file.
+    """
+    named = allocation_of(settings).sensitivity.table
+    if named is not None and not named.is_file():
+        raise SourceError(
+            f"{named}: no such file", hint="correct sensitivity.table, or leave it out to measure"
+        )
+
+
 def sense(filling: Filling, candidates: Candidates, bank: Bank, calls: Calls, workspace: Workspace) -> Table:
     """Measure the sensitivities, or go on with those that are there.
 
@@ -104,10 +117,6 @@ def sense(filling: Filling, candidates: Candidates, bank: Bank, calls: Calls, wo
     """
     settings, transforms = filling.settings, filling.transforms_file
     named = allocation_of(settings).sensitivity.table
-    if named is not None and not named.is_file():
-        raise SourceError(
-            f"{named}: no such file", hint="correct sensitivity.table, or leave it out to measure"
-        )
     workers = workspace.workers if workspace.reopen is not None else 1
     cores = torch.get_num_threads()
     if workers < cores and named is None:

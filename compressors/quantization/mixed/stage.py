@@ -30,7 +30,7 @@ from .folding import Transforms
 from .labels import compact, stage_label
 from .problem import Assignment
 from .scoring import Installer, Scorer, input_elements
-from .sensing import sense
+from .sensing import check_named_table, sense
 
 
 def apply_mixed(
@@ -87,6 +87,7 @@ class _MixedStage:
     def run(self) -> dict[str, Any]:
         """Do all of it."""
         layers = self.planned.layers
+        check_named_table(self.settings)
         check_budget(layers, self.allocation, self.fixed_bytes, self.original_bytes)
         measured, compared = split_calls(self.calibration, self.settings)
         filling = Filling(
