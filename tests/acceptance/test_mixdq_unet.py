@@ -22,8 +22,15 @@ SMALL = {"transformer_layers_per_block": 1}
 STAGE = {
     "budget": {"mean_bits": 4.0},
     "bits": [2, 4, 8],
-    "points": 4,
+    "points": 3,
     "sensitivity": {"samples": 2, "steps": 1},
+}
+STATIC = {
+    **STAGE,
+    "budget": {"mean_bits": 5.0},
+    "bits": [4, 8],
+    "activation_scale": "static",
+    "activation_range": "ema",
 }
 
 
@@ -43,7 +50,7 @@ def _run(folder, embeddings, tmp_path, *, guidance, **stage):
         "model": str(folder),
         "calibration": {"samples": 4, "steps": 1, "guidance_scale": guidance, "embeddings": embeddings},
         "stages": [{"mixdq": {**STAGE, **stage}}],
-        "evaluate": {"fidelity": fidelity},
+        "evaluate": {"fidelity": fidelity, "layers": False},
         "require": {"size_ratio": "<= 0.4"},
         "export": {"path": str(tmp_path / "out")},
     }
@@ -139,3 +146,25 @@ def shipped_turbo():
     recipe["model"]["id"] = str(SDXL_TURBO)
     recipe["calibration"]["prompts"] = str(folder / recipe["calibration"]["prompts"])
     return recipe
+
+
+@pytest.mark.slow
+def test_a_pipeline_with_the_papers_static_scales(tiny_sdxl, tmp_path):
+    """Prompts go through the pipeline's CLIPs, whose first token is the same for all: its keys are stored."""
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\ngot a cat\ntoad\n")
+    recipe = {
+        "model": {"id": str(tiny_sdxl), "dtype": "float16"},
+        "calibration": {
+            "samples": 4, "steps": 1, "guidance_scale": 0.0, "prompts": str(tmp_path / "prompts.txt"),
+        },
+        "stages": [{"mixdq": STATIC}],
+        "evaluate": {"fidelity": {"samples": 2, "steps": 1, "guidance_scale": 0.0}, "layers": False},
+        "export": {"path": str(tmp_path / "out")},
+    }  # fmt: skip
+    report = compress.run(recipe, work_dir=tmp_path / "work")
+    layers = _quantized(tmp_path / "out")
+    keys = {name for name in layers if name.endswith((".attn2.to_k", ".attn2.to_v"))}
+    assert keys and {name for name, layer in layers.items() if layer["first_token"]} == keys
+    scopes = {(layer["activation"] or {}).get("scope") for layer in layers.values()}
+    assert scopes == {"tensor", None}
+    assert report["evaluation"]["metrics"]["max_abs_error"] == 0.0
