@@ -274,6 +274,11 @@ def test_the_folder_loads_with_the_stock_class_computes_the_same_and_is_written_
         half = load(exported, dtype="bfloat16")
         assert half.get_submodule(TEXT_LAYER).activation_scale.dtype == torch.float32
         assert half.get_submodule(TEXT_LAYER).first_token_input.dtype == torch.float32
+        half = diffusers.UNet2DConditionModel.from_pretrained(exported, torch_dtype=torch.bfloat16)
+        layer = half.get_submodule(TEXT_LAYER)
+        assert torch.equal(layer.activation_scale, stock.get_submodule(TEXT_LAYER).activation_scale)
+        assert torch.equal(layer.first_token_input, stock.get_submodule(TEXT_LAYER).first_token_input)
+        assert layer.first_token_output.dtype == torch.bfloat16
         stock.save_pretrained(tmp_path / "again")
         assert torch.equal(load(tmp_path / "again")(**inputs, return_dict=False)[0], expected)
 
