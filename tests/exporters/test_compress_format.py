@@ -50,7 +50,9 @@ def test_both_ways_of_loading_are_bit_equal(exported, outputs_of, dtype):
         assert torch.equal(tensor, state[name]), name
 
 
-@pytest.mark.parametrize("class_name", ["PixArtTransformer2DModel", "SD3Transformer2DModel"])
+@pytest.mark.parametrize(
+    "class_name", ["PixArtTransformer2DModel", "SD3Transformer2DModel", "UNet2DConditionModel"]
+)
 def test_other_families_reload(make_tiny, open_quantized, outputs_of, tmp_path, class_name):
     import diffusers
 
