@@ -153,7 +153,7 @@ def attach(module: nn.Module, manifest: Manifest, dtype: str) -> None:
     """Give a module what `from_pretrained` would have: `save_pretrained` then writes a whole folder."""
     config = CompressConfig.from_dict(quantization_section(manifest, dtype))
     quantizer = CompressQuantizer(config)
-    module.hf_quantizer = quantizer  # type: ignore[assignment]
+    module.hf_quantizer = quantizer
     module.quantization_method = config.quant_method
-    module.is_quantized = True
+    module.is_quantized = True  # type: ignore[assignment]
     quantizer.postprocess_model(module)
