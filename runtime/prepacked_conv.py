@@ -82,6 +82,19 @@ def _probe() -> bool:
     return bool((inside == 360 * 127 * (255 - OFFSET)).all())
 
 
+@lru_cache(maxsize=8)
+def _writes(dtype: torch.dtype) -> bool:
+    """Tell whether oneDNN's kernel for this CPU writes results of this dtype."""
+    kernel = KernelScheme(size=(3, 3))
+    weight = pack(torch.ones(16, 16, 3, 3, dtype=torch.int8), torch.ones(16), None, None, kernel)
+    q = torch.ones(1, 16, 4, 4, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    try:
+        _convolve(q, 1.0, OFFSET, weight, dtype)
+    except RuntimeError:  # "could not create a primitive descriptor"
+        return False
+    return True
+
+
 def is_available(columns: int) -> bool:
     """Tell whether this torch has the kernel and this CPU runs it exactly for windows of `columns` values.
 
@@ -114,6 +127,8 @@ def convolve(
 
 def _with_zero(q: Tensor, scale: float, zero: int, weight: PackedConv, dtype: torch.dtype) -> Tensor:
     """Convolve, and add what the weight's zero points contribute: each times the sum of a window."""
+    if weight.zero is None and not _writes(dtype):
+        return _convolve(q, scale, zero, weight, torch.float32).to(dtype)
     if weight.zero is None:
         return _convolve(q, scale, zero, weight, dtype)
     stride, padding, dilation = _window(weight.kernel)

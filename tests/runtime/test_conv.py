@@ -190,6 +190,15 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
         assert sqnr_db(layer.reference_forward(x), y) > (45 if dtype == torch.bfloat16 else 60)
 
 
+def test_results_that_the_kernel_does_not_write_are_cast(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = quantize(nn.Conv2d(8, 12, 3), 8, activation=ActivationScheme(bits=8, scope="sample"))
+    x = images(2, 8, 6, 6).half()
+    monkeypatch.setattr(prepacked_conv, "_writes", lambda dtype: dtype == torch.float32)
+    y = layer(x)
+    assert y.dtype == torch.float16
+    assert sqnr_db(layer.reference_forward(x), y) > 60
+
+
 def test_an_item_does_not_depend_on_its_batch() -> None:
     layer = quantize(nn.Conv2d(8, 12, 3, padding=1), 8, activation=ActivationScheme(bits=8, scope="sample"))
     x = images(4, 8, 9, 9)
