@@ -7,7 +7,8 @@ for this token in floating point and quantizes the tokens after it: MixDQ, arXiv
 Whoever runs the model may feed another first token: a tokenizer of their own, or the zeros that a
 pipeline puts in the place of an empty prompt. So the token that the output belongs to is stored with
 it and looked at in every row. Another one is computed like the rest, on a grid of its own, which
-zeros and outliers pass as well as all others; no row ever gets an output that is not its own.
+zeros and outliers pass as well as all others; no row ever gets an output that is not its own. A long
+text that was encoded in pieces has such a token at the start of each: only the very first is stored.
 """
 
 from __future__ import annotations

@@ -285,6 +285,20 @@ def test_pixart_s_projected_text_counts_too(tiny_pixart, text_features):
     assert relative(outputs(model, calibration), exact) < 0.1
 
 
+def test_joint_attention_mixes_all_tokens_into_the_first(tiny_sd3, tmp_path):
+    """SD3's text stream meets the image and the timestep before its projections, whatever the encoder."""
+    model = opened(tiny_sd3)
+    width, pooled = model.config["joint_attention_dim"], model.config["pooled_projection_dim"]
+    generator = torch.Generator().manual_seed(2)
+    embeds = torch.randn(4, 9, width, generator=generator)
+    embeds[:, 0] = 1.0
+    path = tmp_path / "text.safetensors"
+    pooled_embeds = torch.randn(4, pooled, generator=generator)
+    save_file({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled_embeds}, path)
+    with pytest.raises(StageError, match="the first token is not the same for every recorded prompt"):
+        apply(model, RtnSettings(first_token="store", **STATIC), recorded(model, path))
+
+
 def test_evidence_of_a_text_of_one_token():
     evidence = Evidence()
     evidence.update(torch.ones(3, 1, 8), torch.ones(3))
