@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import SourceError
 from ..models.base import OpenModel
 from ..models.checkpoint import PIPELINE_NAME, read_json
-from ..models.hub import fetch
+from ..models.hub import OTHER_VARIANTS, fetch
 from .conditions import ADDED
 
 _PIPELINE_FILES = ("model_index.json", "tokenizer*/*", "text_encoder*/*.json", "text_encoder*/*.safetensors")
@@ -113,7 +113,7 @@ _EMBEDDINGS_HINT = "or set calibration.embeddings to a safetensors file with pro
 
 def _pipeline_folder(model: OpenModel) -> Path:
     if model.source.revision is not None:
-        return fetch(model.source.id, model.source.revision, _PIPELINE_FILES)
+        return fetch(model.source.id, model.source.revision, _PIPELINE_FILES, OTHER_VARIANTS)
     for folder in (model.source.folder, model.source.folder.parent):
         if (folder / PIPELINE_NAME).is_file():
             return folder

@@ -23,7 +23,8 @@ _TEXT_PATTERNS = tuple(f"{text}{rest}" for text in _TEXTS for rest in ("", "[-_.
 _NO_TEXTS = ("/*", ".*[!dDtT]", ".*[!mM][dD]", ".*[!.][mM][dD]", ".*[!xX][tT]", ".*[!tT][xX][tT]",
              ".*[!.][tT][xX][tT]", ".[dD]", ".[tT]", ".[xX][tT]")  # fmt: skip
 _NO_TEXT_PATTERNS = tuple(f"{text}*{rest}" for text in _TEXTS for rest in _NO_TEXTS)
-_OTHER_VARIANTS = ("*.fp16.*", "*.bf16.*", "*.non_ema.*", "*.fp16-*", "*.bf16-*")
+OTHER_VARIANTS = ("*.fp16.*", "*.bf16.*", "*.non_ema.*", "*.fp16-*", "*.bf16-*")
+"""Files that hold the same weights once more, which are not fetched."""
 
 
 def fetch_configs(repo_id: str, revision: str | None, subfolder: str | None) -> tuple[Path, str]:
@@ -51,7 +52,7 @@ def fetch_weights(repo_id: str, revision: str, subfolder: str) -> None:
     """
     prefix = "" if subfolder in ("", ".") else f"{subfolder}/"
     patterns = [f"{prefix}diffusion_pytorch_model*.safetensors", f"{prefix}model*.safetensors"]
-    folder = fetch(repo_id, revision, patterns, ignore=_OTHER_VARIANTS)
+    folder = fetch(repo_id, revision, patterns, ignore=OTHER_VARIANTS)
     if not any((folder / prefix).glob("*.safetensors")):
         raise SourceError(
             f"{repo_id}: no safetensors weights in {prefix or 'the repository'} (pickles are never opened)",

@@ -93,6 +93,38 @@ def test_weights_are_of_the_same_commit_and_the_plain_variant(hub):
     assert not list(hub.local.rglob("*.bin"))
 
 
+def test_a_pipeline_with_a_unet(hub, tiny_unet):
+    shutil.rmtree(hub.remote / "transformer")
+    shutil.copytree(tiny_unet, hub.remote / "unet", ignore=shutil.ignore_patterns("scheduler"))
+    assert read_spec(ModelRef(id="org/name")).family.name == "unet"
+    assert not list(hub.local.rglob("*.safetensors"))
+    found = locate(ModelRef(id="org/name"))
+    assert [path.relative_to(hub.local).as_posix() for path in found.files] == [
+        "unet/diffusion_pytorch_model.safetensors"
+    ]
+
+
+def test_loading_fetches_the_denoiser_that_the_pipeline_names(hub, tiny_unet, monkeypatch):
+    import compress
+
+    download = huggingface_hub.snapshot_download
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda repo, **more: download(repo, **{"ignore_patterns": None} | more),
+    )
+    (hub.remote / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
+    shutil.copytree(tiny_unet, hub.remote / "unet", ignore=shutil.ignore_patterns("scheduler"))
+    shutil.rmtree(hub.remote / "transformer")
+    (hub.remote / "vae").mkdir()
+    (hub.remote / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"not fetched")
+    assert type(compress.load("org/name")).__name__ == "UNet2DConditionModel"
+    assert not (hub.local / "vae").exists()
+    (hub.remote / "model_index.json").write_bytes(b" " * (2**20 + 1))
+    with pytest.raises(SourceError, match="bytes; at most"):
+        compress.load("org/name")
+
+
 def test_a_repository_with_pickles_only(hub):
     (hub.remote / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     (hub.remote / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
