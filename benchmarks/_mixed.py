@@ -49,7 +49,6 @@ class Prepared:
         original_bytes: of all tensors before.
         weight_errors: layer -> label -> |W - W^|^2 / |W|^2.
         unseen: measures an assignment on trajectories that nothing was decided on.
-        compared: measures it on those that the stage compares allocations on.
         seconds: what the sensitivities took; 0 where they were there.
     """
 
@@ -59,19 +58,12 @@ class Prepared:
     original_bytes: int
     weight_errors: Mapping[str, Mapping[str, float]]
     unseen: Scorer
-    compared: Scorer
     seconds: float
 
     def error(self, chosen: Mapping[str, str]) -> float:
         """Return the relative error power on unseen trajectories, weights quantized alone."""
-        return self.unseen(self._assignment(chosen))
-
-    def compared_error(self, chosen: Mapping[str, str]) -> float:
-        """Return the same on the calls that the stage compares on."""
-        return self.compared(self._assignment(chosen))
-
-    def _assignment(self, chosen: Mapping[str, str]) -> Assignment:
-        return Assignment(spread(self.layers, chosen), in_floating_point(self.layers))
+        weights = spread(self.layers, chosen)
+        return self.unseen(Assignment(weights, in_floating_point(self.layers)))
 
 
 @contextmanager
@@ -107,7 +99,7 @@ def prepared(
 
     planned = candidates()
     fixed_bytes = bytes_outside(model.spec.tensors, model.spec.shared, planned.names)
-    measured, compared = split_calls(recorded, settings)
+    measured, _ = split_calls(recorded, settings)
     filling = Filling(model, survey, settings, recorded, folder / "stage", silent)
     workspace = Workspace(folder / "stage", folder / "measured")
     workspace.shared.mkdir(exist_ok=True)
@@ -134,7 +126,6 @@ def prepared(
             original_bytes,
             errors,
             Scorer(model, calls, installer),
-            Scorer(model, compared, installer),
             seconds,
         )
 

@@ -4,9 +4,7 @@ For every budget, all methods get the same bytes and choose among the same round
 measured on trajectories that nothing was rounded, measured or decided on: signal to error of the
 denoiser's output, dB, all weights quantized together, activations in floating point.
 
-- stage: what the stage decides by default: the program solved at every point of its sweep, and the best
-  measured one taken, on calibration samples that are neither those of the sensitivities nor unseen.
-- power: the first of these points, the least sum of measured error powers, solved exactly. `predicted`
+- power: least sum of measured error powers, solved exactly (what the stage does by default). `predicted`
   is that sum, `bound` what no allocation of these layers can fall below in it.
 - dB-sum: largest sum of decibels, the objective of MixDQ's public code, solved exactly.
 - greedy: the largest gain per byte, one step at a time, on the losses of `power`.
@@ -30,18 +28,15 @@ from _mixed import Prepared, prepared
 from compress.calibration.similarity import decibels
 from compress.compressors.allocation import Allocation, Budget, allocate
 from compress.compressors.quantization.mixed.baselines import at_random, by_weight_error, evenly, greedily
-from compress.compressors.quantization.mixed.candidates import AllocatingSettings, allocation_of
+from compress.compressors.quantization.mixed.candidates import AllocatingSettings
 from compress.compressors.quantization.mixed.decision_report import predicted_error
 from compress.compressors.quantization.mixed.problem import (
     allocated_weights,
-    bytes_budget,
     mean_bits,
     nominal_bits,
-    rest_item,
     stored_bytes,
     weight_program,
 )
-from compress.compressors.quantization.mixed.sweep import points_of, solve
 from compress.recipes.loader import load_recipe
 from compress.recipes.schema import CalibrationSettings
 from compress.recipes.stages import MixdqSettings
@@ -51,17 +46,16 @@ Curve = dict[float, dict[str, tuple[int, float]]]
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
 SHOWN = (3.5, 4.0)
 RANDOM = 20
-METHODS = ("stage", "power", "dB-sum", "greedy", "weight error", "even", "random")
+METHODS = ("power", "dB-sum", "greedy", "weight error", "even", "random")
 PAPER_BITS = (2, 3, 4, 6, 8)
 
 
 class Methods:
     """All ways to choose, on one prepared model."""
 
-    def __init__(self, ready: Prepared, points: int, seed: int) -> None:
-        self._ready, self._points, self._seed = ready, points, seed
-        self._program = weight_program(ready.layers, ready.table, "power")
-        self._power = self._program.items
+    def __init__(self, ready: Prepared, seed: int) -> None:
+        self._ready, self._seed = ready, seed
+        self._power = weight_program(ready.layers, ready.table, "power").items
         self._decibels = weight_program(ready.layers, ready.table, "mixdq").items
         self._weighted = {
             entry.site.name: {
@@ -83,7 +77,6 @@ class Methods:
     def choose(self, method: str, limit: int) -> Chosen:
         """Return item -> label of a method at a number of bytes."""
         ways: Mapping[str, Callable[[], Chosen]] = {
-            "stage": lambda: self._best_of_sweep(limit),
             "power": lambda: self.solve(limit).choices,
             "dB-sum": lambda: allocate(self._decibels, [Budget("bytes", limit)]).choices,
             "greedy": lambda: greedily(self._power, limit),
@@ -92,12 +85,6 @@ class Methods:
             "random": lambda: self._best_of_random(limit),
         }
         return ways[method]()
-
-    def _best_of_sweep(self, limit: int) -> Chosen:
-        rest, budget = rest_item(0), bytes_budget(limit)
-        points = points_of(self._program, "power", self._points)
-        solved = [solve(self._program, rest, [budget], point).choices for point in points]
-        return min(solved, key=self._ready.compared_error)
 
     def _best_of_random(self, limit: int) -> Chosen:
         generator = random.Random(self._seed)
@@ -109,13 +96,13 @@ def _db(error: float | None) -> float:
     return decibels(1.0, error) if error is not None else float("nan")
 
 
-def compare(ready: Prepared, budgets: Sequence[float], points: int, seed: int) -> Curve:
+def compare(ready: Prepared, budgets: Sequence[float], seed: int) -> Curve:
     """Measure all methods at all budgets; print a table for each of `SHOWN`.
 
     Returns:
         budget in mean bits -> method -> (bytes of all tensors, dB).
     """
-    methods = Methods(ready, points, seed)
+    methods = Methods(ready, seed)
     found: Curve = {}
     for bits in budgets:
         limit = methods.limit_bytes(bits)
@@ -135,10 +122,10 @@ def compare(ready: Prepared, budgets: Sequence[float], points: int, seed: int) -
             table(["method", "bytes", "mean bits", "predicted dB", "measured dB"], rows)
             proof = f"bound {_db(answer.lower_bound):.3f} dB ({answer.certificate}, {answer.found_by})"
             ahead = [
-                f"{found[bits]['stage'][1] - found[bits][method][1]:+.2f} dB to {method}"
+                f"{found[bits]['power'][1] - found[bits][method][1]:+.2f} dB to {method}"
                 for method in METHODS[1:]
             ]
-            say(f"{proof}; stage: {', '.join(ahead)}\n")
+            say(f"{proof}; power: {', '.join(ahead)}\n")
     return found
 
 
@@ -154,7 +141,7 @@ def draw_curve(found: Curve, title: str, path: Path) -> None:
     from compress.exporters.drawing import new_figure, plain_defaults, save, tidy
 
     styles = {
-        "stage": ("#1f2933", "o", "-"), "power": ("#7d8794", "x", "-"),
+        "power": ("#1f2933", "o", "-"),
         "greedy": ("#2f6db3", "+", ":"), "weight error": ("#2a9d8f", "s", "--"),
         "even": ("#d9772b", "D", "--"), "random": ("#8a5fb0", "^", ":"), "dB-sum": ("#b02a4c", "v", "-."),
     }  # fmt: skip
@@ -207,7 +194,7 @@ def main() -> None:
     arguments = options.parse_args()
     start(f"Bit allocations on {arguments.model}", arguments)
     budgets = SHOWN if arguments.quick else BUDGETS
-    unseen = (4, 5) if arguments.quick else (16, 10)
+    unseen = (4, 5) if arguments.quick else (8, 10)
     with tempfile.TemporaryDirectory() as scratch:
         for number, (title, (settings, calibration)) in enumerate(setups(arguments.quick).items()):
             say(f"### {title}\n")
@@ -219,7 +206,7 @@ def main() -> None:
                     f" unseen trajectories, {unseen[1]} steps of each; original"
                     f" {ready.original_bytes:,} bytes\n"
                 )
-                found = compare(ready, budgets, allocation_of(settings).points, arguments.seed)
+                found = compare(ready, budgets, arguments.seed)
             show_curve(found)
             if arguments.output:
                 arguments.output.mkdir(parents=True, exist_ok=True)

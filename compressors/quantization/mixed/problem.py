@@ -65,29 +65,29 @@ class Program:
     changes: tuple[LossChange, ...]
     groups: Mapping[str, str]
 
-    def weighted(self, shares: Mapping[str, float], exponent: float = 1.0) -> list[Item]:
-        """Return the items with losses that can be added up over the layers.
+    def weighted(self, shares: Mapping[str, float]) -> list[Item]:
+        """Return the items with losses that can be added up over the groups.
 
-        Of several groups, each loses its share with all of its layers at the fewest bits.
+        One group keeps its losses. Of several, each loses its share with all of its layers at the
+        fewest bits.
 
         Args:
-            shares: group -> weight, not negative; of no meaning for a single group.
-            exponent: that losses are raised to, see `sweep`.
+            shares: group -> weight, not negative.
         """
-        raised = {
-            item.name: {choice.label: choice.loss**exponent for choice in item.choices} for item in self.items
+        if len(self.groups) <= 1:
+            return list(self.items)
+        worst = {
+            group: math.fsum(
+                max(choice.loss for choice in item.choices) for item in self.items if item.group == group
+            )
+            for group in self.groups
         }
-        factor = dict.fromkeys(self.groups, 1.0)
-        if len(self.groups) > 1:
-            for group in self.groups:
-                own = [raised[item.name] for item in self.items if item.group == group]
-                worst = math.fsum(max(losses.values()) for losses in own)
-                factor[group] = shares[group] / worst if worst > 0 else 1.0
+        factor = {group: shares[group] / worst[group] if worst[group] > 0 else 1.0 for group in self.groups}
         return [
             replace(
                 item,
                 choices=tuple(
-                    replace(choice, loss=raised[item.name][choice.label] * factor.get(item.group or "", 1.0))
+                    replace(choice, loss=choice.loss * factor.get(item.group or "", 1.0))
                     for choice in item.choices
                 ),
             )
