@@ -147,18 +147,8 @@ def find_candidates(
         costs = {label: scheme_bytes(scheme, dtype) for label, scheme in schemes.items()}
         if FLOAT_BITS in bits:
             costs[FLOAT_LABEL] = _float_bytes(site, site.name in survey.biased, dtype)
-        layers.append(
-            LayerChoices(
-                site=site,
-                schemes=schemes,
-                costs=costs,
-                weights=site.shape[0] * site.shape[1],
-                inputs=(inputs or {}).get(site.name, 0),
-                metric_group=group,
-                activations=activations,
-                decided_by=rule,
-            )
-        )
+        elements, weights = (inputs or {}).get(site.name, 0), site.shape[0] * site.shape[1]
+        layers.append(LayerChoices(site, schemes, costs, weights, elements, group, activations, rule))
     joined = _joined(layers, shared)
     if options_of(settings).act_exponent is not None:
         _refuse_tied(joined)
