@@ -52,7 +52,8 @@ def draw_samples(evaluation: Evaluation, label: str) -> Figure:
     count = len(original)
     columns = min(count, _COLUMNS)
     chunks = -(-count // columns)
-    figure = new_figure(max(4.0, 0.55 + 0.86 * columns), 0.45 + chunks * 2.02)
+    narrowest = 4.6 if latent else 4.0  # the title must fit
+    figure = new_figure(max(narrowest, 0.55 + 0.86 * columns), 0.45 + chunks * 2.02)
     bands = figure.subfigures(chunks, 1, squeeze=False)[:, 0]
     for chunk, band in enumerate(bands):
         grid = band.subplots(2, columns, squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.03})
@@ -67,8 +68,8 @@ def draw_samples(evaluation: Evaluation, label: str) -> Figure:
                 axes.set_title(evaluation.labels[index], fontsize=8, weight="normal", loc="center", pad=3)
             if column == 0:
                 axes.set_ylabel((label, "original")[row == 0], fontsize=8.5, color=INK)
-    kind = "latents (channels 1 to 3, not decoded)" if latent else "samples"
-    figure.suptitle(f"{kind} of equal seeds", fontsize=10.5, weight="bold", x=0.01, ha="left")
+    kind = "latents of equal seeds (channels 1 to 3)" if latent else "samples of equal seeds"
+    figure.suptitle(kind, fontsize=10.5, weight="bold", x=0.01, ha="left")
     return figure
 
 

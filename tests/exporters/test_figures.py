@@ -4,7 +4,16 @@ import matplotlib
 import pytest
 import torch
 from compress.evaluation.evaluator import Evaluation
-from compress.exporters.figures import BITS, LAYERS, SAMPLES, TIMESTEPS, write_figures
+from compress.exporters.drawing import save
+from compress.exporters.figures import (
+    BITS,
+    LAYERS,
+    SAMPLES,
+    TIMESTEPS,
+    draw_layers,
+    draw_samples,
+    write_figures,
+)
 from PIL import Image
 
 
@@ -63,6 +72,24 @@ def test_equal_measurements_give_equal_bytes_whatever_the_user_has_set(tmp_path)
         assert matplotlib.rcParams["font.size"] == 30
     for path in first.iterdir():
         assert path.read_bytes() == (second / path.name).read_bytes()
+
+
+@pytest.mark.parametrize(("channels", "samples"), [(4, 1), (4, 4), (1, 1)])
+def test_the_title_of_few_samples_fits(tmp_path, channels, samples):
+    figure = draw_samples(_evaluation(channels, samples), "W4A8")
+    save(figure, tmp_path / "samples.png")
+    title = figure.get_suptitle()
+    assert title.startswith("latents" if channels == 4 else "samples")
+    assert figure._suptitle.get_window_extent().x1 <= figure.bbox.x1
+
+
+def test_each_role_has_its_place_where_a_stage_has_many_layers():
+    rows = [{"role": "block", "block": 0, "sqnr_db": 9.0}]
+    rows += [{"role": role, "block": 0, "sqnr_db": 8.0} for role in ("conv", "conv", "projection")]
+    lines = {line.get_label(): set(line.get_xdata()) for line in draw_layers(rows).axes[0].get_lines()}
+    assert lines == {"projection": {-0.15}, "conv": {0.15}}
+    alone = draw_layers(rows[:2]).axes[0].get_lines()
+    assert [set(line.get_xdata()) for line in alone] == [{0}]
 
 
 def test_what_was_not_measured_is_not_drawn(tmp_path):
