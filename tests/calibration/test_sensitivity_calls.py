@@ -40,6 +40,20 @@ def test_calls_are_the_recorded_ones_of_the_first_samples(calibration):
     assert len(list(RecordedCalls(calibration, steps=99))) == len(everything)
 
 
+def test_others_than_the_first_samples_are_had_by_starting_later(calibration):
+    everything = list(calibration.calls())  # samples 0 and 1, 2 and 3, 4; six steps each
+    chosen = list(RecordedCalls(calibration, steps=1, samples=3, start=1))
+    assert [len(call["hidden_states"]) for call in chosen] == [2, 4]  # sample 1, then 2 and 3, in both halves
+    assert all(torch.equal(chosen[0][name], everything[3][name][[1, 3]]) for name in everything[3])
+    assert all(torch.equal(chosen[1][name], everything[9][name]) for name in everything[9])
+    (last,) = RecordedCalls(calibration, steps=1, start=4)
+    assert all(torch.equal(last[name], everything[15][name]) for name in everything[15])
+    keys = {RecordedCalls(calibration, 1, 2, start).key for start in range(3)}
+    assert len(keys) == 3
+    with pytest.raises(ValueError, match="start -1"):
+        RecordedCalls(calibration, 1, start=-1)
+
+
 def test_the_key_follows_the_recording_and_the_choice(calibration):
     keys = {RecordedCalls(calibration, *choice).key for choice in ((2,), (3,), (2, 3), (2, 4))}
     assert len(keys) == 4
