@@ -50,6 +50,17 @@ def test_a_plan_fetches_configs_only(hub):
     }  # fmt: skip
 
 
+def test_a_language_model_comes_with_its_tokenizer(hub, repository):
+    shutil.rmtree(hub.remote)
+    shutil.copytree(repository / "models" / "builtin" / "stories", hub.remote)
+    (hub.remote / "tokenizer.py").write_text("raise SystemExit")
+    assert read_spec(ModelRef(id="org/name")).family.name == "llm"
+    fetched = {path.name for path in hub.local.iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"} <= fetched
+    assert not {"tokenizer.py", "model.safetensors", "calibration.jsonl"} & fetched
+    assert [path.name for path in locate(ModelRef(id="org/name")).files] == ["model.safetensors"]
+
+
 def test_the_licence_comes_with_the_configs(hub):
     (hub.remote / "README.md").write_text("---\nlicense: other\nlicense_link: TERMS.md\n---\n")
     (hub.remote / "LICENSE.md").write_text("terms")
