@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,10 +114,7 @@ def prepared(
         table = sense(filling, found, bank, measured, workspace)
         seconds = time.perf_counter() - began
         installer = Installer(filling, bank, layers)
-        errors = {
-            entry.site.name: _weight_errors(model.module.get_submodule(entry.site.name), entry, bank)
-            for entry in layers
-        }
+        errors = _weight_errors(model.module, layers, bank)
         calls = calls_of(other, steps=unseen[1], samples=unseen[0])
         yield Prepared(
             layers,
@@ -130,9 +127,18 @@ def prepared(
         )
 
 
-def _weight_errors(original: nn.Module, entry: LayerChoices, bank: Bank) -> dict[str, float]:
-    """Return |W - W^|^2 / |W|^2 of a layer at all its bits, transforms undone."""
-    weight = original.weight.detach().flatten(1)
-    name, power = entry.site.name, weight.square().sum()
-    made = {label: bank.layer(name, label, original).equivalent_weight() for label in entry.schemes}
-    return {label: float((rounded - weight).square().sum() / power) for label, rounded in made.items()}
+def _weight_errors(
+    module: nn.Module, layers: Sequence[LayerChoices], bank: Bank
+) -> dict[str, dict[str, float]]:
+    """Return |W - W^|^2 / |W|^2 of every layer at all its bits, transforms undone."""
+    errors: dict[str, dict[str, float]] = {}
+    for entry in layers:
+        name = entry.site.name
+        original = module.get_submodule(name)
+        weight = original.weight.detach().flatten(1)
+        power = weight.square().sum()
+        made = {label: bank.layer(name, label, original).equivalent_weight() for label in entry.schemes}
+        errors[name] = {
+            label: float((rounded - weight).square().sum() / power) for label, rounded in made.items()
+        }
+    return errors
