@@ -261,11 +261,23 @@ def _tie(module: nn.Module, stored: StoredCheckpoint) -> None:
 
 
 def _attach_generation(module: nn.Module, stored: StoredCheckpoint) -> None:
-    """Give a language model the folder's defaults for generating, as `from_pretrained` does."""
+    """Give a language model the folder's defaults for generating, as `from_pretrained` does.
+
+    Raises:
+        SourceError: the file is damaged.
+    """
     from transformers import GenerationConfig
 
-    if (stored.folder / "generation_config.json").is_file():
-        module.generation_config = GenerationConfig.from_pretrained(str(stored.folder))
+    path = stored.folder / "generation_config.json"
+    if not path.is_file():
+        return
+    try:
+        module.generation_config = GenerationConfig.from_pretrained(str(stored.folder), local_files_only=True)
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise SourceError(
+            f"{path}: transformers refuses it: {reason}", hint="fetch the folder again"
+        ) from error
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:

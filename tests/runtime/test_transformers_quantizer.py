@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 
@@ -259,7 +258,9 @@ def test_a_dense_folder_opens_with_its_defaults_for_generating(make_llm):
     module = compress.load(folder)
     assert module.generation_config.max_new_tokens == 7
     assert torch.equal(_logits(module), _logits(_from_pretrained(folder)))
-    shutil.copy(folder / "config.json", folder / "config.copy")
+    (folder / "generation_config.json").write_text("{no json")
+    with pytest.raises(SourceError, match=r"generation_config\.json: transformers refuses it"):
+        compress.load(folder)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "torchao"}
     (folder / "config.json").write_text(json.dumps(config))
