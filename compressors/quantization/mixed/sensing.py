@@ -121,20 +121,25 @@ def sense(filling: Filling, candidates: Candidates, bank: Bank, calls: Calls, wo
     cores = torch.get_num_threads()
     if workers < cores and named is None:
         filling.progress.note(f"sensitivities: {workers} of {cores} cores; --workers {cores} is faster")
-    return measure(
+    # Measured anew beside what others may be using, and put in its place when it is whole.
+    kept = workspace.folder if workspace.fresh else workspace.shared
+    table = measure(
         filling.model,
         calls,
         targets_of(candidates, filling.survey, settings),
         BankQuantizer(bank),
-        path=workspace.shared if named is None else named,
+        path=kept if named is None else named,
         settings=_depends_on(settings, transforms, filling.calibration.key),
-        replace=workspace.fresh and named is None,
         dtype=None,
         workers=workers,
         threads=_THREADS,
         opener=None if workspace.reopen is None else Opener(workspace.reopen, settings, transforms),
         progress=filling.progress,
     )
+    if named is None and kept != workspace.shared:
+        for file in kept.glob("sensitivity-*.jsonl"):
+            file.replace(workspace.shared / file.name)
+    return table
 
 
 def _depends_on(

@@ -204,6 +204,20 @@ def test_another_budget_uses_the_sensitivities_again(opened, calibrate, tmp_path
     assert tables[0] == tables[1]
 
 
+def test_fresh_measures_anew(opened, calibrate, tmp_path):
+    first = space(tmp_path / "a")
+    apply(opened(), mixdq(), calibrate(opened()), first)
+    (table,) = first.shared.iterdir()
+    rows = {row.place: row.loss for row in read_table(table).rows}
+    lines = table.read_text().splitlines()
+    lines[1] = json.dumps({**json.loads(lines[1]), "loss": 0.5})
+    table.write_text("\n".join(lines) + "\n")
+    model = opened()
+    apply(model, mixdq(), calibrate(model), Workspace(space(tmp_path / "b").folder, first.shared, fresh=True))
+    assert list(first.shared.iterdir()) == [table]
+    assert {row.place: row.loss for row in read_table(table).rows} == rows
+
+
 @pytest.mark.slow
 def test_processes_give_the_rows_and_bytes_of_one(make_tiny, opened, calibrate, tmp_path):
     folder = make_tiny("DiTTransformer2DModel", name="spread", dtype="bfloat16")
