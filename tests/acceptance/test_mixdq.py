@@ -175,6 +175,37 @@ def test_b5_the_means_of_two_groups_give_the_mean(k, mean):
     assert (means.outside is None) is inside
 
 
+@pytest.mark.slow
+def test_b5_two_groups_share_a_budget_and_the_best_measured_split_is_taken(make_tiny, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    text = {}
+    for prefix in ("", "negative_"):
+        text[f"{prefix}prompt_embeds"] = torch.randn(2, 6, 32, generator=generator)
+        text[f"{prefix}prompt_attention_mask"] = torch.ones(2, 6, dtype=torch.int64)
+    save_file(text, tmp_path / "text.safetensors")
+    stage = Stage(uneven(make_tiny("PixArtTransformer2DModel", name="source")), tmp_path)
+    chosen = {}
+    for objective in ("power", "mixdq"):
+        asked = settings({"mean_bits": 4.0}, objective=objective, points=5)
+        embeddings = str(tmp_path / "text.safetensors")
+        found = stage.run(asked, workspace=objective, embeddings=embeddings)[1]["allocation"]
+        assert [(group["name"], group["metric"]) for group in found["groups"]] == [
+            ("content", "ssim"), ("quality", "sqnr_db")
+        ]  # fmt: skip
+        for row in found["layers"]:
+            content = ".attn2." in row["name"] or ".ff." in row["name"]
+            assert row["group"] == ("content" if content else "quality")
+        tried = [point for point in found["points"] if point["for_this_budget"]]
+        chosen[objective] = next(point for point in tried if point["chosen"])
+        assert len(tried) > 2
+        assert chosen[objective]["sqnr_db"] == max(point["sqnr_db"] for point in tried)
+        assert found["used"]["mean_bits"] <= 4.0
+        equal = next(point for point in found["points"] if point["label"] == "all w4")
+        assert chosen[objective]["sqnr_db"] >= equal["sqnr_db"] + 3
+    assert chosen["power"]["sqnr_db"] >= chosen["mixdq"]["sqnr_db"]
+    assert len(stage.tables) == 1, "another objective needs no other measurement"
+
+
 def test_b6_a_row_for_every_layer_and_choice_and_a_killed_run_goes_on(stage):
     asked = settings({"mean_bits": 4.0}, activation_bits=(8, 16), activation_budget={"protect": 0.1})
     model, details = stage.run(asked)

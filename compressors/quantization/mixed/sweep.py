@@ -1,11 +1,10 @@
 """The points that are tried: how several groups share a budget, and the program solved at each.
 
 `power` solves one program for all groups and sweeps over what the groups' losses weigh; with a single
-group there is nothing to sweep over. `mixdq` solves
-one program per group, as the paper does (arXiv 2405.17873), and sweeps over k = mean bits of the first
-group / mean bits of the second, in the ranges of its public code. Two of its details are left out: the
-average stays what was asked, where the paper also tries averages up to .3 bits below, and a budget has
-no lower end; bits that may be used are used.
+group there is nothing to sweep over. `mixdq` solves one program per group, as the paper does (arXiv
+2405.17873), and sweeps over k = mean bits of the first group / mean bits of the second, in the ranges of
+its public code. Two of its details are left out: the average stays what was asked, where the paper also
+tries averages up to .3 bits below, and a budget has no lower end.
 """
 
 from __future__ import annotations
