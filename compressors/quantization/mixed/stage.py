@@ -21,7 +21,7 @@ from ....progress import Progress
 from ....runtime.memory import return_freed_memory
 from ...base import Workspace
 from ..building import put
-from ..details import averages, layer_row
+from ..details import averages, layer_row, scheme_bytes
 from ..scheme import Choice, survey_linears
 from .candidates import AllocatingSettings, Candidates, Settle, allocation_of, bytes_outside, find_candidates
 from .decision import check_budget, decide
@@ -111,6 +111,7 @@ class _MixedStage:
                 progress=self.progress,
             )
             rows = self._install(candidates, installer, decision.assignment, transforms)
+        self._count_as_stored(decision.details)
         return_freed_memory()
         label = stage_label(candidates, decision.assignment)
         return {
@@ -168,6 +169,20 @@ class _MixedStage:
         for name, ends in installer.fill_ranges().items():
             by_name[name]["activation_range"] = list(ends)
         return rows
+
+    def _count_as_stored(self, details: dict[str, Any]) -> None:
+        """Take off what was counted for a stored grid that an input in floating point does not need.
+
+        Weights are decided first, with the grid counted for every layer; so a budget is kept anyway.
+        """
+        for row in details["layers"]:
+            scheme = self.model.quantization.get(row["name"])
+            if scheme is None or not row["bytes"]:
+                continue
+            saved = row["bytes"] - scheme_bytes(scheme, self.model.spec.dtype)
+            row["bytes"] -= saved
+            details["used"]["bytes"] -= saved
+            details["used"]["allocated_bytes"] -= saved
 
 
 def split_calls(calibration: Calibration, settings: AllocatingSettings) -> tuple[Calls, Calls]:

@@ -56,6 +56,7 @@ SETTINGS = [
     mixdq(6.0, bits=(4, 8, 16), activation_bits=(8, 16), activation_budget={"protect": 0.2}),
     mixdq(4.0, activation_bits=(4, 8), activation_budget={"mean_bits": 6.0}),
     mixdq(4.0, activation_scale="static", adaln_weight_bits=8),
+    mixdq(4.0, activation_scale="static", activation_bits=(8, 16), activation_budget={"protect": 0.3}),
     mixdq(4.0, objective="mixdq", fixed={"*.attn1.to_q": 8, "*.attn1.to_k": 16}, adaln_weight_bits=16),
     vidit_q(4.0),
     vidit_q(3.0, bits=(2, 4, 16), rotation="block", act_exponent=0.5, low_rank=4, rounding="gptq"),
@@ -72,7 +73,7 @@ def test_budget_bytes_and_records_agree(settings, opened, calibrate, outputs, tm
     used = details["allocation"]["used"]
     assert used["mean_bits"] <= asked
     assert used["bytes"] <= planned.after.bytes
-    # To the byte: what the program counted is what the model holds. A protected input needs no stored grid.
+    # To the byte: what the program counted is what the model holds.
     assert model.size().bytes == used["bytes"]
     schemes = {n: m.scheme for n, m in model.module.named_modules() if isinstance(m, QuantizedLinear)}
     assert schemes == model.quantization
