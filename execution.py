@@ -43,8 +43,9 @@ from .workdir import WorkDirectory, digest
 # Room for what is neither weights nor statistics: the interpreter and the libraries.
 _PROCESS_BYTES = 600 * 2**20
 _PLAN_SLACK = 0.02
-# Of a stage's details: rows per layer, per measured sensitivity, per allocation that was tried.
-_TABLES = frozenset({"layers", "sensitivity", "points"})
+# Of a stage's details: rows per layer, per measured sensitivity, per allocation that was tried; and times,
+# with which equal runs would write different files.
+_REPORT_ALONE = frozenset({"layers", "sensitivity", "points", "seconds"})
 
 
 def resolve_device(name: str) -> str:
@@ -293,8 +294,8 @@ def _run_stage(
 
 
 def _kept_in_history(details: dict[str, Any]) -> dict[str, Any]:
-    """Return the details of a stage without its tables: those stand in the report alone."""
-    kept = {name: value for name, value in details.items() if name not in _TABLES}
+    """Return the details of a stage without what stands in the report alone."""
+    kept = {name: value for name, value in details.items() if name not in _REPORT_ALONE}
     return {
         name: _kept_in_history(value) if isinstance(value, dict) else value for name, value in kept.items()
     }
