@@ -34,7 +34,9 @@ from .decision import plan_assignment
 from .problem import nominal_bits
 from .sensing import targets_of
 
-_DICTIONARY = {"mean_bits": "{} bits per weight on average", "bytes": "{:,} bytes", "ratio": "a ratio of {}"}
+# Of a weight while allocations are compared: as an integer, and in the layout of the fastest product.
+_LAID_OUT_BYTES = 2
+_WORDS = {"mean_bits": "{} bits per weight on average", "bytes": "{:,} bytes", "ratio": "a ratio of {}"}
 
 
 def plan_mixed(spec: ModelSpec, settings: AllocatingSettings) -> StagePlan:
@@ -80,14 +82,15 @@ def plan_mixed(spec: ModelSpec, settings: AllocatingSettings) -> StagePlan:
 def _peak_bytes(
     spec: ModelSpec, after: ModelSpec, candidates: Candidates, settings: AllocatingSettings
 ) -> int:
-    """Weights in float32, quantized layers beside them, outputs that are kept, work on the largest layer."""
+    """Weights in float32, integer layers beside them, outputs that are kept, work on the largest layer."""
     widened = spec.size().bytes * 4 // min(4, spec.dtype.itemsize)
     shapes = [layer.site.shape for layer in candidates.layers]
     work = WORKING_COPIES * 4 * max(rows * columns for rows, columns in shapes) + ROW_BUDGET_BYTES
     if options_of(settings).compensate:
         widest = max(columns for _, columns in shapes)
         work += GRAM_BUDGET_BYTES + 4 * 4 * widest * widest
-    return widened + after.size().bytes + max(work, KEPT_LIMIT_BYTES)
+    laid_out = _LAID_OUT_BYTES * sum(rows * columns for rows, columns in shapes)
+    return widened + after.size().bytes + max(work, KEPT_LIMIT_BYTES + laid_out)
 
 
 def _notes(
@@ -95,7 +98,7 @@ def _notes(
 ) -> list[str]:
     allocation = allocation_of(settings)
     asked = allocation.budget.model_dump(exclude_none=True)
-    limits = " and ".join(_DICTIONARY[name].format(value) for name, value in asked.items())
+    limits = " and ".join(_WORDS[name].format(value) for name, value in asked.items())
     chosen = [layer for layer in candidates.layers if len(layer.costs) > 1]
     offered = sorted({nominal_bits(label) for layer in chosen for label in layer.costs})
     sensitivity = allocation.sensitivity
