@@ -170,7 +170,7 @@ def draw_curve(found: Curve, title: str, path: Path) -> None:
         "even": ("#d9772b", "D", "--"), "random": ("#8a5fb0", "^", ":"), "dB-sum": ("#b02a4c", "v", "-."),
     }  # fmt: skip
     with plain_defaults():
-        figure = new_figure(7.2, 4.2)
+        figure = new_figure(8.2, 4.2)
         axes = figure.subplots()
         for method in METHODS:
             colour, marker, line = styles[method]
@@ -181,7 +181,7 @@ def draw_curve(found: Curve, title: str, path: Path) -> None:
             )  # fmt: skip
         axes.set(xlabel="MB of all tensors", ylabel="SQNR of the denoiser, dB (unseen trajectories)")
         axes.set_title(title)
-        axes.legend(frameon=False, fontsize=8.5)
+        axes.legend(loc="center left", bbox_to_anchor=(1.005, 0.5), frameon=False, fontsize=8.5)
         tidy(axes)
         save(figure, path)
 
