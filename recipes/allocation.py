@@ -151,7 +151,10 @@ class AllocationSettings(_Settings):
     """A choice of bits for every layer, so that the model loses least under a budget."""
 
     budget: BudgetSettings = Field(description="What the weights may take: mean_bits, bytes, ratio.")
-    bits: OfferedBits = Field((2, 3, 4, 8, 16), description="Weight bits offered; 16 is floating point.")
+    bits: OfferedBits = Field(
+        (2, 3, 4, 6, 8, 16),
+        description="Weight bits offered; 16 is floating point. The paper has 2, 4 and 8.",
+    )
     activation_bits: OfferedActivationBits = Field(
         (8,), description="Activation bits offered; 16 is floating point."
     )

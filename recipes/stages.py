@@ -83,6 +83,11 @@ class GridSettings(StageSettings):
     clip: Literal["minmax", "mse"] | None = Field(
         None, description="How the weight range is found; null: minmax at 6 and 8 bits, mse at 4 and below."
     )
+    rescale: bool = Field(
+        False,
+        description="After rounding, scale every weight so that it is as long along the original as that is:"
+        " clipping shrinks all layers alike, and such errors add up. Costs no bytes; beyond the papers.",
+    )
     adaln_weight_bits: Literal[8, 16] | None = Field(
         16,
         description="Bits of the adaptive-norm modulation weights (weight-only); 16 leaves them in floating "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from ...runtime.manifest import QuantizedModule, RotationScheme
 from ...runtime.modules import layer_class
 from . import low_rank, ranges
 from .balance import Transform
-from .grid import Grid, find_steps, round_to_nearest
+from .grid import Grid, QuantizedWeight, Steps, find_steps, rescaled, round_to_nearest
 from .rounding import round_with_compensation
 from .scheme import grid_of
 
@@ -117,7 +116,10 @@ def rounded(
     if original.online and transform.scale is not None:
         tensors["input_scale"] = transform.scale
     gram = None if original.gram is None else transform.on_gram(original.gram)
-    q, steps = _round(original.name, weight, grid_of(settings, scheme), gram)
+    kind = grid_of(settings, scheme)
+    q, steps = _round(original.name, weight, kind, gram)
+    if settings.rescale:
+        steps = rescaled(weight, QuantizedWeight(q, steps), kind, gram)
     tensors["qweight"] = q if scheme.bits == 8 else packing.pack(q, scheme.bits)
     tensors["scale"] = steps.scale
     if steps.zero is not None:
@@ -127,7 +129,7 @@ def rounded(
     return tensors
 
 
-def _round(name: str, weight: Tensor, kind: Grid, gram: Tensor | None) -> Any:
+def _round(name: str, weight: Tensor, kind: Grid, gram: Tensor | None) -> tuple[Tensor, Steps]:
     """Find the grid and round: to nearest, or with compensation where there is a Gram matrix."""
     if gram is None:
         steps = find_steps(weight, kind)

@@ -20,6 +20,7 @@ _CHUNK_ELEMENTS = 2**22
 _COARSE, _FINE = 14, 4
 # The narrowest range worth trying, as a share of min-max: the fewer the levels, the more clipping pays.
 _NARROWEST = {2: 0.2, 3: 0.35, 4: 0.5, 6: 0.7, 8: 0.85}
+_RESCALED = (0.5, 2.0)
 _SMALLEST = {torch.float32: 1e-30, torch.float16: 2.0**-24}
 
 
@@ -176,6 +177,31 @@ def round_to_nearest(weight: Tensor, steps: Steps, grid: Grid) -> Tensor:
     width = grid.group_size or weight.shape[1]
     level = _levels(weight.view(weight.shape[0], -1, width), steps, grid)
     return level.to(torch.int8).view(weight.shape)
+
+
+def rescaled(weight: Tensor, rounded: QuantizedWeight, grid: Grid, gram: Tensor | None = None) -> Steps:
+    """Return the steps with scales at which the rounded weight is as long along the original as that is.
+
+    A clipped range shrinks a weight, and layers that all shrink err in one direction, so that their
+    errors add up in amplitude instead of power. With <w, v> = w G v^T, G the Gram matrix of the inputs or
+    the identity, the scale is multiplied by <w, w> / <w, w^>. This goes beyond the papers.
+
+    Args:
+        weight: float32 [out, in].
+        rounded: of it.
+        grid: of the rounding.
+        gram: float32 [in, in]; with it there is one factor per output channel, else one per scale.
+    """
+    groups = rounded.steps.scale.shape[1]
+    seen = weight if gram is None else weight @ gram
+    parts = [(seen * item).double() for item in (weight, dequantize(rounded))]
+    shape = (len(weight), groups, -1) if gram is None else (len(weight), 1, -1)
+    whole, found = (part.view(shape).sum(dim=-1) for part in parts)
+    # A weight of zeros, or one whose rounding points elsewhere, keeps its scale.
+    usable = (found > 0) & (whole > 0)
+    factor = torch.where(usable, whole / torch.where(usable, found, 1.0), 1.0).clamp(*_RESCALED)
+    scale = (rounded.steps.scale.double() * factor).to(grid.scale_dtype)
+    return rounded.steps._replace(scale=scale.clamp_min(_SMALLEST[grid.scale_dtype]))
 
 
 def quantize(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> QuantizedWeight:

@@ -3,7 +3,7 @@
 The paper's weights: per output channel, symmetric, min-max, rounded to nearest. Where we differ from its
 public code: activations have one dynamic scale per token (the code's static scale per tensor can be
 asked for); the default objective adds error powers instead of decibels (`objective: mixdq` is the
-paper's); the budget may be bytes of the file, scales included; bits 3 and 16 are offered as well; ranges
+paper's); the budget may be bytes of the file, scales included; bits 3, 6 and 16 are offered as well; ranges
 at 4 bits and below minimise the squared error (`clip: minmax` is the paper's); and allocations are
 compared by the model's own output on several samples, in floating point, where the code compares one
 image in 8-bit integers.

@@ -1,6 +1,14 @@
 import pytest
 import torch
-from compress.compressors.quantization.grid import Grid, dequantize, find_steps, quantize, round_to_nearest
+from compress.compressors.quantization.grid import (
+    Grid,
+    QuantizedWeight,
+    dequantize,
+    find_steps,
+    quantize,
+    rescaled,
+    round_to_nearest,
+)
 
 WEIGHT = torch.randn(24, 96, generator=torch.Generator().manual_seed(0)) * 0.05
 GRIDS = [
@@ -107,3 +115,39 @@ def test_steps_do_not_depend_on_the_chunks():
     halves = [find_steps(part, grid) for part in WEIGHT.split(5)]
     assert torch.equal(whole.scale, torch.cat([part.scale for part in halves]))
     assert torch.equal(whole.zero, torch.cat([part.zero for part in halves]))
+
+
+@pytest.mark.parametrize("grid", [g for g in GRIDS if g.clip == "mse" and g.bits <= 4], ids=str)
+def test_a_rescaled_weight_is_as_long_along_the_original(grid):
+    rounded = quantize(WEIGHT, grid)
+    steps = rescaled(WEIGHT, rounded, grid)
+
+    def shares(scale_of):
+        parts = [item.double().view(24, steps.scale.shape[1], -1) for item in (WEIGHT, dequantize(scale_of))]
+        return (parts[0] * parts[1]).sum(-1) / parts[0].square().sum(-1)
+
+    before, after = shares(rounded), shares(QuantizedWeight(rounded.q, steps))
+    assert before.mean() < 1 - 1e-4  # clipping has shrunk it
+    assert torch.allclose(after, torch.ones_like(after), atol=2e-3 if grid.group_size else 1e-5)
+    assert steps.scale.dtype == rounded.steps.scale.dtype
+
+
+def test_a_rescaled_weight_gives_outputs_as_large_on_its_inputs():
+    x = torch.randn(400, 96, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, 3, 96)
+    gram, grid = x.T @ x / len(x), Grid(2, True, "mse", 32)
+    rounded = quantize(WEIGHT, grid, gram.diagonal())
+    steps = rescaled(WEIGHT, rounded, grid, gram)
+    y, found = x @ WEIGHT.T, x @ dequantize(QuantizedWeight(rounded.q, steps)).T
+    share = (y * found).sum(0) / y.square().sum(0)
+    assert torch.allclose(share, torch.ones_like(share), atol=2e-3)
+    ratio = steps.scale / rounded.steps.scale
+    assert torch.allclose(ratio, ratio[:, :1].expand_as(ratio), atol=2e-3)  # one factor per output
+
+
+def test_weights_of_zeros_keep_their_scale():
+    weight = WEIGHT.clone()
+    weight[3] = 0
+    rounded = quantize(weight, Grid(4, True, "mse"))
+    steps = rescaled(weight, rounded, Grid(4, True, "mse"))
+    assert steps.scale[3] == rounded.steps.scale[3]
+    assert torch.isfinite(steps.scale).all()

@@ -250,3 +250,15 @@ def test_an_unknown_method_gets_a_suggestion():
         registry.get("vidit")
     assert "vidit_q" in caught.value.hint
     assert registry.names()[:3] == ["rtn", "smoothquant", "vidit_q"]
+
+
+def test_rescaling_changes_scales_alone(opened, calibrate):
+    stored = []
+    for rescale in (False, True):
+        model = opened()
+        apply(model, RtnSettings(weight_bits=3, rescale=rescale), calibrate(model))
+        stored.append(model.module.state_dict())
+    names = [name for name in stored[0] if name.endswith(".scale")]
+    assert names
+    assert all(not torch.equal(stored[0][name], stored[1][name]) for name in names)
+    assert all(torch.equal(stored[0][name], stored[1][name]) for name in stored[0] if name not in names)
