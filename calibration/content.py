@@ -7,13 +7,41 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..models.base import OpenModel
+from ..runtime.encoders import encoding_hashes
 from ..runtime.hashes import file_sha256
+from .inputs import by_content
+
+if TYPE_CHECKING:
+    from ..recipes.schema import CalibrationSettings
+
+
+def condition_content(model: OpenModel, settings: CalibrationSettings) -> dict[str, Any]:
+    """Return what the samples of a denoiser are drawn for as JSON values, by content.
+
+    Prompts mean what the text encoders beside the denoiser make of them, so these count as well: by
+    the files of a local pipeline, by the commit of one from the Hub.
+
+    Args:
+        model: the original.
+        settings: of the recipe.
+
+    Raises:
+        SourceError: a file cannot be read.
+    """
+    values = by_content(settings)
+    if settings.prompts is not None and settings.embeddings is None:
+        source = model.source
+        encoders: Any = f"{source.id}@{source.revision}"
+        if source.revision is None:
+            encoders = encoding_hashes(source.folder)
+        values["encoders"] = {"files": encoders, "transformers": version("transformers")}
+    return values
 
 
 def content_key(model: OpenModel, settings: Mapping[str, Any]) -> str:

@@ -22,8 +22,7 @@ from ..runtime.atomic import atomic_file, sweep_partials
 from ..runtime.hashes import file_sha256
 from .base import Observer
 from .conditions import Conditions, conditions_for
-from .content import content_key, is_intact, read_index
-from .inputs import by_content
+from .content import condition_content, content_key, is_intact, read_index
 from .sampler import denoise_batch, make_scheduler, place
 from .views import views
 
@@ -195,12 +194,13 @@ def record(
 def recording_key(model: OpenModel, settings: CalibrationSettings, seed: int) -> str:
     """Return the content hash of everything that a recording depends on, 64 hexadecimal digits.
 
-    Prompts and embeddings count by their content, not by their path.
+    Prompts, embeddings and text encoders count by their content, not by their path.
 
     Raises:
-        SourceError: a file with prompts or embeddings cannot be read.
+        SourceError: one of these files cannot be read.
     """
-    return content_key(model, {"format": FORMAT_VERSION, "calibration": by_content(settings), "seed": seed})
+    content = {"format": FORMAT_VERSION, "calibration": condition_content(model, settings), "seed": seed}
+    return content_key(model, content)
 
 
 def _write_index(path: Path, hashes: dict[str, str]) -> None:

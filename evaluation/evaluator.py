@@ -19,8 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..calibration.content import content_key
-from ..calibration.inputs import by_content
+from ..calibration.content import condition_content, content_key
 from ..calibration.sampler import ClassConditions, Conditions, OnCall, conditions_for, sample
 from ..models.base import OpenModel
 from ..models.builtin.classifier import Scorer, load_scorer
@@ -113,7 +112,7 @@ class Evaluator:
         settings = {
             "version": VERSION,
             "evaluate": self._settings.model_dump(mode="json"),
-            "conditions": by_content(self._sources),
+            "conditions": condition_content(model, self._sources),
             "seed": self._seed,
         }
         return recorded(cache, content_key(model, settings), record, fresh=fresh)

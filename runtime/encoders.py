@@ -11,6 +11,7 @@ from .manifest import QuantizedModule
 
 _PIPELINE_FILE = "model_index.json"
 _WEIGHTS = "text_encoder*/*.safetensors"
+_ENCODING_FILES = (_PIPELINE_FILE, "text_encoder*/*", "tokenizer*/*")
 
 
 def hashes_beside(folder: Path) -> dict[str, str]:
@@ -26,6 +27,28 @@ def hashes_beside(folder: Path) -> dict[str, str]:
     if root is None:
         return {}
     return {path.relative_to(root).as_posix(): file_sha256(path) for path in sorted(root.glob(_WEIGHTS))}
+
+
+def encoding_hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file that decides how the pipeline of a component encodes prompts.
+
+    Args:
+        folder: of the denoiser, or of the pipeline itself.
+
+    Returns:
+        path in the pipeline's folder -> SHA-256; empty where there is no pipeline.
+
+    Raises:
+        SourceError: one cannot be read.
+    """
+    root = _pipeline_of(folder)
+    if root is None:
+        return {}
+    files = sorted(path for pattern in _ENCODING_FILES for path in root.glob(pattern) if path.is_file())
+    try:
+        return {path.relative_to(root).as_posix(): file_sha256(path) for path in files}
+    except OSError as error:
+        raise SourceError(f"{error.filename or root}: cannot be read: {error.strerror or error}") from None
 
 
 def check_encoders(quantization: Mapping[str, QuantizedModule], folder: Path) -> None:

@@ -8,13 +8,15 @@ import shutil
 import diffusers
 import pytest
 import torch
-from compress.calibration.diffusion import record
+from compress.calibration.diffusion import record, recording_key
 from compress.calibration.prompts import encode, read_prompts
 from compress.calibration.sampler import conditions_for
 from compress.errors import SourceError
+from compress.evaluation.evaluator import Evaluator
 from compress.models.open import open_model
 from compress.progress import SilentProgress
-from compress.recipes.schema import CalibrationSettings, ModelRef
+from compress.recipes.schema import CalibrationSettings, EvaluateSettings, FidelitySettings, ModelRef
+from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 QUIET = SilentProgress()
@@ -106,3 +108,36 @@ def test_prompt_files(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SourceError, match="cannot be read"):
         read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "text_encoder/model.safetensors",
+        "text_encoder/config.json",
+        "tokenizer/tokenizer_config.json",
+        "model_index.json",
+    ],
+)
+def test_prompts_are_encoded_anew_where_the_encoders_were_changed(pipeline, tmp_path, change):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    settings = CalibrationSettings(samples=2, steps=1, prompts=prompts)
+
+    def keys():
+        model = open_model(ModelRef(id=str(pipeline)), progress=QUIET)
+        evaluator = Evaluator(EvaluateSettings(fidelity=FidelitySettings(samples=1, steps=1)), 0, settings)
+        reference = evaluator.reference(model, tmp_path / "cache", QUIET).folder.name
+        return recording_key(model, settings, 0), reference, recording_key(model, CalibrationSettings(), 0)
+
+    before = keys()
+    assert keys() == before
+    path = pipeline / change
+    if path.suffix == ".json":
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"_more": 1}))
+    else:
+        tensors = load_file(path)
+        save_file({name: 2 * tensor for name, tensor in tensors.items()}, path, {"format": "pt"})
+    after = keys()
+    assert after[0] != before[0] and after[1] != before[1]
+    assert after[2] == before[2]  # without prompts nothing is encoded
