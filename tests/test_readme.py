@@ -21,11 +21,20 @@ def _blocks(text: str, language: str) -> list[str]:
 
 
 def test_the_recipe_explained_is_the_shipped_one(readme, repository, tmp_path):
-    (block,) = _blocks(readme, "yaml")
+    block = _blocks(readme, "yaml")[0]
     copy = tmp_path / "readme.yaml"
     copy.write_text(block, encoding="utf-8")
     shown = load_recipe(copy).recipe
     assert shown.model_dump() == load_recipe(repository / "recipes" / "dit_w4a8.yaml").recipe.model_dump()
+
+
+def test_parts_of_recipes_are_valid(readme, tmp_path):
+    parts = _blocks(readme, "yaml")[1:]
+    assert parts
+    for part in parts:
+        copy = tmp_path / "readme.yaml"
+        copy.write_text(f"model: builtin:dit\nexport: {{path: out}}\n{part}", encoding="utf-8")
+        assert load_recipe(copy).recipe.stages
 
 
 def test_recipe_names_exist(readme):
