@@ -60,11 +60,11 @@ class QuantizedConv2d(QuantizedLinear):
 
         Returns:
             Levels of the shape of x, channels last in memory; scale, and zero where there is one,
-            [batch, 1].
+            [batch, 1]. An item that no grid covers, because of a NaN or an infinity, has the scale NaN.
         """
         last = x.is_contiguous(memory_format=torch.channels_last)
         flat = (x.permute(0, 2, 3, 1) if last else x).reshape(x.shape[0], -1)
-        items = self.quantize_rows(flat, unsigned=unsigned)
+        items = _marked(self.quantize_rows(flat, unsigned=unsigned))
         if last:
             q = items.q.view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
         else:
@@ -166,9 +166,30 @@ class QuantizedConv2d(QuantizedLinear):
         Returns:
             [batch, out, height, width] in x's dtype. Where activations are quantized it is channels
             last in memory, as from a stock convolution whose weight is: the next one is faster then.
+            An item with a NaN comes out NaN, and so does one with an infinity that has a grid of its own.
+
+        Raises:
+            ValueError: x has another shape.
         """
+        x, batched = self._batched(x)
+        y = self._convolved(x)
+        return y if batched else y[0]
+
+    def _batched(self, x: Tensor) -> tuple[Tensor, bool]:
+        """Return x with a batch axis, as a stock convolution takes it without one, and whether it had one."""
+        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
+            raise ValueError(
+                f"x of shape {list(x.shape)}; expected [batch, {self.in_channels}, height, width], or that"
+                " without batch"
+            )
+        return (x, True) if x.dim() == 4 else (x[None], False)
+
+    def _convolved(self, x: Tensor) -> Tensor:
         if self.scheme.activation is None:
             return self._float_conv(x)
+        if x.shape[0] == 0:
+            size = output_size(x.shape[2], x.shape[3], self.window)
+            return x.new_empty(0, self.out_channels, *size)
         convolution = self._convolvable(x)
         if convolution is None:
             return self._by_windows(x).permute(0, 3, 1, 2)
@@ -182,6 +203,13 @@ class QuantizedConv2d(QuantizedLinear):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size},"
             f" stride={self.stride}, padding={self.padding}, W{self.scheme.bits}{activation}"
         )
+
+
+def _marked(items: integer.Tokens) -> integer.Tokens:
+    """Give items without a grid the scale NaN, which makes NaN of all outputs, and some zero."""
+    usable = items.scale.isfinite()
+    zero = None if items.zero is None else torch.where(usable, items.zero, 0)
+    return items._replace(scale=torch.where(usable, items.scale, torch.nan), zero=zero)
 
 
 def _channels_last(q: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -214,13 +215,66 @@ def test_the_largest_integers_are_added_up_exactly() -> None:
     assert torch.allclose(y, torch.full_like(y, 256 * 9 * 3.0), rtol=1e-6)
 
 
-def test_an_input_that_is_not_finite_does_not_pass_for_numbers() -> None:
-    layer = quantize(nn.Conv2d(4, 4, 3), 8, activation=ActivationScheme(bits=8, scope="sample"))
-    x = images(2, 4, 6, 6)
-    x[1, 0, 0, 0] = torch.nan
-    y = layer(x)
-    assert torch.isfinite(y[0]).all()
-    assert not torch.isfinite(y[1]).any()
+@pytest.mark.parametrize("kernel_of_the_cpu", [True, False])
+@pytest.mark.parametrize("weight_symmetric", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scope", ["sample", "tensor"])
+def test_an_input_that_is_not_finite_does_not_pass_for_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+    scope: str,
+    symmetric: bool,
+    weight_symmetric: bool,
+    kernel_of_the_cpu: bool,
+) -> None:
+    if not kernel_of_the_cpu:
+        monkeypatch.setattr(prepacked_conv, "is_available", lambda columns: False)
+    stored = {}
+    if scope == "tensor":
+        scale, zero = static.grid_of_range(-2.0, 4.0, 8, symmetric)
+        stored = {"activation_scale": scale} | ({} if zero is None else {"activation_zero_point": zero})
+    activation = ActivationScheme(bits=8, symmetric=symmetric, scope=scope)
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    layer = quantize(conv, 8, symmetric=weight_symmetric, activation=activation, stored=stored)
+    x = images(3, 4, 6, 6)
+    good = layer(x)
+    for dtype, bad in itertools.product((torch.float32, torch.bfloat16), (torch.nan, torch.inf, -torch.inf)):
+        x[1, 2, 3, 4] = bad
+        y = layer(x.to(dtype))
+        if dtype == torch.float32:
+            assert torch.equal(y[::2], good[::2])
+        assert torch.isfinite(y[::2]).all()
+        if scope == "tensor" and bad is not torch.nan:
+            assert torch.isfinite(y[1]).all()  # beyond the stored range, where all else takes its end too
+            assert sqnr_db(layer.reference_forward(x)[1], y[1]) > 40
+        else:
+            assert y[1].isnan().all() and layer.reference_forward(x)[1].isnan().all()
+
+
+@pytest.mark.parametrize("activation", [None, ActivationScheme(bits=8, symmetric=False, scope="sample")])
+def test_shapes_are_taken_as_a_stock_convolution_takes_them(activation: ActivationScheme | None) -> None:
+    conv = nn.Conv2d(4, 6, 3, stride=2)
+    layer = quantize(conv, 8, activation=activation)
+    x = images(2, 4, 7, 9)
+    assert layer(x[:0]).shape == conv(x[:0]).shape
+    assert torch.equal(layer(x[0]), layer(x[:1])[0]) and layer(x[0]).shape == conv(x[0]).shape
+    for wrong in (
+        torch.zeros(2, 5, 7, 9),
+        torch.zeros(5, 7, 9),
+        torch.zeros(7, 9),
+        torch.zeros(1, 2, 4, 7, 9),
+    ):
+        shape = re.escape(str(list(wrong.shape)))
+        with pytest.raises(ValueError, match=rf"shape {shape}; expected \[batch, 4, height, width\]"):
+            layer(wrong)
+        with pytest.raises(RuntimeError):
+            conv(wrong)
+
+
+def test_windows_that_could_leave_32_bits_are_not_given_to_the_kernel_of_the_cpu() -> None:
+    most = 2**31 // (255 * 128)
+    assert not prepacked_conv.is_available(most + 1)
+    assert prepacked_conv.is_available(2**10) == prepacked_conv._probe()
 
 
 def test_copies_pickles_and_casts_keep_the_grids() -> None:
