@@ -19,6 +19,7 @@ from ..models.shapes import uses_additional_conditions
 from ..models.unet import PIXELS_PER_LATENT, time_ids
 from ..models.unet_shapes import text_vector_width
 from ..runtime.config_unet import TIME_IDS, per_stage
+from .prompts import ADDED, encode, read_prompts
 from .seeds import generator_for
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 _NULL_HINT = "give them, or set guidance_scale to 1"
 
-ADDED = "added_cond_kwargs"
 _POOLED = f"{ADDED}/text_embeds"
 
 # Argument of the denoiser (a slash leads into a nested one) -> key in an embeddings file (the negative ones
@@ -166,8 +166,6 @@ def _prompt_conditions(model: OpenModel, settings: CalibrationSettings, samples:
     if settings.embeddings is not None:
         positive, negative = read_embeddings(Path(settings.embeddings), model)
     elif settings.prompts is not None:
-        from .prompts import encode, read_prompts
-
         positive, negative = encode(model, read_prompts(Path(settings.prompts)))
     else:
         raise SourceError(

@@ -12,7 +12,9 @@ from ..errors import SourceError
 from ..models.base import OpenModel
 from ..models.checkpoint import PIPELINE_NAME, read_json
 from ..models.hub import OTHER_VARIANTS, fetch
-from .conditions import ADDED
+
+ADDED = "added_cond_kwargs"
+"""Argument of a U-Net that nests what SDXL conditions on besides the text."""
 
 _PIPELINE_FILES = ("model_index.json", "tokenizer*/*", "text_encoder*/*.json", "text_encoder*/*.safetensors")
 _ENCODING_PARTS = ("tokenizer", "text_encoder")
