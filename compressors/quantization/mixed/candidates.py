@@ -11,11 +11,12 @@ import torch
 from ....errors import PlanError
 from ....models.base import Family, LinearSite, TensorSpec
 from ....recipes.allocation import FLOAT_BITS, AllocationSettings
-from ....recipes.patterns import select, unmatched
+from ....recipes.patterns import select
 from ....recipes.stages import MixdqSettings, ViditQSettings
 from ....runtime.manifest import QuantizedModule
 from ..details import scheme_bytes
 from ..scheme import Survey, linear_scheme, modulation_scheme, options_of
+from .fixing import Fixed, by_pattern, refuse_twice_decided
 from .groups import MetricGroup, group_layers
 from .problem import label_of_weight
 
@@ -108,8 +109,9 @@ def find_candidates(
     """Find out what may be chosen for every layer.
 
     A rule earlier in this list wins: a pattern of `keep`; one of `fixed`; `adaln_weight_bits` for
-    modulation layers; the family's own list of layers left in floating point; embedders and heads in
-    floating point; the bits of the layer's group, or of the stage, for the rest.
+    modulation layers (8 beside a pattern of `fixed` is refused); the family's own list of layers left
+    in floating point; embedders and heads in floating point; the bits of the layer's group, or of the
+    stage, for the rest.
 
     Args:
         family: of the model.
@@ -121,15 +123,20 @@ def find_candidates(
         inputs: layer -> elements of its input; None: not known.
 
     Raises:
-        PlanError: a pattern of `fixed` or of a group matches nothing, `group_size` does not divide a
+        PlanError: a pattern of `fixed`, `fixed_activations` or a group decides nothing, two of them give
+            a layer different bits, `group_size` does not divide a
             layer's inputs, or tied layers would get scales of their own.
     """
     float_rules = {**survey.float_rules, **_float_modulations(survey, settings)}
     sites = [site for site in survey.sites if site.name not in float_rules]
     allocation = allocation_of(settings)
     roles = {site.name: str(site.role) for site in sites}
-    fixed = _by_pattern("fixed", allocation.fixed, list(roles))
-    fixed_activations = _by_pattern("fixed_activations", allocation.fixed_activations, list(roles))
+    fixed = by_pattern("fixed", allocation.fixed, roles)
+    modulations = [name for name, role in roles.items() if role == "adaln"]
+    refuse_twice_decided(fixed, modulations, settings.adaln_weight_bits)
+    fixed_activations = by_pattern(
+        "fixed_activations", allocation.fixed_activations, roles, _without_activations(roles, fixed)
+    )
     groups = group_layers(family.name, roles, allocation.groups)
     group_of = {name: group.name for group in groups for name in group.layers}
     layers = []
@@ -175,19 +182,19 @@ def _float_modulations(survey: Survey, settings: AllocatingSettings) -> dict[str
     }
 
 
-def _by_pattern(key: str, patterns: Mapping[str, int], names: Sequence[str]) -> dict[str, tuple[int, str]]:
-    """Return layer -> (number, pattern) of a setting that maps patterns to numbers; the first one wins."""
-    for pattern in unmatched(list(patterns), names):
-        raise PlanError(
-            f"{key}: pattern {pattern!r} matches no layer that is allocated",
-            hint="patterns describe full names, `*` stands for anything; layers that `keep`, the family or"
-            " adaln_weight_bits leave in floating point take no part",
-        )
-    return {name: (patterns[pattern], pattern) for name, pattern in select(list(patterns), names).items()}
+def _without_activations(roles: Mapping[str, str], fixed: Fixed) -> dict[str, str]:
+    """Return the layers whose inputs stay in floating point whatever is asked, with the reason."""
+    return {
+        name: "modulation layers are weight-only"
+        if role == "adaln"
+        else f"fixed: {fixed[name][1]!r} leaves the layer in floating point"
+        for name, role in roles.items()
+        if role == "adaln" or (name in fixed and fixed[name][0] == FLOAT_BITS)
+    }
 
 
 def _offered_bits(
-    site: LinearSite, settings: AllocatingSettings, group: str, fixed: Mapping[str, tuple[int, str]]
+    site: LinearSite, settings: AllocatingSettings, group: str, fixed: Fixed
 ) -> tuple[tuple[int, ...], str]:
     """Return the bits that are offered to a layer, in rising order, and the rule."""
     if site.name in fixed:
@@ -202,7 +209,7 @@ def _offered_bits(
 
 
 def _offered_activations(
-    site: LinearSite, settings: AllocatingSettings, group: str, fixed: Mapping[str, tuple[int, str]]
+    site: LinearSite, settings: AllocatingSettings, group: str, fixed: Fixed
 ) -> tuple[int, ...]:
     if site.role == "adaln":
         return (FLOAT_BITS,)

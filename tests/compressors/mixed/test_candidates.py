@@ -57,7 +57,7 @@ def test_rules_in_their_order(opened):
     settings = mixdq(
         bits=(2, 4, 16),
         keep=("*.0.ff.net.2",),
-        fixed={"*.0.ff.*": 3, "*.0.norm1.linear": 6},
+        fixed={"*.0.ff.*": 3},
         fixed_activations={"*.to_v": 16},
         adaln_weight_bits=8,
         groups={
@@ -72,7 +72,7 @@ def test_rules_in_their_order(opened):
         layer.site.name.removeprefix("transformer_blocks."): set(layer.costs) for layer in found.layers
     }
     assert offered["0.ff.net.0.proj"] == {"w3"}
-    assert offered["0.norm1.linear"] == {"w6"}
+    assert offered["0.norm1.linear"] == {"w8"}
     assert offered["1.norm1.linear"] == {"w8"}
     assert offered["1.attn1.to_q"] == {"w4", "w8"}
     assert offered["1.ff.net.2"] == {"w2", "w4", "w16"}
@@ -81,6 +81,43 @@ def test_rules_in_their_order(opened):
     assert by_end(found, "1.attn1.to_v").activations == (16,)
     assert by_end(found, "1.attn1.to_q").activations == (8,)
     assert by_end(found, "1.norm1.linear").activations == (16,)
+
+
+def test_the_order_of_patterns_means_nothing(opened):
+    model = opened()
+    patterns = {"*.0.attn1.to_*": 4, "*.to_v": 4, "*.ff.*": 8}
+    backwards = dict(reversed(patterns.items()))
+    assert list(patterns) != list(backwards)
+    one, other = (candidates_of(model, mixdq(fixed=item)) for item in (patterns, backwards))
+    assert one == other
+    assert by_end(one, "0.attn1.to_v").decided_by == "fixed: *.0.attn1.to_*"
+    assert by_end(one, "1.attn1.to_v").decided_by == "fixed: *.to_v"
+    assert by_end(one, "1.attn1.to_k").decided_by == "bits: allocated in group all"
+
+
+REFUSED = [
+    ({"fixed": {"*.to_v": 4, "*.0.attn1.*": 8}}, "0.attn1.to_v is given 8 bits by .* and 4 bits by"),
+    ({"fixed_activations": {"*.to_v": 8, "*.0.*": 16}}, "fixed_activations: .*0.attn1.to_v is given 16 bits"),
+    ({"fixed": {"*.attn1.*": 4, "*.to_v": 4}}, r"'\*.to_v' decides no layer that others do not"),
+    ({"fixed_activations": {"*.norm1.linear": 8}}, "modulation layers are weight-only"),
+    ({"fixed_activations": {"*.to_v": 8}, "fixed": {"*.to_v": 16}}, "leaves the layer in floating point"),
+    ({"adaln_weight_bits": 8, "fixed": {"*.0.*": 4}}, "0.norm1.linear is given 4 bits .* adaln_weight_bits"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=lambda item: str(item)[:50])
+def test_a_pattern_without_a_say_of_its_own_is_refused(opened, changes, message):
+    for key in changes.keys() & {"fixed", "fixed_activations"}:
+        backwards = {**changes, key: dict(reversed(changes[key].items()))}
+        for asked in (changes, backwards):
+            with pytest.raises(PlanError, match=message):
+                candidates_of(opened(), mixdq(**asked))
+
+
+def test_a_pattern_may_describe_modulations_beside_layers_with_inputs(opened):
+    found = candidates_of(opened(), mixdq(fixed_activations={"*.0.*": 4}))
+    assert by_end(found, "0.attn1.to_v").activations == (4,)
+    assert by_end(found, "0.norm1.linear").activations == (16,)
 
 
 def test_modulations_are_allocated_weight_only_with_a_scale_per_row(opened):
