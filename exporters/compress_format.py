@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..models.base import ModelSpec, OpenModel
+from ..runtime.language_config import without_code
 from ..runtime.manifest import FILE_NAME, Manifest, QuantizedModule
 from ..runtime.modules import name_of, quantized_layers
 from ..runtime.validate import expected_tensors, guard_name, quantization_section
@@ -76,7 +77,8 @@ def stock_config(model: OpenModel) -> dict[str, Any]:
         del config["_class_name"]  # ours alone: transformers goes by `architectures` and `model_type`
         config.pop("torch_dtype", None)
         architectures = [str(model.config["_class_name"])]
-        return {**config, "architectures": architectures, "dtype": name_of(model.spec.dtype)}
+        kept = without_code(config)
+        return {**kept, "architectures": architectures, "dtype": name_of(model.spec.dtype)}
     config.setdefault("_class_name", type(model.module).__name__)
     return config
 

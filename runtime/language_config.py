@@ -39,8 +39,10 @@ LANGUAGE_CLASSES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }  # fmt: skip
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
-# They choose code instead of a structure: a kernel, a class of the repository's own.
-_NOT_STRUCTURE = frozenset({"architectures", "attn_implementation", "auto_map", "quantization_config"})
+# They choose code instead of a structure: kernels, classes of the repository's own.
+_CODE = frozenset({"attn_implementation", "auto_map", "experts_implementation"})
+_INTERNAL = "_internal"  # behind a leading underscore: how stock code keeps its choice
+_NOT_STRUCTURE = _CODE | {"architectures", "quantization_config"}
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def complete_language_config(class_name: str, config: Mapping[str, Any], where: 
         if shape_keys[key] is not None:
             _check_integer(key, shape_keys[key], MAX_WIDTH, where)
     _check_integer("max_position_embeddings", shape_keys["max_position_embeddings"], MAX_POSITIONS, where)
+    _check_padding(config, where)
     for key in _FLAGS:
         if not isinstance(shape_keys[key], bool):
             raise SourceError(f"{where}: {key}: {shape_keys[key]!r} is not true or false")
@@ -150,6 +153,13 @@ def implied_copies(config: Mapping[str, Any]) -> dict[str, str]:
     return {"lm_head.weight": "model.embed_tokens.weight"}
 
 
+def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without what makes stock code fetch or run other code than its own."""
+    return {
+        key: value for key, value in config.items() if key.strip("_").removesuffix(_INTERNAL) not in _CODE
+    }
+
+
 def stock_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the stock config class is built from; nothing that makes it fetch or run other code."""
     arguments = {
@@ -183,6 +193,17 @@ def _structural(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 def _check_integer(key: str, value: Any, limit: int, where: str) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
         raise SourceError(f"{where}: {key}: {value!r} is not an integer from 1 to {limit}")
+
+
+def _check_padding(config: Mapping[str, Any], where: str) -> None:
+    """Hold the id of the padding, which stock classes index the embedding with, against the vocabulary."""
+    value, size = config.get("pad_token_id"), int(config["vocab_size"])
+    # Stock code counts a negative one from the end, as -1 in many older configs.
+    if value is not None and (type(value) is not int or not -size <= value < size):
+        raise SourceError(
+            f"{where}: pad_token_id: {value!r} is no id of a vocabulary of {size}",
+            hint="the config was changed by hand, or belongs to other weights; null means no padding",
+        )
 
 
 def _check_numbers(key: str, value: Any, where: str) -> None:

@@ -291,7 +291,7 @@ class QuantizedLinear(nn.Module):
         """Return the weight in the layout that is fastest for x [M, in]; None where there is none."""
         if torch.compiler.is_compiling() or x.device.type != "cpu" or self.scale.shape[1] > 1:
             return None
-        if self._packed is None and prepacked.is_available():
+        if self._packed is None and self.in_features <= prepacked.MOST_COLUMNS and prepacked.is_available():
             self._packed = prepacked.pack(self._lay_out(), self.bias)
         return self._packed
 

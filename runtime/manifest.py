@@ -155,6 +155,23 @@ class QuantizedModule(_Strict):
                 raise ValueError(f"{label} {width} does not divide the {columns} input channels")
         return self
 
+    @model_validator(mode="after")
+    def _sums_fit(self) -> QuantizedModule:
+        if self.activation is not None:
+            width = self.group_size or self.shape[1]
+            weight = _largest_level(self.bits, self.symmetric)
+            if width * weight * _largest_level(self.activation.bits, self.activation.symmetric) >= 2**31:
+                raise ValueError(
+                    f"sums of {width} products of {self.bits} and {self.activation.bits} bits can leave the"
+                    " 32 bits in which they are added up"
+                )
+        return self
+
+
+def _largest_level(bits: int, symmetric: bool) -> int:
+    """Return the greatest absolute value of an integer; one with its zero point in it may need 8 bits."""
+    return 1 << (bits - 1) if symmetric else 128
+
 
 class HistoryEntry(_Strict):
     """One finished stage: what was done, with what, and what came out."""

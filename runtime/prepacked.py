@@ -15,6 +15,8 @@ from torch import Tensor
 from .integer import IntegerWeight, Tokens, cache_rows, quantize_tokens
 
 _OFFSET = 128
+MOST_COLUMNS = 2**16
+"""Rows of more values could leave int32: 255 * 127 a product, before the offset is taken out."""
 _FINISH_ELEMENTS = 2**19
 _SUM_COLUMNS = 16
 _FEW_ELEMENTS = 2**17

@@ -199,6 +199,9 @@ def test_a_tied_head_that_differs_is_refused(make_llm):
         ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),
         ({"head_dim": 3}, "head_dim 3 is not even"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: 'yes' is not true or false"),
+        ({"pad_token_id": 60}, "pad_token_id: 60 is no id of a vocabulary of 60"),
+        ({"pad_token_id": -61}, "pad_token_id: -61 is no id"),
+        ({"pad_token_id": "0"}, "pad_token_id: '0' is no id"),
         ({"rope_parameters": {"factor": 1e30}}, r"rope_parameters 1e\+30 is out of range"),
         ({"intermediate_size": 40}, "the config implies"),
         ({"quantization_config": {"quant_method": "fp8"}}, "already quantized"),
@@ -226,6 +229,15 @@ def test_nothing_of_a_config_chooses_code():
         "attn_implementation": "somebody/kernel", "_attn_implementation": "somebody/kernel",
     }  # fmt: skip
     assert stock_arguments(config) == {"hidden_size": 64, "model_type": "llama"}
+
+
+@pytest.mark.parametrize("padding", [-1, 0, 59, None])
+def test_an_id_of_padding_is_counted_as_stock_code_counts_it(padding, make_llm):
+    folder = make_llm("LlamaForCausalLM")
+    raw = json.loads((folder / "config.json").read_text()) | {"pad_token_id": padding}
+    (folder / "config.json").write_text(json.dumps(raw))
+    embedding = open_model(ModelRef(id=str(folder)), progress=SilentProgress()).module.model.embed_tokens
+    assert embedding.padding_idx == (59 if padding == -1 else padding)
 
 
 def test_only_language_models_have_implied_copies():

@@ -6,6 +6,7 @@ import torch
 from compress.runtime.linear import QuantizedLinear, tensor_shapes
 from compress.runtime.manifest import ActivationScheme, QuantizedModule, RotationScheme
 from compress.runtime.packing import pack
+from pydantic import ValidationError
 
 ROWS, COLUMNS = 48, 64
 
@@ -155,3 +156,45 @@ def test_compiles_as_one_graph(changes):
     compiled = torch.compile(layer, fullgraph=True)
     compiled(x)
     torch.testing.assert_close(compiled(x), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("columns", "changes"),
+    [
+        (2**17, {}),
+        (2**18, {"bits": 4, "symmetric": False}),
+        (2**20, {"bits": 6, "activation": {"bits": 8}}),
+        (2**18, {"group_size": 2**17}),
+    ],
+)
+def test_sums_that_could_leave_32_bits_are_refused(columns, changes):
+    fields = {
+        "bits": 8,
+        "symmetric": True,
+        "activation": {"bits": 8},
+        "bias": False,
+        "method": "test",
+    } | changes
+    with pytest.raises(ValidationError, match=f"sums of {changes.get('group_size', columns)} products of"):
+        QuantizedModule.model_validate({**fields, "shape": (8, columns)})
+    QuantizedModule.model_validate({**fields, "shape": (8, columns), "group_size": 2**10})
+    QuantizedModule.model_validate({**fields, "shape": (8, columns), "activation": None})
+
+
+@pytest.mark.parametrize("columns", [2**16, 2**16 + 1024, 2**17 - 8])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_the_longest_rows_are_added_up_exactly(columns, rows):
+    scheme = QuantizedModule.model_validate(
+        {
+            "shape": (8, columns),
+            "bits": 8,
+            "symmetric": True,
+            "activation": {"bits": 8},
+            "bias": False,
+            "method": "t",
+        }
+    )
+    tensors = {"qweight": torch.full((8, columns), 127, dtype=torch.int8), "scale": torch.ones(8, 1)}
+    layer = QuantizedLinear.from_tensors(scheme, torch.float32, tensors)
+    y = layer(torch.ones(rows, columns))
+    assert torch.allclose(y, torch.full_like(y, 127.0 * columns), rtol=1e-6)

@@ -185,7 +185,7 @@ def huge(modules, _):
 
 
 def largest_allowed(modules, _):
-    modules[QUERY]["shape"] = [2**20, 2**20]
+    modules[QUERY]["shape"] = [2**20, 2**16]
 
 
 def outside(modules, _):

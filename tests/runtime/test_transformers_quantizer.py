@@ -127,6 +127,43 @@ def test_the_files_are_those_of_transformers(exported_llm, make_llm):
 
 
 @pytest.mark.parametrize("format", ["compress", "dequantized"])
+def test_what_chooses_code_is_not_exported(format, make_llm, quantize_all, tmp_path):
+    source = make_llm("LlamaForCausalLM")
+    config = json.loads((source / "config.json").read_text())
+    kernel = {
+        "attn_implementation": "a/b",
+        "_attn_implementation": "a/b",
+        "_attn_implementation_internal": "a/b",
+    }
+    code = {**kernel, "auto_map": {"AutoModelForCausalLM": "more.More"}}
+    (source / "config.json").write_text(json.dumps({**config, **code, "more": 1}))
+    model = open_model(ModelRef(id=str(source)), progress=SilentProgress())
+    quantize_all(model)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    write(model, folder, format)
+    written = json.loads((folder / "config.json").read_text())
+    assert not code.keys() & written.keys() and written["more"] == 1
+    assert torch.equal(_logits(_from_pretrained(folder)), _logits(as_shipped(model, format).module))
+
+
+@pytest.mark.parametrize("stored", [0.0, 1.0])
+def test_a_stored_head_is_the_embedding_where_the_config_says_so(stored, exported_llm):
+    _, folder, _ = exported_llm(tie_word_embeddings=True)
+
+    def add_a_head(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + stored
+
+    _change(folder, add_a_head)
+    if stored:
+        with pytest.raises(SourceError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+            compress.load(folder)
+    else:
+        module = compress.load(folder)
+        assert module.lm_head.weight is module.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("format", ["compress", "dequantized"])
 @pytest.mark.parametrize("shard", [5_000_000_000, 4096])
 def test_the_bytes_are_those_that_were_predicted(format, shard, exported_llm, tmp_path):
     model, _, _ = exported_llm(tie_word_embeddings=True)
