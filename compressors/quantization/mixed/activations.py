@@ -96,8 +96,12 @@ def _protect(
     share: float,
     bits: dict[str, int],
 ) -> ActivationDecision:
-    """Leave the inputs that lose most in floating point: a share of the layers by count, rounded up."""
-    program = activation_program(entries, table, settings.objective)
+    """Leave the inputs that lose most in floating point: a share of the layers by count, rounded up.
+
+    Under both objectives by the loss that was measured: decibels below the layer's own best say nothing
+    about which layer suffers most.
+    """
+    program = activation_program(entries, table, "power")
     count = math.ceil(share * len(entries) - 1e-9)
     equal = dict.fromkeys(program.groups, 1.0)
     losses = {item.name: max(choice.loss for choice in item.choices) for item in program.weighted(equal)}

@@ -9,8 +9,12 @@ Weights and activations are programs of their own, as in MixDQ (arXiv 2405.17873
 - `mixdq`: the paper's. Largest sum of decibels, or of similarities; written as a loss, best - value. A
   sum of decibels rewards raising 40 dB to 60 as much as raising 5 to 25, so it is kept for fidelity only.
 
-Floating point loses nothing. More bits do not hurt: where a measurement says so, the better value of
-fewer bits is used (`allocation_forms.make_monotone`) and the change is logged.
+Floating point loses nothing, and its similarity is 1. Its decibels would be infinite, and the paper does
+not offer it. Ours is that it counts as a grid of 16 bits, 6.02 dB above the best measured ones for every
+further bit: no layer's best grid is as good as floating point.
+
+More bits do not hurt: where a measurement says so, the better value of fewer bits is used
+(`allocation_forms.make_monotone`) and the change is logged.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
-from ....calibration.sensitivity_table import Kind, Table
+from ....calibration.sensitivity_table import Kind, Row, Table
 from ....errors import StageError
 from ....recipes.allocation import FLOAT_BITS, BudgetSettings
 from ...allocation_forms import LossChange, make_monotone, mean_bits_band
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
 Objective = Literal["power", "mixdq"]
 REST = "all other tensors"
 """Name of the item that stands for everything that is not allocated; no layer has spaces in its name."""
+
+_DECIBELS_PER_BIT = 20 * math.log10(2)
 
 _BITS, _BYTES, _ELEMENTS, _ORDER = "bits", "bytes", "elements", "nominal bits"
 
@@ -237,11 +243,21 @@ def _losses(
             )
         rows[label] = row
     if objective == "power":
-        losses = {label: row.loss for label, row in rows.items()}
-    else:
-        best = max(row.value for row in rows.values())
-        losses = {label: best - row.value for label, row in rows.items()}
-    return {label: losses.get(label, 0.0) for label in labels}
+        return {label: rows[label].loss if label in rows else 0.0 for label in labels}
+    values = {
+        label: rows[label].value if label in rows else _value_in_floating_point(rows) for label in labels
+    }
+    best = max(values.values())
+    return {label: best - value for label, value in values.items()}
+
+
+def _value_in_floating_point(rows: Mapping[str, Row]) -> float:
+    """Return what floating point counts as under the paper's objective; see the module's docstring."""
+    most = max(rows.values(), key=lambda row: row.bits)
+    if most.metric == "ssim":
+        return 1.0
+    best = max(row.value for row in rows.values())
+    return best + _DECIBELS_PER_BIT * (FLOAT_BITS - most.bits)
 
 
 def rest_item(fixed_bytes: int) -> Item:

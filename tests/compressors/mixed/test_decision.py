@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from compress.calibration.sensitivity_table import Table
 from compress.compressors.quantization.mixed.decision import decide
 from compress.compressors.quantization.mixed.problem import REST, stored_bytes
 from compress.errors import PlanError, StageError
@@ -186,6 +187,20 @@ def test_the_worst_inputs_are_protected_a_share_by_count(made, share, count):
     floating = [name for name, bits in decision.assignment.activations.items() if bits == 16]
     assert floating == [x.site.name for x in layers[20 - count :]]
     assert decision.details["activations"].get("protected", []) == floating
+
+
+@pytest.mark.parametrize("objective", ["power", "mixdq"])
+def test_what_loses_most_is_left_in_floating_point_under_both_objectives(made, objective):
+    layers = [made.entry(f"b.{i}", bits=(4, 8), inputs=256, activations=(8, 16)) for i in range(10)]
+    rows = [made.weight_row(x.site.name, b, 0.1 * 4.0**-b) for x in layers for b in (4, 8)]
+    rows += [made.activation_row(x.site.name, 8, 0.5 if x.site.name == "b.7" else 1e-5) for x in layers]
+    settings = made.settings(
+        {"mean_bits": 6}, bits=(4, 8), activation_bits=(8, 16), activation_budget={"protect": 0.1},
+        objective=objective,
+    )  # fmt: skip
+    decision = decided(layers, Table("0" * 64, {}, tuple(rows)), settings, lambda _: 0.1)
+    assert [name for name, bits in decision.assignment.activations.items() if bits == 16] == ["b.7"]
+    assert decision.details["activations"]["protected"] == ["b.7"]
 
 
 def test_inputs_are_averaged_by_elements(made):

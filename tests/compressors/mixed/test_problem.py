@@ -41,9 +41,18 @@ def test_power_takes_the_measured_losses_and_floating_point_loses_nothing(made):
 
 def test_mixdq_adds_up_decibels_below_the_best(made):
     rows = table(*(made.weight_row("a", b, loss) for b, loss in ((2, 0.1), (4, 0.001), (8, 1e-5))))
-    program = weight_program([made.entry("a", bits=(2, 4, 8, 16))], rows, "mixdq")
-    found = losses(program)["a"]
-    assert found == pytest.approx({"w2": 40.0, "w4": 20.0, "w8": 0.0, "w16": 0.0})
+    program = weight_program([made.entry("a")], rows, "mixdq")
+    assert losses(program)["a"] == pytest.approx({"w2": 40.0, "w4": 20.0, "w8": 0.0})
+
+
+def test_under_mixdq_floating_point_is_better_than_the_best_grid(made):
+    rows = [made.weight_row("a", b, loss) for b, loss in ((2, 0.1), (4, 0.001), (8, 1e-5))]
+    rows += [made.weight_row("b", b, loss, "ssim") for b, loss in ((2, 0.5), (8, 0.125))]
+    layers = [made.entry("a", bits=(2, 4, 8, 16)), made.entry("b", bits=(2, 8, 16), metric_group="content")]
+    found = losses(weight_program(layers, table(*rows), "mixdq"))
+    above = 20 * math.log10(2) * 8
+    assert found["a"] == pytest.approx({"w2": 40 + above, "w4": 20 + above, "w8": above, "w16": 0.0})
+    assert found["b"] == pytest.approx({"w2": 0.5, "w8": 0.125, "w16": 0.0})
 
 
 def test_several_groups_are_normalised_by_what_they_lose_at_the_fewest_bits(made):
