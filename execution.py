@@ -30,6 +30,7 @@ from .models.open import open_model, read_spec
 from .progress import Progress, step
 from .recipes.export import ExportSettings
 from .recipes.loader import LoadedRecipe
+from .recipes.placing import placed
 from .recipes.schema import Recipe
 from .report import describe_model
 from .resuming import Reopener, resume
@@ -61,29 +62,37 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def plan_stages(spec: ModelSpec, recipe: Recipe) -> list[StagePlan]:
-    """Plan every stage on the shapes that the stage before it leaves."""
+def plan_stages(spec: ModelSpec, loaded: LoadedRecipe) -> list[StagePlan]:
+    """Plan every stage on the shapes that the stage before it leaves.
+
+    Raises:
+        PlanError: a stage cannot be carried out, with its place in the recipe.
+    """
     plans: list[StagePlan] = []
-    for stage in recipe.stages:
-        plan_ = registry.get(stage.method).plan(spec, stage.settings)
+    for index, stage in enumerate(loaded.recipe.stages):
+        try:
+            plan_ = registry.get(stage.method).plan(spec, stage.settings)
+        except PlanError as error:
+            raise placed(error, loaded, index) from None
         plans.append(plan_)
         spec = plan_.spec
     return plans
 
 
-def check_plan(recipe: Recipe, targets: Sequence[Path], work_root: Path) -> None:
+def check_plan(loaded: LoadedRecipe, targets: Sequence[Path], work_root: Path) -> None:
     """Plan a recipe and refuse what cannot be reached or does not fit on this machine.
 
     Args:
-        recipe: that has passed the preflight.
+        loaded: the recipe, that has passed the preflight.
         targets: where its exports are written, in their order.
         work_root: where a checkpoint per stage is kept.
 
     Raises:
         PlanError: a stage, a format, a gate on size, memory or disk speaks against it.
     """
+    recipe = loaded.recipe
     spec = read_spec(recipe.model)
-    plans = plan_stages(spec, recipe)
+    plans = plan_stages(spec, loaded)
     written = check_size_gates(recipe, spec, plans[-1].spec if plans else spec)
     writes = list(zip(targets, written, strict=True))
     downloads = [
@@ -342,7 +351,7 @@ def plan_document(loaded: LoadedRecipe, progress: Progress) -> dict[str, Any]:
     recipe = loaded.recipe
     spec = read_spec(recipe.model)
     with step(progress, "plan"):
-        plans = plan_stages(spec, recipe)
+        plans = plan_stages(spec, loaded)
     final = plans[-1].spec if plans else spec
     exports = [
         {"format": export.format, "path": str(export.path), "bytes": size}
@@ -380,7 +389,7 @@ def execute(
     recipe = loaded.recipe
     device = resolve_device(recipe.device)
     targets = [Path(export.path) for export in recipe.export]
-    check_plan(recipe, targets, work.root)
+    check_plan(loaded, targets, work.root)
     state = Run(loaded, work, Warnings(progress), fresh=fresh, overwrite=overwrite, strict=strict)
     state.workers = workers
     with work.locked():

@@ -229,7 +229,7 @@ def _run_again(origin: Origin, scratch: Path, progress: Progress) -> tuple[dict[
             hint="reproduce it on a machine of that kind",
         ) from None
     out = scratch / "out"
-    execution.check_plan(recipe, [out], scratch)
+    execution.check_plan(origin.loaded, [out], scratch)
     state = Run(
         origin.loaded, WorkDirectory(scratch / "work"), Warnings(progress),
         fresh=True, overwrite=False, strict=False, recorded_recipe=origin.report["recipe"],

@@ -39,19 +39,47 @@ def test_a_size_within_reach_is_planned(tiny_dit, tmp_path):
 def test_the_download_that_verifies_a_push_is_counted(tiny_dit, tmp_path, monkeypatch):
     push = {"repo": "org/x", "verify_remote": True}
     exports = [{"path": str(tmp_path / name), "push": {**push, "repo": f"org/{name}"}} for name in "ab"]
-    recipe = load_recipe(_recipe(tiny_dit, tmp_path, export=exports)).recipe
+    loaded = load_recipe(_recipe(tiny_dit, tmp_path, export=exports))
+    recipe = loaded.recipe
     targets = [tmp_path / "a", tmp_path / "b"]
     free = shutil.disk_usage(tmp_path)
 
-    def needed(recipe):
+    def needed(loaded):
         monkeypatch.setattr(execution.shutil, "disk_usage", lambda _: free._replace(free=0))
         with pytest.raises(PlanError, match="the run writes about") as caught:
-            execution.check_plan(recipe, targets, tmp_path / "work")
+            execution.check_plan(loaded, targets, tmp_path / "work")
         return int(caught.value.message.rpartition(" ")[2].replace(",", ""))
 
     spec = execution.read_spec(recipe.model)
-    one, two = execution.check_size_gates(recipe, spec, execution.plan_stages(spec, recipe)[-1].spec)
+    one, two = execution.check_size_gates(recipe, spec, execution.plan_stages(spec, loaded)[-1].spec)
     off = [{**part, "push": {**part["push"], "verify_remote": False}} for part in exports]
-    unverified = load_recipe(_recipe(tiny_dit, tmp_path, export=off)).recipe
+    unverified = load_recipe(_recipe(tiny_dit, tmp_path, export=off))
     # One of them at a time is on the disk.
-    assert needed(recipe) - needed(unverified) == one == two > 0
+    assert needed(loaded) - needed(unverified) == one == two > 0
+
+
+def _written(tmp_path, model, stage):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: {model}\nstages:\n  - {stage}\nexport: {{path: out}}\n")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("stage", "place"),
+    [
+        ("mixdq: {budget: {mean_bits: 1.0}}", "3:33: stages[0].mixdq.budget.mean_bits: 1 bits is less"),
+        ("vidit_q: {bits: {budget: {ratio: 0.01}}}", "3:38: stages[0].vidit_q.bits.budget.ratio: 0.0"),
+        ('mixdq: {budget: {mean_bits: 4}, fixed: {"a.*": 4}}', "3:37: stages[0].mixdq.fixed: pattern 'a.*'"),
+        ("mixdq: {budget: {mean_bits: 4}, group_size: 48}", "3:5: stages[0].mixdq: transformer_blocks.0."),
+        ("rtn: {weight_bits: 4, group_size: 48}", "3:5: stages[0].rtn: transformer_blocks.0."),
+    ],
+)
+def test_what_a_stage_cannot_do_is_told_with_its_place(tiny_dit, tmp_path, stage, place):
+    file = _written(tmp_path, tiny_dit, stage)
+    with pytest.raises(PlanError) as planned:
+        plan(file)
+    assert planned.value.message.startswith(f"{file}:{place}")
+    assert planned.value.message.count("stages[0]") == 1
+    with pytest.raises(PlanError) as ran:
+        run(file, work_dir=tmp_path / "work")
+    assert (ran.value.message, ran.value.hint) == (planned.value.message, planned.value.hint)
