@@ -131,12 +131,7 @@ def find_candidates(
     sites = [site for site in survey.sites if site.name not in float_rules]
     allocation = allocation_of(settings)
     roles = {site.name: str(site.role) for site in sites}
-    fixed = by_pattern("fixed", allocation.fixed, roles)
-    modulations = [name for name, role in roles.items() if role == "adaln"]
-    refuse_twice_decided(fixed, modulations, settings.adaln_weight_bits)
-    fixed_activations = by_pattern(
-        "fixed_activations", allocation.fixed_activations, roles, _without_activations(roles, fixed)
-    )
+    fixed, fixed_activations = _fixed(settings, roles)
     groups = group_layers(family.name, roles, allocation.groups)
     group_of = {name: group.name for group in groups for name in group.layers}
     layers = []
@@ -180,6 +175,16 @@ def _float_modulations(survey: Survey, settings: AllocatingSettings) -> dict[str
         for site in survey.sites
         if site.role == "adaln" and site.name not in survey.float_rules and site.name not in fixed
     }
+
+
+def _fixed(settings: AllocatingSettings, roles: Mapping[str, str]) -> tuple[Fixed, Fixed]:
+    """Return the weights and the inputs that patterns decide."""
+    allocation = allocation_of(settings)
+    fixed = by_pattern("fixed", allocation.fixed, roles)
+    modulations = [name for name, role in roles.items() if role == "adaln"]
+    refuse_twice_decided(fixed, modulations, settings.adaln_weight_bits)
+    excluded = _without_activations(roles, fixed)
+    return fixed, by_pattern("fixed_activations", allocation.fixed_activations, roles, excluded)
 
 
 def _without_activations(roles: Mapping[str, str], fixed: Fixed) -> dict[str, str]:
