@@ -13,7 +13,7 @@ from compress.errors import PlanError, StageError
 from compress.models.open import open_model
 from compress.progress import SilentProgress
 from compress.recipes.schema import CalibrationSettings, ModelRef
-from compress.recipes.stages import RtnSettings, ViditQSettings
+from compress.recipes.stages import MixdqSettings, RtnSettings, ViditQSettings
 from compress.runtime.modules import quantized_layers
 from pydantic import ValidationError
 from safetensors.torch import save_file
@@ -313,3 +313,27 @@ def test_evidence_of_a_text_of_one_token():
 def test_keys_without_effect_are_refused(keys, message):
     with pytest.raises(ValidationError, match=message):
         RtnSettings(**keys)
+
+
+@pytest.mark.slow
+def test_sensitivities_with_and_without_stored_tokens_are_two_tables(tiny_unet, text_features, tmp_path):
+    """Whether a token is stored follows from the activations: those in floating point store none."""
+    path, found = text_features(first="small"), []
+    for number, activations in enumerate(({"*.attn2.to_k": 16, "*.attn2.to_v": 16}, {})):
+        settings = MixdqSettings(
+            budget={"mean_bits": 6.0}, bits=(4, 8), activation_scale="static", clip="minmax",
+            fixed={"*conv*": 8, "*attn1*": 8, "*ff*": 8}, fixed_activations=activations,
+            sensitivity={"samples": 1, "steps": 1}, points=1,
+        )  # fmt: skip
+        model, folder = opened(tiny_unet), tmp_path / str(number)
+        for made in (folder, tmp_path / "shared"):
+            made.mkdir(exist_ok=True)
+        workspace = Workspace(folder, tmp_path / "shared")
+        details = registry.get("mixdq").apply(
+            model, settings, recorded(model, path), workspace, SilentProgress()
+        )
+        found.append(details["sensitivity"])
+    assert len(list((tmp_path / "shared").iterdir())) == 2
+    assert found[0]["key"] != found[1]["key"]
+    assert [row[:3] for row in found[0]["rows"]] == [row[:3] for row in found[1]["rows"]]
+    assert found[0]["rows"] != found[1]["rows"]

@@ -15,7 +15,7 @@ from ....calibration.sensitivity_calls import Calls
 from ....errors import SourceError
 from ....models.base import OpenModel
 from ....recipes.stages import GridSettings
-from ....runtime.hashes import file_sha256
+from ....runtime.hashes import digest, file_sha256
 from ....runtime.manifest import ActivationScheme
 from ...base import Workspace
 from ..scheme import Survey, linear_scheme, options_of, survey_linears
@@ -129,7 +129,7 @@ def sense(filling: Filling, candidates: Candidates, bank: Bank, calls: Calls, wo
         targets_of(candidates, filling.survey, settings),
         BankQuantizer(bank),
         path=kept if named is None else named,
-        settings=_depends_on(settings, transforms, filling.calibration.key),
+        settings=_depends_on(settings, candidates, transforms, filling.calibration.key),
         dtype=None,
         workers=workers,
         threads=_THREADS,
@@ -143,14 +143,26 @@ def sense(filling: Filling, candidates: Candidates, bank: Bank, calls: Calls, wo
 
 
 def _depends_on(
-    settings: AllocatingSettings, transforms: Path | None, calibration_key: str
+    settings: AllocatingSettings, candidates: Candidates, transforms: Path | None, calibration_key: str
 ) -> dict[str, Any]:
-    """Return what the bank's layers depend on beside the weights and their bits; JSON values."""
+    """Return what the bank's layers depend on beside the weights and their bits; JSON values.
+
+    The schemes say what no setting says alone: whether a layer stores its output for the first token, and
+    for which token, follows from the offered activations and the recorded prompts.
+    """
     options = options_of(settings)
     grid = settings.model_dump(mode="json", include=set(GridSettings.model_fields) - {"keep"})
+    schemes = {
+        layer.site.name: {
+            label: scheme.model_dump(mode="json", exclude={"decided_by"})
+            for label, scheme in layer.schemes.items()
+        }
+        for layer in candidates.layers
+    }
     return {
         "grid": grid,
         "rounding": calibration_key if options.compensate else "nearest",
         "low_rank": options.low_rank,
         "transforms": None if transforms is None else file_sha256(transforms),
+        "schemes": digest(schemes),
     }

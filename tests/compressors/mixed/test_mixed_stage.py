@@ -12,6 +12,8 @@ from compress.calibration.content import hash_weights
 from compress.calibration.sensitivity_table import read_table
 from compress.compressors import registry
 from compress.compressors.base import Workspace
+from compress.compressors.quantization.mixed.candidates import Candidates
+from compress.compressors.quantization.mixed.sensing import _depends_on
 from compress.compressors.quantization.mixed.stage import split_calls
 from compress.errors import PlanError, SourceError, StageError
 from compress.progress import SilentProgress
@@ -262,6 +264,33 @@ def test_a_table_of_something_else_is_refused_with_both_hashes(opened, calibrate
     assert read_table(table).key[:12] in str(caught.value)
     assert table.read_bytes() == before
     assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"act_exponent": 0.3}, {"rotation": "block"}, {"low_rank": 4}, {"rescale": True}, {"clip": "minmax"}],
+    ids=str,
+)
+def test_what_makes_other_layers_makes_another_table(opened, calibrate, tmp_path, changes):
+    model, workspace = opened(), space(tmp_path / "a")
+    plain = {"act_exponent": 0.5, "rotation": "none", "low_rank": 0, "clip": "mse"}
+    apply(model, vidit_q(4.0, **plain), calibrate(model), workspace)
+    (table,) = workspace.shared.iterdir()
+    asked = vidit_q(4.0, **{**plain, **changes}).model_dump(exclude={"weight_bits", "activation_bits"})
+    asked["bits"]["sensitivity"]["table"] = table
+    other = opened()
+    with pytest.raises(SourceError, match="measured on something else"):
+        apply(other, ViditQSettings(**asked), calibrate(other), space(tmp_path / "b"))
+
+
+def test_the_tensors_of_transforms_count_beside_their_schemes(tmp_path):
+    """Scales that producers do not absorb change no weight and no scheme."""
+    files = [None, tmp_path / "a", tmp_path / "b"]
+    for file in files[1:]:
+        file.write_bytes(file.name.encode())
+    nothing = Candidates((), (), {})
+    found = [_depends_on(vidit_q(4.0), nothing, file, "calibration") for file in files]
+    assert len({json.dumps(item, sort_keys=True) for item in found}) == 3
 
 
 def test_a_table_that_is_not_there_is_refused_and_not_made(opened, calibrate, tmp_path):
