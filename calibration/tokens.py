@@ -8,6 +8,7 @@ one end of a permutation; measured is on others, drawn from its other end.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,12 @@ if TYPE_CHECKING:
 MAX_TEXT_BYTES = 64 * 2**20
 """A result keeps a copy of its calibration text, so a larger one is refused."""
 
+_PIECE = 2**18
+"""Characters that a tokenizer gets at a time: it needs more than a hundred bytes for each."""
+
 _JSON_LINES = ".jsonl"
 _KEY = "text"
+_SAMPLE = "a"
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Sequences:
     """All sequences of a text.
 
     Attributes:
-        ids: [sequences, length] int64.
+        ids: [sequences, length] int32.
         order: a permutation of them.
         prefix: leading ids of every sequence that the tokenizer puts there.
         file: where the text came from.
@@ -54,7 +59,7 @@ class Sequences:
             SourceError: the text is too short.
         """
         self._check(count, 0)
-        return self.ids[self.order[:count]]
+        return self.ids[self.order[:count]].long()
 
     def last(self, count: int, apart_from: int) -> Tensor:
         """Return the sequences to measure on: [count, length] int64.
@@ -67,7 +72,7 @@ class Sequences:
             SourceError: the text is too short for both.
         """
         self._check(count, apart_from)
-        return self.ids[self.order[len(self.order) - count :]]
+        return self.ids[self.order[len(self.order) - count :]].long()
 
     def _check(self, count: int, others: int) -> None:
         if count + others > len(self.ids):
@@ -97,24 +102,26 @@ def sequences_of(model: OpenModel, settings: CalibrationSettings, seed: int) -> 
             hint="add `text: FILE.txt` (or .jsonl) to calibration",
         )
     tokenizer = _tokenizer(model.source.folder)
-    prefix = _ids(tokenizer, "", file)
-    stream: list[int] = []
-    for document in _documents(file):
-        stream += _ids(tokenizer, document, file)
-    payload = settings.length - len(prefix)
+    front, back = _marks(tokenizer, file)
+    payload = settings.length - len(front)
     if payload < 1:
-        raise SourceError(f"{file}: the tokenizer begins every text with {len(prefix)} tokens of its own")
+        raise SourceError(f"{file}: the tokenizer begins every text with {len(front)} tokens of its own")
+    stream = array("i")
+    for document in _documents(file):
+        stream.extend(_encoded(tokenizer, document, front, back, file))
+    tokens = torch.frombuffer(stream, dtype=torch.int32) if stream else torch.empty(0, dtype=torch.int32)
     vocabulary = int(model.config["vocab_size"])
-    if stream and max(stream) >= vocabulary:
+    largest = int(tokens.max()) if stream else 0
+    if largest >= vocabulary:
         raise SourceError(
-            f"{model.source.folder}: the tokenizer gives the id {max(stream)}, the model knows {vocabulary}",
+            f"{model.source.folder}: the tokenizer gives the id {largest}, the model knows {vocabulary}",
             hint="tokenizer and weights do not belong together",
         )
-    count = len(stream) // payload
-    cut = torch.tensor(stream[: count * payload], dtype=torch.int64).view(count, payload)
-    marks = torch.tensor(prefix, dtype=torch.int64).expand(count, len(prefix))
+    count = len(tokens) // payload
+    cut = tokens[: count * payload].view(count, payload)
+    marks = torch.tensor(front, dtype=torch.int32).expand(count, len(front))
     order = torch.randperm(count, generator=generator_for(seed, "text"))
-    return Sequences(torch.cat([marks, cut], dim=1), order, len(prefix), file)
+    return Sequences(torch.cat([marks, cut], dim=1), order, len(front), file)
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -133,9 +140,42 @@ def _tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def _ids(tokenizer: Any, text: str, file: Path) -> list[int]:
-    ids = tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
-    if not isinstance(ids, list) or not all(isinstance(item, int) and item >= 0 for item in ids):
+def _marks(tokenizer: Any, file: Path) -> tuple[list[int], list[int]]:
+    """Return the ids that a tokenizer puts before and behind every text."""
+    marked, empty = _ids(tokenizer, _SAMPLE, file), _ids(tokenizer, "", file)
+    pairs = zip(marked, empty, strict=False)
+    front = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(marked), len(empty)))
+    text = len(_ids(tokenizer, _SAMPLE, file, marks=False))
+    return marked[:front], marked[front + text :]
+
+
+def _encoded(tokenizer: Any, text: str, front: list[int], back: list[int], file: Path) -> Iterator[int]:
+    """Tokenize a document; a long one in pieces, between which a word may be cut otherwise than within."""
+    if len(text) <= _PIECE:
+        yield from _ids(tokenizer, text, file)
+        return
+    yield from front
+    for piece in _pieces(text):
+        yield from _ids(tokenizer, piece, file, marks=False)
+    yield from back
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a text into pieces of at most `_PIECE` characters, between lines or words where it can be."""
+    start = 0
+    while len(text) - start > _PIECE:
+        stop = start + _PIECE
+        # A word keeps the space before it, as tokenizers have it; a line the break behind it.
+        stop = text.rfind("\n", start, stop) + 1 or text.rfind(" ", start + 1, stop)
+        stop = stop if stop > start else start + _PIECE
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def _ids(tokenizer: Any, text: str, file: Path, *, marks: bool = True) -> list[int]:
+    ids = tokenizer(text, add_special_tokens=marks, verbose=False)["input_ids"]
+    if not isinstance(ids, list) or not all(isinstance(item, int) and 0 <= item < 2**31 for item in ids):
         raise SourceError(f"{file}: the tokenizer gives no ids for it")
     return ids
 
@@ -148,25 +188,37 @@ def _documents(file: Path) -> Iterator[str]:
                 f"{file}: {size} bytes; a calibration text has at most {MAX_TEXT_BYTES}",
                 hint="take a part of it: a result keeps a copy",
             )
-        text = file.read_text(encoding="utf-8-sig")
+        if file.suffix == _JSON_LINES:
+            yield from _lines(file)
+        else:
+            yield file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise SourceError(f"{file}: not UTF-8 text", hint="save it as UTF-8") from None
     except OSError as error:
         raise SourceError(f"{file}: cannot be read: {error.strerror or error}") from None
-    if file.suffix != _JSON_LINES:
-        yield text
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            yield _text_of(line, f"{file}:{number}")
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """Yield the text of every line. Only a newline ends one: JSON may hold what else breaks lines."""
+    with file.open(encoding="utf-8-sig", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield _text_of(line, f"{file}:{number}")
 
 
 def _text_of(line: str, where: str) -> str:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise SourceError(f"{where}: not JSON", hint="a .jsonl file has one JSON object a line") from None
     text = value.get(_KEY) if isinstance(value, dict) else None
     if not isinstance(text, str):
         raise SourceError(f"{where}: no text under the key {_KEY!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SourceError(
+            f"{where}: character {error.start} of the text is one half of a surrogate pair, which is no text",
+            hint="write the whole character, or leave the line out",
+        ) from None
     return text

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import shutil
 
 import pytest
 import torch
+from compress.calibration import tokens
 from compress.calibration.recording import calls_of, record
 from compress.calibration.sensitivity import Candidate, Target, measure
 from compress.calibration.text import TextCalibration, TextCalls, record_text, text_key
@@ -53,7 +55,7 @@ def test_a_text_is_cut_into_sequences_that_begin_as_the_tokenizer_begins(stories
     tokenizer = AutoTokenizer.from_pretrained(stories.source.folder, local_files_only=True)
     ids = tokenizer(path.read_text())["input_ids"]
     assert found.prefix == 1 and set(found.ids[:, 0].tolist()) == {tokenizer.bos_token_id}
-    assert found.ids.shape == (len(ids) // 31, 32) and found.ids.dtype == torch.int64
+    assert found.ids.shape == (len(ids) // 31, 32) and found.first(1).dtype == torch.int64
     assert found.ids[:, 1:].reshape(-1).tolist() == ids[: len(ids) // 31 * 31]
 
 
@@ -63,6 +65,52 @@ def test_every_document_of_a_jsonl_begins_anew(stories, tmp_path):
     flat = sequences_of(stories, _settings(text=path), seed=0).ids[:, 1:].reshape(-1).tolist()
     one, two = (_settings_ids(stories, text) for text in ("one day", "a cat"))
     assert flat[: len(one) + len(two)] == one + two and one[0] == two[0] == 1
+
+
+def test_only_a_newline_ends_a_line_of_a_jsonl(stories, tmp_path):
+    path = tmp_path / "text.jsonl"
+    texts = ["one day\u2028a cat", "the\x85 ball", "a cat"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    path.write_bytes(("\ufeff" + "\r\n".join(lines * 9)).encode())
+    found = sequences_of(stories, _settings(text=path), seed=0)
+    expected = sum((_settings_ids(stories, text) for text in texts), []) * 9
+    assert found.ids[:, 1:].reshape(-1).tolist() == expected[: len(found.ids) * 31]
+
+
+def test_a_long_text_is_tokenized_in_pieces(stories, tmp_path, monkeypatch):
+    """Of a tokenizer that cuts at spaces, the pieces together are the whole."""
+    words = (" ".join(WORDS[index % 17] for index in range(4000)) + "\n") * 3 + "a" * 700
+    path = tmp_path / "text.txt"
+    path.write_text(words)
+    whole = sequences_of(stories, _settings(text=path), seed=0).ids
+    monkeypatch.setattr(tokens, "_PIECE", 500)
+    assert "".join(tokens._pieces(words)) == words
+    assert max(map(len, tokens._pieces(words))) <= 500
+    assert {piece[0] for piece in tokens._pieces(words)} <= {" ", "o", "a"}
+    assert {piece[-1] for piece in tokens._pieces(words)} & {"\n"}
+    parts = sequences_of(stories, _settings(text=path), seed=0).ids
+    assert whole[0].tolist() == parts[0].tolist() and len(parts) == pytest.approx(len(whole), rel=0.02)
+
+
+def test_marks_at_the_end_of_a_text_do_not_begin_sequences(stories, tmp_path, monkeypatch):
+    folder = shutil.copytree(stories.source.folder, tmp_path / "marked")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    end = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+    tokenizer["post_processor"]["single"].append(end)
+    tokenizer["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    model = open_model(ModelRef(id=str(folder)), progress=SilentProgress())
+    path = tmp_path / "text.jsonl"
+    path.write_text((json.dumps({"text": "one day a cat saw the big red ball"}) + "\n") * 30)
+    ids = _settings_ids(model, "one day a cat saw the big red ball")
+    assert ids[0] == 1 and ids[-1] == 2
+    found = sequences_of(model, _settings(text=path), seed=0)
+    assert found.prefix == 1
+    assert found.ids[:, 1:].reshape(-1).tolist() == (ids * 30)[: len(found.ids) * 31]
+    monkeypatch.setattr(tokens, "_PIECE", 20)
+    flat = sequences_of(model, _settings(text=path), seed=0).ids[:, 1:].reshape(-1).tolist()
+    assert flat.count(1) == flat.count(2) + (flat[-1] != 2) > 10
+    assert all(after == 1 for before, after in itertools.pairwise(flat) if before == 2)
 
 
 def _settings_ids(model, text):
@@ -103,13 +151,17 @@ def test_a_choice_is_kept_by_content(stories, tmp_path):
     save_file({"input_ids": torch.zeros(4, 32, dtype=torch.int64)}, first.file)
     assert torch.equal(_record(stories, _settings(text=path), cache).ids(), again.ids())
     assert _record(stories, _settings(text=path), cache).ids().any()
+    folder = shutil.copytree(stories.source.folder, tmp_path / "copy")
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + "\n")
+    changed = open_model(ModelRef(id=str(folder)), progress=SilentProgress())
     others = [
+        text_key(changed, _settings(text=path), 0),
         text_key(stories, _settings(text=_text(tmp_path, 1999, "other.txt")), 0),
         text_key(stories, _settings(text=path, length=33), 0),
         text_key(stories, _settings(text=path), 1),
         first.key,
     ]
-    assert len(set(others)) == 4
+    assert len(set(others)) == 5
 
 
 def test_observers_see_every_token_of_every_layer(stories):
@@ -191,6 +243,9 @@ def test_sensitivities_are_measured_on_text(stories, tmp_path):
         ("a.jsonl", b'{"text": "a"}\nno json\n', r"a\.jsonl:2: not JSON"),
         ("a.jsonl", b'{"txt": "a"}\n', r"a\.jsonl:1: no text under the key 'text'"),
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1: no text under the key 'text'"),
+        ("a.jsonl", b'{"text": "a"}\n\xff\n', r"a\.jsonl: not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n' + b"[" * 200_000, r"a\.jsonl:2: not JSON"),
+        ("a.jsonl", b'{"text": "ab \\ud800"}', r"a\.jsonl:1: character 3 of the text is one half"),
         ("a.txt", b"short", "makes 0 sequences of 32 tokens; 4 sequences are asked for"),
         ("a.txt", b"", "makes 0 sequences"),
     ],
