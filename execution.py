@@ -25,6 +25,7 @@ from .evaluation.by_task import Measurer, evaluator_for
 from .evaluation.evaluator import Evaluation
 from .evaluation.reference import Reference
 from .exporters.formats import as_shipped, predict_bytes, write
+from .fitting import sample_notes
 from .models.base import ModelSpec, OpenModel
 from .models.open import open_model, read_spec
 from .progress import Progress, step
@@ -366,10 +367,10 @@ def plan_document(loaded: LoadedRecipe, progress: Progress) -> dict[str, Any]:
                 "before": item.before.to_json(),
                 "after": item.after.to_json(),
                 "peak_memory_bytes": item.peak_memory_bytes + _PROCESS_BYTES,
-                "notes": list(item.notes),
+                "notes": [*item.notes, *sample_notes(recipe, index)],
                 "layers": list(item.layers),
             }
-            for item in plans
+            for index, item in enumerate(plans)
         ],
         "export": exports[0] if len(exports) == 1 else exports,
     }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from .calibration.inputs import OWN_TEXTS, text_file
+from .calibration.inputs import OWN_TEXTS, check_table, text_file
 from .errors import SourceError
 from .models.registry import FAMILY_NAMES, is_language_family
 from .recipes.allocation import AllocationSettings
@@ -22,6 +22,7 @@ from .runtime.language_config import language_shape
 if TYPE_CHECKING:
     from .models.checkpoint import Checkpoint
     from .recipes.loader import LoadedRecipe
+    from .recipes.schema import Recipe
     from .recipes.tree import Location
 
 _DENOISER_KEYS = ("steps", "guidance_scale", "scheduler", "classes", "prompts", "embeddings")
@@ -37,8 +38,10 @@ def check_kind(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
 
     Raises:
         RecipeError: a key or a gate; with its place in the file.
-        SourceError: there is no text to calibrate and measure on.
+        SourceError: there is no text to calibrate and measure on, or no table of sensitivities where one
+            is named.
     """
+    _check_allocations(loaded)
     family = FAMILY_NAMES[checkpoint.class_name]
     if is_language_family(family):
         _check_language(loaded, checkpoint, family)
@@ -96,15 +99,50 @@ def _check_settings(loaded: LoadedRecipe, unused: str) -> None:
                     )
 
 
+def _check_allocations(loaded: LoadedRecipe) -> None:
+    """Refuse an allocation with one sample, or with a table that is not there."""
+    for _, allocation in allocations(loaded.recipe):
+        samples = loaded.recipe.calibration.samples
+        if samples < 2:
+            raise loaded.error(
+                ("calibration", "samples"),
+                f"{samples} sample; bits are measured on one half of the samples and compared on the other",
+                "write 2 at least, better twice sensitivity.samples",
+            )
+        if allocation.sensitivity.table is not None:
+            check_table(allocation.sensitivity.table)
+
+
+def sample_notes(recipe: Recipe, index: int) -> list[str]:
+    """Say where a stage's sensitivities are measured on fewer samples than it asks for.
+
+    Args:
+        recipe: that fits its model.
+        index: of the stage.
+    """
+    have = recipe.calibration.samples
+    return [
+        f"of {have} calibration samples, {have // 2} are measured on instead of {asked}: allocations are"
+        " compared on the others"
+        for place, allocation in allocations(recipe)
+        if place[1] == index and (asked := allocation.sensitivity.samples) > have // 2
+    ]
+
+
+def allocations(recipe: Recipe) -> Iterator[tuple[Location, AllocationSettings]]:
+    """Yield the settings of every bit allocation of a recipe, with their place."""
+    for index, stage in enumerate(recipe.stages):
+        yield from _allocations(("stages", index, stage.method), stage.settings)
+
+
 def _allocations(
     location: Location, settings: StageSettings
 ) -> Iterator[tuple[Location, AllocationSettings]]:
     """Yield the settings of a bit allocation, with their place: the stage itself, or its `bits`."""
     if isinstance(settings, AllocationSettings):
         yield location, settings
-    bits = getattr(settings, "bits", None)
-    if isinstance(bits, AllocationSettings):
-        yield (*location, "bits"), bits
+    if isinstance(settings, ViditQSettings) and settings.allocation is not None:
+        yield (*location, "bits"), settings.allocation
 
 
 def _check_gates(loaded: LoadedRecipe, reasons: Mapping[str, str]) -> None:

@@ -45,6 +45,18 @@ def missing_files(settings: CalibrationSettings) -> list[Path]:
     return [path for path in condition_files(settings) if not path.is_file()]
 
 
+def check_table(path: Path) -> None:
+    """Refuse a named table of sensitivities that cannot be one, before anything is computed.
+
+    Raises:
+        SourceError: no such file, or a folder.
+    """
+    if path.is_file():
+        return
+    what = "is a folder, not a table of sensitivities" if path.is_dir() else "no such file"
+    raise SourceError(f"{path}: {what}", hint="correct sensitivity.table, or leave it out to measure")
+
+
 def by_content(settings: CalibrationSettings) -> dict[str, Any]:
     """Return the settings as JSON values, with the SHA-256 of each file in place of its path.
 

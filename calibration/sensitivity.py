@@ -36,7 +36,7 @@ from .content import content_key, hash_weights
 from .precision import computing_in
 from .sensitivity_calls import Calls
 from .sensitivity_probe import KEPT_LIMIT_BYTES, Candidate, Plan, Probe, Quantizer, Target
-from .sensitivity_table import VERSION, Place, Row, Table, appending
+from .sensitivity_table import VERSION, Place, Row, Table, appending, whole_table
 from .sensitivity_workers import Team, spread
 
 __all__ = ["Candidate", "Quantizer", "Row", "Table", "Target", "measure"]
@@ -53,6 +53,7 @@ def measure(
     path: Path,
     settings: Mapping[str, Any],
     replace: bool = False,
+    read_only: bool = False,
     dtype: torch.dtype | None = torch.float32,
     workers: int = 1,
     threads: int | None = None,
@@ -70,6 +71,7 @@ def measure(
         path: of the table (JSON lines). A folder keeps tables by hash: `sensitivity-KEY.jsonl`.
         settings: what the quantizer depends on beside the candidates: JSON values.
         replace: begin anew where `path` is a table of something else; otherwise that is an error.
+        read_only: the file is given: it must hold all rows already, and nothing is written.
         dtype: to compute in, see `precision.computing_in`; None: as the model is.
         workers: processes; of no effect on the values. Above 1, `calls` and `quantizer` must be picklable.
         threads: of each process; None: those of this process divided by `workers`. Values are equal bit
@@ -83,7 +85,7 @@ def measure(
 
     Raises:
         StageError: see `Probe` and `Probe.measure`; or a process died.
-        SourceError: see `sensitivity_table.appending`.
+        SourceError: see `sensitivity_table.appending` and `sensitivity_table.whole_table`.
         ValueError: an argument is out of range, or a candidate is there twice.
     """
     places = _places(targets)
@@ -91,6 +93,10 @@ def measure(
     weights = hash_weights(model.module)
     key = _key(model, weights, calls.key, targets, [settings, str(dtype)])
     path = path / f"sensitivity-{key[:32]}.jsonl" if path.is_dir() else path
+    if read_only:
+        table = whole_table(path, key, len(places))
+        done = _resumed(path, table, places, threads, progress)
+        return Table(table.key, table.about, tuple(done[place] for place in places))
     about = {"calls": calls.key, "rows": len(places), "threads": threads}
     plan = Plan(calls, tuple(dict.fromkeys(place[1] for place in places)), quantizer, dtype, kept_limit_bytes)
     team = None if workers == 1 or opener is None else Team(opener, weights, workers, threads)

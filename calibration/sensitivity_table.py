@@ -25,6 +25,8 @@ VERSION = 1
 
 _BEGINNING = json.dumps({"format": FORMAT}).encode()[:-1]
 
+_MEASURE = "leave out sensitivity.table to measure, or name another file"
+
 Kind = Literal["weight", "activation"]
 Metric = Literal["sqnr_db", "ssim"]
 Place = tuple[str, str, str]
@@ -98,6 +100,28 @@ def read_table(path: Path) -> Table:
     return _parse(path, content)[0]
 
 
+def whole_table(path: Path, key: str, rows: int) -> Table:
+    """Read a table that somebody gave; it is never written to.
+
+    Args:
+        path: of the table.
+        key: hash of what the rows must depend on.
+        rows: that it must have.
+
+    Raises:
+        SourceError: see `read_table`; or it is the table of another key, or unfinished.
+    """
+    table = read_table(path)
+    if table.key != key:
+        raise _other_key(path, table.key, key)
+    if len(table.rows) < rows:
+        raise SourceError(
+            f"{path}: unfinished: {len(table.rows)} of {rows} rows are there",
+            hint=_MEASURE,
+        )
+    return table
+
+
 @contextmanager
 def appending(
     path: Path, key: str, about: Mapping[str, Any], *, replace: bool
@@ -154,12 +178,16 @@ def _resume(path: Path, key: str, replace: bool) -> tuple[Table, int] | None:
     if table.key != key:
         if replace or not table.rows:  # a header alone is nothing to keep
             return None
-        raise SourceError(
-            f"{path}: these sensitivities were measured on something else: another model, calibration, set of"
-            f" candidates, or version (key {table.key[:12]}, now {key[:12]})",
-            hint="take another path, or have the table replaced",
-        )
+        raise _other_key(path, table.key, key)
     return table, end
+
+
+def _other_key(path: Path, found: str, key: str) -> SourceError:
+    return SourceError(
+        f"{path}: these sensitivities were measured on something else: another model, calibration, set of"
+        f" candidates, or version (key {found[:12]}, now {key[:12]})",
+        hint=_MEASURE,
+    )
 
 
 class _Empty(SourceError):
@@ -170,7 +198,7 @@ class _Foreign(SourceError):
     """The file is something else."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(f"{path}: not a table of sensitivities", hint="take another path")
+        super().__init__(f"{path}: not a table of sensitivities", hint=_MEASURE)
 
 
 def _parse(path: Path, content: bytes) -> tuple[Table, int]:

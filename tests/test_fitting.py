@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from compress import pipeline
 from compress.errors import PlanError, RecipeError, SourceError
-from compress.fitting import check_kind
+from compress.fitting import check_kind, sample_notes
 from compress.models.checkpoint import locate
 from compress.recipes.loader import load_recipe
 
@@ -20,6 +20,44 @@ def _recipe(model, **parts):
 def _check(recipe):
     loaded = load_recipe(recipe)
     check_kind(loaded, locate(loaded.recipe.model, weights=False))
+
+
+def _mixdq(**changes):
+    return [{"mixdq": {"budget": {"mean_bits": 4}, **changes}}]
+
+
+def test_one_sample_is_refused_where_bits_are_allocated():
+    allocated = [*_mixdq(), {"vidit_q": {"weight_bits": 4, "bits": "mixdq"}}]
+    for stage in allocated:
+        with pytest.raises(
+            RecipeError, match=r"calibration\.samples: 1 sample; bits are measured on one half"
+        ):
+            _check(_recipe(DIT, calibration={"samples": 1}, stages=[stage]))
+        _check(_recipe(DIT, calibration={"samples": 2}, stages=[stage]))
+    _check(_recipe(DIT, calibration={"samples": 1}))
+
+
+def test_the_notes_tell_how_many_samples_are_measured_on():
+    stages = [{"rtn": {"weight_bits": 8}}, *_mixdq()]
+    few = load_recipe(_recipe(DIT, calibration={"samples": 15}, stages=stages)).recipe
+    assert sample_notes(few, 0) == []
+    (note,) = sample_notes(few, 1)
+    assert note.startswith("of 15 calibration samples, 7 are measured on instead of 8")
+    enough = load_recipe(_recipe(DIT, calibration={"samples": 16}, stages=stages)).recipe
+    assert sample_notes(enough, 1) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("no.jsonl", "no such file"), ("", "is a folder, not a table")]
+)
+def test_a_named_table_must_be_there_before_any_work(tmp_path, name, message):
+    stages = _mixdq(sensitivity={"table": str(tmp_path / name)})
+    recipe = _recipe(DIT, stages=stages, export={"path": str(tmp_path / "out")})
+    for begin in (pipeline.plan, lambda recipe: pipeline.run(recipe, work_dir=tmp_path / "work")):
+        with pytest.raises(SourceError, match=message) as caught:
+            begin(recipe)
+        assert str(tmp_path / name) in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

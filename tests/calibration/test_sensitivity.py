@@ -424,6 +424,28 @@ def test_damaged_and_foreign_files(subject, tmp_path):
         assert path.read_text() == text
 
 
+def test_a_given_table_is_only_read(subject, tmp_path):
+    path, targets = tmp_path / "t.jsonl", all_targets(subject, W4)[:2]
+    made = subject.measure(path, targets)
+    whole = path.read_bytes()
+    path.chmod(0o444)
+    assert subject.measure(path, targets, read_only=True).rows == made.rows
+    assert path.read_bytes() == whole
+    header, first, _ = path.read_text().splitlines()
+    path.chmod(0o644)
+    for rows, message in (([first], "unfinished: 1 of 2 rows"), ([], "unfinished: 0 of 2 rows")):
+        path.write_text("\n".join([header, *rows]) + "\n")
+        before = path.read_bytes()
+        with pytest.raises(SourceError, match=message) as caught:
+            subject.measure(path, targets, read_only=True)
+        assert caught.value.hint == "leave out sensitivity.table to measure, or name another file"
+        assert path.read_bytes() == before
+    path.write_bytes(whole)
+    with pytest.raises(SourceError, match="measured on something else"):
+        subject.measure(path, targets, read_only=True, settings={"another": 1})
+    assert path.read_bytes() == whole
+
+
 def test_two_runs_do_not_write_one_table(subject, tmp_path):
     path, target = tmp_path / "t.jsonl", [Target(subject.names[0], (W4,))]
 

@@ -84,7 +84,7 @@ def group_layers(
         for pattern in unmatched(rule.layers, roles):
             raise PlanError(
                 f"groups.{name}: pattern {pattern!r} matches no layer that is allocated",
-                hint="patterns describe full names, `*` stands for anything; `compress plan` lists them",
+                hint="patterns describe full names, `*` stands for anything; `compress inspect` lists them",
             )
         for layer in select(rule.layers, roles):
             if layer in owner:

@@ -9,6 +9,7 @@ import torch
 
 from ....calibration.sensitivity_probe import KEPT_LIMIT_BYTES
 from ....models.base import ModelSpec
+from ....recipes.allocation import SensitivitySettings
 from ....runtime.manifest import QuantizedModule
 from ...base import StagePlan
 from ..details import layer_row
@@ -72,7 +73,7 @@ def plan_mixed(spec: ModelSpec, settings: AllocatingSettings) -> StagePlan:
         after=after.size(),
         spec=after,
         peak_memory_bytes=_peak_bytes(spec, after, candidates, settings),
-        notes=_notes(settings, candidates, choices, runs)
+        notes=_notes(settings, candidates, choices, runs, spec.family.task == "language")
         + first_token_notes(settings, schemes)
         + convolution_notes(module, schemes, settings.group_size),
         layers=_rows(candidates, choices, spec.dtype),
@@ -94,34 +95,46 @@ def _peak_bytes(
 
 
 def _notes(
-    settings: AllocatingSettings, candidates: Candidates, choices: list[Choice], runs: int
+    settings: AllocatingSettings, candidates: Candidates, choices: list[Choice], runs: int, language: bool
 ) -> list[str]:
     allocation = allocation_of(settings)
     asked = allocation.budget.model_dump(exclude_none=True)
     limits = " and ".join(_WORDS[name].format(value) for name, value in asked.items())
     chosen = [layer for layer in candidates.layers if len(layer.costs) > 1]
     offered = sorted({nominal_bits(label) for layer in chosen for label in layer.costs})
-    sensitivity = allocation.sensitivity
     notes = [
         f"a budget of {limits} is dealt out to {len(chosen)} layers of {', '.join(map(str, offered))} bits:"
         " measured sensitivities decide which layer gets which bits; bytes are those of the budget (it is"
         " never exceeded; a plan assumes that it is used), bits per layer are open",
-        f"{runs} sensitivities are measured, each on up to {sensitivity.samples} samples and"
-        f" {sensitivity.steps} steps; --workers measures on several cores, each with weights in float32",
+        _sensing_note(allocation.sensitivity, runs, language),
         "all layers at all bits are kept on the disk until the stage is finished: about"
         f" {_bank_bytes(candidates):,} bytes",
     ]
     groups = ", ".join(
         f"{group.name} ({len(group.layers)} layers by {group.metric})" for group in candidates.groups
     )
-    if len(candidates.groups) > 1:
+    if len(candidates.groups) > 1 or any(group.metric != "sqnr_db" for group in candidates.groups):
         notes.append(f"groups: {groups}")
+    if allocation.objective == "mixdq":
+        notes.append(
+            "the paper's objective: the largest sum of decibels and similarities, not the least error"
+        )
     fixed = [layer for layer in candidates.layers if len(layer.costs) == 1]
     for rule in dict.fromkeys(layer.decided_by for layer in fixed):
         count = sum(layer.decided_by == rule for layer in fixed)
         notes.append(f"{count} layer{'s' if count > 1 else ''} not allocated ({rule})")
     outside = [choice for choice in choices if choice.site.name in candidates.float_rules]
     return notes + left_in_floating_point(outside) + transform_notes(settings)
+
+
+def _sensing_note(sensitivity: SensitivitySettings, runs: int, language: bool) -> str:
+    if sensitivity.table is not None:
+        return f"{runs} sensitivities are read from {sensitivity.table}, not measured"
+    steps = "" if language else f" and {sensitivity.steps} steps"
+    return (
+        f"{runs} sensitivities are measured, each on up to {sensitivity.samples} samples{steps}; --workers"
+        " measures on several cores, each with weights in float32"
+    )
 
 
 def _bank_bytes(candidates: Candidates) -> int:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from ....calibration.inputs import check_table
 from ....calibration.precision import widen
 from ....calibration.sensitivity import Candidate, Table, Target, measure
 from ....calibration.sensitivity_calls import Calls
-from ....errors import SourceError
 from ....models.base import OpenModel
 from ....recipes.stages import GridSettings
 from ....runtime.hashes import digest, file_sha256
@@ -89,20 +89,18 @@ def check_named_table(settings: AllocatingSettings) -> None:
     """Refuse a recipe that names a table which is not there, before anything is computed.
 
     Raises:
-        SourceError: no such file.
+        SourceError: no such file, or a folder.
     """
     named = allocation_of(settings).sensitivity.table
-    if named is not None and not named.is_file():
-        raise SourceError(
-            f"{named}: no such file", hint="correct sensitivity.table, or leave it out to measure"
-        )
+    if named is not None:
+        check_table(named)
 
 
 def sense(filling: Filling, candidates: Candidates, bank: Bank, calls: Calls, workspace: Workspace) -> Table:
     """Measure the sensitivities, or go on with those that are there.
 
     They lie in `workspace.shared` by the hash of all they depend on, which the budget is no part of:
-    another budget uses them again. `sensitivity.table` names a file instead.
+    another budget uses them again. `sensitivity.table` names a file instead, which is only read.
 
     Args:
         filling: of the model, which is behind its transforms by now.
@@ -112,7 +110,7 @@ def sense(filling: Filling, candidates: Candidates, bank: Bank, calls: Calls, wo
         workspace: of the stage.
 
     Raises:
-        SourceError: the named table is absent, damaged, or of something else.
+        SourceError: the named table is absent, damaged, unfinished, or of something else.
         StageError: an output is not finite; the layer is named.
     """
     settings, transforms = filling.settings, filling.transforms_file
@@ -129,6 +127,7 @@ def sense(filling: Filling, candidates: Candidates, bank: Bank, calls: Calls, wo
         targets_of(candidates, filling.survey, settings),
         BankQuantizer(bank),
         path=kept if named is None else named,
+        read_only=named is not None,
         settings=_depends_on(settings, candidates, transforms, filling.calibration.key),
         dtype=None,
         workers=workers,

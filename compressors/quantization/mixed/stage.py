@@ -90,6 +90,7 @@ class _MixedStage:
         check_named_table(self.settings)
         check_budget(layers, self.allocation, self.fixed_bytes, self.original_bytes)
         measured, compared = split_calls(self.calibration, self.settings)
+        self._tell_samples()
         filling = Filling(
             self.model, self.survey, self.settings, self.calibration, self.workspace.folder, self.progress
         )
@@ -120,6 +121,15 @@ class _MixedStage:
             "sensitivity": compact(table),
             "layers": rows,
         }
+
+    def _tell_samples(self) -> None:
+        """Say so where fewer samples are measured on than was asked for."""
+        asked, have = self.allocation.sensitivity.samples, self.calibration.samples
+        if asked > have // 2:
+            self.progress.note(
+                f"sensitivities are measured on {have // 2} samples instead of {asked}, allocations compared"
+                f" on {min(asked, have - have // 2)} others: the calibration has {have}"
+            )
 
     def _candidates(self, settle: Settle | None = None, calls: Calls | None = None) -> Candidates:
         model = self.model

@@ -293,6 +293,53 @@ def test_the_tensors_of_transforms_count_beside_their_schemes(tmp_path):
     assert len({json.dumps(item, sort_keys=True) for item in found}) == 3
 
 
+def test_an_unfinished_table_is_refused_and_not_gone_on_with(opened, calibrate, tmp_path):
+    model, workspace = opened(), space(tmp_path / "a")
+    apply(model, mixdq(), calibrate(model), workspace)
+    (table,) = workspace.shared.iterdir()
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join(lines[:-2]) + "\n")
+    before, again = table.read_bytes(), opened()
+    settings = mixdq(sensitivity={"table": table})
+    count = len(lines) - 1
+    with pytest.raises(SourceError, match=f"unfinished: {count - 2} of {count} rows are there"):
+        apply(again, settings, calibrate(again), space(tmp_path / "b"))
+    assert table.read_bytes() == before
+
+
+def test_the_plan_says_what_is_measured_and_how(opened, tmp_path):
+    def notes(settings, **options):
+        return " | ".join(plan(opened(**options), settings).notes)
+
+    plain = notes(mixdq())
+    assert "42 sensitivities are measured, each on up to 8 samples and 8 steps" in plain
+    assert "objective" not in plain
+    assert "groups:" not in plain
+    table = tmp_path / "mine.jsonl"
+    assert f"42 sensitivities are read from {table}, not measured" in notes(
+        mixdq(sensitivity={"table": table})
+    )
+    assert "the paper's objective: the largest sum of decibels" in notes(mixdq(objective="mixdq"))
+    whole = {"whole": {"layers": ["*"], "metric": "ssim"}}
+    assert "groups: whole (14 layers by ssim)" in notes(mixdq(groups=whole))
+
+
+def test_fewer_samples_than_asked_for_are_told(opened, calibrate, tmp_path):
+    class Notes(SilentProgress):
+        def __init__(self):
+            self.texts = []
+
+        def note(self, message):
+            self.texts.append(message)
+
+    model = opened()
+    calibration = calibrate(model)
+    heard = Notes()
+    registry.get("mixdq").apply(model, mixdq(), calibration, space(tmp_path), heard)
+    have = calibration.samples
+    assert any(f"measured on {have // 2} samples instead of 8" in text for text in heard.texts)
+
+
 def test_a_table_that_is_not_there_is_refused_and_not_made(opened, calibrate, tmp_path):
     model, path = opened(), tmp_path / "no.jsonl"
     with pytest.raises(SourceError, match=r"no\.jsonl: no such file"):
