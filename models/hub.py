@@ -38,7 +38,8 @@ def fetch_configs(repo_id: str, revision: str | None, subfolder: str | None) -> 
     """
     patterns = [*_CONFIG_PATTERNS, *_TEXT_PATTERNS]
     if subfolder:
-        patterns += [f"{subfolder}/config.json", f"{subfolder}/*.safetensors.index.json"]
+        names = ("config.json", "*.safetensors.index.json", *NAMES)
+        patterns += [f"{subfolder}/{name}" for name in names]
     folder = fetch(repo_id, revision, patterns, ignore=_NO_TEXT_PATTERNS)
     return folder, folder.name
 

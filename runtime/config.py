@@ -76,12 +76,14 @@ def complete_config(class_name: str, config: Mapping[str, Any], where: str) -> d
     return {"_class_name": class_name, **kept, **full}
 
 
-def check_config(config: Mapping[str, Any], stored_bytes: int, where: str) -> None:
-    """Refuse a config that would make its class allocate more than its checkpoint can need.
+def check_config(config: Mapping[str, Any], stored_bytes: int, where: str, *, tensors: int) -> None:
+    """Refuse a config that would make its class allocate or build more than its checkpoint can need.
 
     Args:
         config: of any class; the values of the known ones are checked as by `complete_config`.
         stored_bytes: of all tensors of the checkpoint.
+        where: for the message.
+        tensors: how many the checkpoint stores.
 
     Raises:
         SourceError: naming `where` and the first value that is wrong.
@@ -89,9 +91,17 @@ def check_config(config: Mapping[str, Any], stored_bytes: int, where: str) -> No
     for key, value in config.items():
         if key != "quantization_config":
             _check_numbers(key, value, where)
+    layers = config.get("num_layers")
+    if type(layers) is int and layers > tensors:
+        raise SourceError(f"{where}: num_layers {layers} with only {tensors} stored tensors")
     class_name = str(class_name_of(config))
     if class_name in DEFAULTS:
         full = complete_config(class_name, config, where)
+        if class_name == config_unet.CLASS_NAME and config_unet.layer_count(full) > tensors:
+            raise SourceError(
+                f"{where}: layers_per_block and transformer_layers_per_block make"
+                f" {config_unet.layer_count(full)} layers, with only {tensors} stored tensors"
+            )
         table = 4 * _positions(full) * model_width(full) if "patch_size" in full else 0
         if table > stored_bytes + SPARE_TABLE_BYTES:
             raise SourceError(

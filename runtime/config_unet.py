@@ -121,6 +121,18 @@ def transformer_layers(config: Mapping[str, Any]) -> tuple[list[list[int]], int,
     )
 
 
+def layer_count(config: Mapping[str, Any]) -> int:
+    """Return how many residual and transformer blocks there are at least; each has tensors of its own."""
+    down, middle, up = transformer_layers(config)
+    kinds = (*config["down_block_types"], *config["up_block_types"])
+    layers = sum(
+        sum(counts) for kind, counts in zip(kinds, (*down, *up), strict=True) if kind.startswith("CrossAttn")
+    )
+    # The middle is left out of models that say so; what counts here is what is there in any case.
+    middle = middle if config["mid_block_type"] is not None else 0
+    return layers + middle + sum(2 * count + 1 for count in per_stage(config, "layers_per_block"))
+
+
 def _spread(value: Any, count: int) -> list[int]:
     return [value] * count if isinstance(value, int) else list(value)
 
@@ -201,8 +213,7 @@ def _check_layers(config: Mapping[str, Any], where: str) -> None:
     if up is not None:
         reverse = [count + 1 for count in reversed(layers)]
         _check_counts("reverse_transformer_layers_per_block", up, reverse, where)
-    found_down, middle, found_up = transformer_layers(config)
-    total = sum(map(sum, (*found_down, *found_up))) + middle + sum(2 * count + 1 for count in layers)
+    total = layer_count(config)
     if total > _MAX_LAYERS:
         raise SourceError(f"{where}: layers_per_block and transformer_layers_per_block make {total} layers;"
                           f" at most {_MAX_LAYERS}")  # fmt: skip

@@ -18,7 +18,7 @@ from .language import build_language_model
 from .language_config import implied_copies, is_language_class
 from .manifest import Manifest
 from .modules import dtype_of, exact_names, name_of, swap_linears
-from .validate import CONFIG_NAME, QUANT_METHOD, StoredCheckpoint, TensorEntry, open_folder
+from .validate import CONFIG_NAME, QUANT_METHOD, StoredCheckpoint, TensorEntry, open_folder, read_json
 
 _TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -271,6 +271,7 @@ def _attach_generation(module: nn.Module, stored: StoredCheckpoint) -> None:
     path = stored.folder / "generation_config.json"
     if not path.is_file():
         return
+    read_json(path)  # for what the library below would not name, such as nesting without end
     try:
         module.generation_config = GenerationConfig.from_pretrained(str(stored.folder), local_files_only=True)
     except (AttributeError, OSError, TypeError, ValueError) as error:

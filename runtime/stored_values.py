@@ -13,10 +13,14 @@ from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
+
 from ..errors import SourceError
 from .headers import TensorEntry
 from .manifest import ActivationScheme, QuantizedModule
 
+_LEAST_SCALE = 1e-30  # what this package writes at least; the reciprocal of a smaller one may be infinite
+_BFLOAT16_EXPONENT = 0x7F80
 _HINT = "the weights were changed or do not belong to this manifest; export again"
 
 
@@ -26,7 +30,7 @@ def check_values(
     shared: Mapping[str, str],
     where: str,
 ) -> None:
-    """Check the static activation grids and the stored first tokens of all layers.
+    """Check the scales of weights, the static activation grids and the stored first tokens of all layers.
 
     Args:
         quantization: layer name -> scheme; shapes and dtypes were checked before.
@@ -42,11 +46,15 @@ def check_values(
         return _read(tensors[shared.get(name, name)])
 
     for layer, scheme in quantization.items():
+        name = f"{layer}.scale"
+        _check_scales(tensors[shared.get(name, name)].dtype, read(name), f"{where}: {name}")
         if scheme.activation is not None and scheme.activation.scope == "tensor":
             (scale,) = struct.unpack("<f", read(f"{layer}.activation_scale"))
-            if not (math.isfinite(scale) and scale > 0):
+            if not (math.isfinite(scale) and scale >= _LEAST_SCALE):
                 raise SourceError(
-                    f"{where}: {layer}.activation_scale is {scale}; a scale is a positive number", hint=_HINT
+                    f"{where}: {layer}.activation_scale is {scale}; a scale is a positive number, at least"
+                    f" {_LEAST_SCALE}",
+                    hint=_HINT,
                 )
             if not scheme.activation.symmetric:
                 (zero,) = struct.unpack("<h", read(f"{layer}.activation_zero_point"))
@@ -59,6 +67,27 @@ def check_values(
                     f" (SHA-256 {found[:12]}..., recorded {scheme.first_token.sha256[:12]}...)",
                     hint=_HINT,
                 )
+            name = f"{layer}.first_token_output"
+            if not _finite(tensors[shared.get(name, name)].dtype, read(name)).all():
+                raise SourceError(f"{where}: {name} holds what is no finite number", hint=_HINT)
+
+
+def _check_scales(dtype: str, data: bytes, where: str) -> None:
+    """Check the scales of a weight. Zero is one: a group of weights may be smaller than float16 can say."""
+    values = np.frombuffer(data, "<f2" if dtype == "F16" else "<f4")
+    wrong = values[~(np.isfinite(values) & (values >= 0))]
+    if len(wrong):
+        raise SourceError(
+            f"{where} holds {wrong[0]} ({len(wrong)} of {len(values)}); a scale is finite and not negative",
+            hint=_HINT,
+        )
+
+
+def _finite(dtype: str, data: bytes) -> np.ndarray:
+    """Tell which floats are finite."""
+    if dtype == "BF16":  # numpy has no such type: the upper half of a float32
+        return (np.frombuffer(data, "<u2") & _BFLOAT16_EXPONENT) != _BFLOAT16_EXPONENT
+    return np.isfinite(np.frombuffer(data, "<f2" if dtype == "F16" else "<f4"))
 
 
 def _check_zero(zero: int, activation: ActivationScheme, where: str) -> None:

@@ -340,7 +340,4 @@ def _check_config(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry],
     if is_language_class(class_name_of(config)):
         check_language_config(config, len(tensors), str(where))
         return
-    layers = config.get("num_layers")
-    if type(layers) is int and layers > len(tensors):
-        raise SourceError(f"{where}: num_layers {layers} with only {len(tensors)} stored tensors")
-    check_config(config, sum(entry.bytes for entry in tensors.values()), str(where))
+    check_config(config, sum(entry.bytes for entry in tensors.values()), str(where), tensors=len(tensors))

@@ -216,6 +216,12 @@ FAULTS = {
     "scale 0": (lambda f: _with_tensor(f, SCALE, lambda t: t * 0), "activation_scale is 0.0"),
     "scale below 0": (lambda f: _with_tensor(f, SCALE, lambda t: -t), "a scale is a positive number"),
     "scale infinite": (lambda f: _with_tensor(f, SCALE, lambda t: t / 0), "activation_scale is inf"),
+    "scale too small": (
+        lambda f: _with_tensor(f, SCALE, lambda t: t * 0 + 1e-38), "activation_scale is .*at least 1e-30",
+    ),
+    "output NaN": (
+        lambda f: _with_tensor(f, "first_token_output", lambda t: t * float("nan")), "holds what is no",
+    ),
     "scale absent": (lambda f: _with_tensor(f, SCALE, lambda t: None), "activation_scale is missing"),
     "zero off the grid": (lambda f: _with_tensor(f, ZERO, lambda t: t * 0 + 129), "zero_point is 129"),
     "another token": (lambda f: _with_tensor(f, TOKEN, lambda t: t + 1), "not the first token"),

@@ -61,6 +61,14 @@ def test_a_language_model_comes_with_its_tokenizer(hub, repository):
     assert [path.name for path in locate(ModelRef(id="org/name")).files] == ["model.safetensors"]
 
 
+def test_a_language_model_in_a_subfolder_comes_with_its_tokenizer(hub, repository):
+    shutil.copytree(repository / "models" / "builtin" / "stories", hub.remote / "lm")
+    assert read_spec(ModelRef(id="org/name", subfolder="lm")).family.name == "llm"
+    fetched = {path.name for path in (hub.local / "lm").iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= fetched
+    assert "model.safetensors" not in fetched
+
+
 def test_the_licence_comes_with_the_configs(hub):
     (hub.remote / "README.md").write_text("---\nlicense: other\nlicense_link: TERMS.md\n---\n")
     (hub.remote / "LICENSE.md").write_text("terms")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from compress.errors import SourceError
 from compress.runtime.config import check_config, complete_config
+from compress.runtime.config_unet import layer_count
+from compress.runtime.validate import read_headers, read_json
 
 CLASS = "UNet2DConditionModel"
 SMALL = {"sample_size": 8, "block_out_channels": [32, 64], "down_block_types": ["DownBlock2D"] * 2,
@@ -70,9 +72,27 @@ def test_values_are_checked(config, message):
 
 
 def test_a_stored_config_is_checked_alike():
-    check_config({"_class_name": CLASS, **SMALL}, 1000, "c")
+    check_config({"_class_name": CLASS, **SMALL}, 1000, "c", tensors=200)
     with pytest.raises(SourceError, match="'KDownBlock2D' is not supported"):
-        check_config({"_class_name": CLASS, **SMALL, "down_block_types": ["KDownBlock2D"] * 2}, 1000, "c")
+        check_config(
+            {"_class_name": CLASS, **SMALL, "down_block_types": ["KDownBlock2D"] * 2}, 1000, "c", tensors=200
+        )
+
+
+def test_layers_are_held_against_the_stored_tensors():
+    config = {"_class_name": CLASS, **SMALL, "transformer_layers_per_block": 1000,
+              "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "layers_per_block": 1}  # fmt: skip
+    full = complete_config(CLASS, config, "c")
+    check_config(config, 1000, "c", tensors=layer_count(full))
+    with pytest.raises(SourceError, match=f"make {layer_count(full)} layers, with only 200 stored tensors"):
+        check_config(config, 1000, "c", tensors=200)
+
+
+def test_there_are_fewer_layers_than_tensors_in_a_model(make_tiny):
+    folder = make_tiny(CLASS)
+    full = complete_config(CLASS, read_json(folder / "config.json"), "c")
+    # Residual blocks: 2 going down, 4 up; the middle one's two are not counted. Transformers: 2, 2 * 2 and 2.
+    assert layer_count(full) == 6 + 8 < len(read_headers(folder)[0])
 
 
 def test_defaults_need_a_size_only():

@@ -247,6 +247,11 @@ def _change(folder, change):
         (lambda t: t.pop("model.layers.1.mlp.up_proj.scale"), r"up_proj\.scale is missing"),
         (lambda t: t.update({"more": torch.zeros(2)}), "more is not"),
         (
+            lambda t: t["model.layers.1.mlp.up_proj.scale"][3].fill_(torch.nan),
+            r"up_proj\.scale holds nan \(1 of",
+        ),
+        (lambda t: t["model.layers.1.mlp.up_proj.scale"].neg_(), r"up_proj\.scale holds -.* not negative"),
+        (
             lambda t: t.update({"model.layers.1.mlp.up_proj.scale": torch.zeros(80, 2)}),
             r"up_proj\.scale is F32 \[80, 2\]",
         ),
@@ -295,9 +300,15 @@ def test_a_dense_folder_opens_with_its_defaults_for_generating(make_llm):
     module = compress.load(folder)
     assert module.generation_config.max_new_tokens == 7
     assert torch.equal(_logits(module), _logits(_from_pretrained(folder)))
-    (folder / "generation_config.json").write_text("{no json")
-    with pytest.raises(SourceError, match=r"generation_config\.json: transformers refuses it"):
-        compress.load(folder)
+    for text, message in (
+        ("{no json", "not JSON"),
+        ("[" * 100_000, "levels deep"),
+        ('{"a": ' * 500 + "1" + "}" * 500, "levels deep"),
+        ('{"watermarking_config": {"a": 1}}', "transformers refuses it"),
+    ):
+        (folder / "generation_config.json").write_text(text)
+        with pytest.raises(SourceError, match=rf"generation_config\.json: .*{message}"):
+            compress.load(folder)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "torchao"}
     (folder / "config.json").write_text(json.dumps(config))
