@@ -44,8 +44,11 @@ def _uses(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 def _proof(found: Mapping[str, Any]) -> Iterator[str]:
     bound, measured = found["bound"], found["measured"]
     proven = "which proves it optimal" if bound["stopped"] == "optimal" else "found by " + bound["found_by"]
+    taken = f"Taken: {bound['point']}"
+    if found["chosen"] != bound["point"]:
+        taken = f"Taken: {found['chosen']}, which measured better than the program's best, {bound['point']}"
     yield (
-        f"- {100 * found['used']['share']:.2f} % of the budget is used. Taken: {bound['point']}; loss"
+        f"- {100 * found['used']['share']:.2f} % of the budget is used. {taken}; loss"
         f" {bound['loss']:.6g}, lower bound {bound['lower_bound']:.6g} ({bound['certificate']}), gap"
         f" {bound['gap_of_range']:.1e} of the range, {proven}."
     )

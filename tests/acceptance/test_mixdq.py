@@ -195,7 +195,7 @@ def test_b5_two_groups_share_a_budget_and_the_best_measured_split_is_taken(make_
         for row in found["layers"]:
             content = ".attn2." in row["name"] or ".ff." in row["name"]
             assert row["group"] == ("content" if content else "quality")
-        tried = [point for point in found["points"] if point["for_this_budget"]]
+        tried = [point for point in found["points"] if point["eligible"]]
         chosen[objective] = next(point for point in tried if point["chosen"])
         assert len(tried) > 2
         assert chosen[objective]["sqnr_db"] == max(point["sqnr_db"] for point in tried)

@@ -55,6 +55,7 @@ def allocation(blocks=3, bits=(2, 3, 4, 8)):
             {"name": "all", "metric": "sqnr_db", "layers": 12, "weights": 12000, "mean_bits": 3.51,
              "histogram": {"2": 4, "4": 8}}
         ],
+        "chosen": "optimum",
         "bound": {
             "point": "optimum", "loss": 0.0079, "lower_bound": 0.00789, "certificate": "lagrangian",
             "gap_of_range": 2e-5, "found_by": "greedy", "stopped": "gap",
@@ -158,7 +159,10 @@ def test_the_card_tells_budget_bound_and_groups(document):
     assert f"99.75 % of the budget is used. {proof}" in section
     assert "21.00 dB with quantized weights (the sum of the layers' losses predicts 21.40 dB)" in section
     assert "| all | SQNR | 12 | 12,000 | 3.510 | 4 at 2, 8 at 4 |" in section
-    assert "Every layer has bits of its own, 3.51 per allocated weight on\naverage" in card
+    assert "**W3.51A8 on average, mixed**: layers have bits of their own" in card
+    assert "W4A8" not in card.split("## ")[0]
+    assert "\n- mixed-precision\n" in card
+    assert "w4a8" not in card
     assert f"]({POINTS})" in card
 
 

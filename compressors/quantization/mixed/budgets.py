@@ -32,14 +32,20 @@ def check_budget(
     settings: AllocationSettings,
     fixed_bytes: int,
     original_bytes: int,
+    *,
+    measured: bool = False,
 ) -> None:
     """Refuse a budget that no assignment keeps, or that even the most bits do not use.
+
+    What is planned counts transforms that data may do without: then everything takes a few bytes less. So
+    a budget that was accepted by the plan may be too large later, and is refused no more.
 
     Args:
         choices: of all layers.
         settings: budget, objective and groups.
         fixed_bytes: of all tensors that are not allocated.
         original_bytes: of all tensors of the model before the stage.
+        measured: everything was measured by now; one that is too large is kept by the most bits.
 
     Raises:
         InfeasibleBudget: the budget is too small; the message names the smallest that would do.
@@ -57,6 +63,8 @@ def check_budget(
     units = {"mean_bits": allocated_weights(choices), "bytes": 1, "ratio": original_bytes}
     for budget in budgets:
         interval = feasible_interval(items, [budget])[budget.name]
+        if measured and budget.limit > interval.largest:
+            continue
         _check(budget, interval, units[budget.name], items)
     if len(budgets) > 1:
         allocate(items, budgets)  # refuses those that cannot be kept together

@@ -2,7 +2,9 @@
 
 Sensitivities are measured one layer at a time, and a sum of losses is a prediction. So every distinct
 allocation that the sweep gives is installed and measured, on calls that the sensitivities were not
-measured on, and the least measured error wins among those within the budget. Weights are decided first,
+measured on, and so are equal bits for all layers and answers for other budgets. The least measured error
+wins: with the objective `power` among all that keep every budget, with `mixdq` among the allocations of
+the paper's sweep alone, so that what comes out is the paper's. Weights are decided first,
 with activations in floating point, then activations with these weights; the errors of the two phases
 are measured under different conditions and never compared.
 """
@@ -17,7 +19,7 @@ from ....calibration.sensitivity_table import Table
 from ....errors import PlanError
 from ....progress import Progress, step
 from ....recipes.allocation import AllocationSettings
-from ...allocation import Allocation
+from ...allocation import Allocation, feasible_interval
 from ...allocation_problem import Budget, InfeasibleBudget, Item
 from .activations import decide_activations
 from .budgets import check_budget, plan_assignment
@@ -38,7 +40,8 @@ class Decision:
 
     Attributes:
         assignment: bits of all weights and activations.
-        allocation: the program's answer for the weights, with its bound; it names `problem.REST` too.
+        allocation: the best measured one of the program's answers for the weights, with its bound; it names
+            `problem.REST` too. Where another allocation measured better, `assignment` is that one.
         details: for the report, JSON values.
     """
 
@@ -71,35 +74,33 @@ def decide(
         progress: gets one step for the weights, and one for activations where several are tried.
 
     Raises:
-        PlanError: the budget cannot be kept (`InfeasibleBudget`), or not used.
+        PlanError: the budget cannot be kept (`InfeasibleBudget`).
         StageError: a sensitivity is missing, or something measured is not finite.
     """
-    check_budget(choices, settings, fixed_bytes, original_bytes)
+    check_budget(choices, settings, fixed_bytes, original_bytes, measured=True)
     program = weight_program(choices, table, settings.objective)
     rest = rest_item(fixed_bytes)
     budgets = weight_budgets(choices, settings.budget, original_bytes)
     solved, skipped = _solved(program, rest, budgets, settings)
     others = _others(choices, program, rest, solved[0][0])
-    trial = Trial(choices, fixed_bytes, score)
+    trial = Trial(choices, fixed_bytes, score, budgets, only_asked=settings.objective == "mixdq")
     with step(progress, "try allocations", len(solved) + len(others)):
-        made = []
         for point, allocation in solved:
-            made.append(trial.measure(point.label, allocation.choices, allocation, eligible=True))
+            trial.measure(point.label, allocation.choices, allocation, asked=True)
             progress.advance(1, point.label)
         for label, labels, allocation_ in others:
-            trial.measure(label, labels, allocation_, eligible=False)
+            trial.measure(label, labels, allocation_, asked=False)
             progress.advance(1, label)
-    chosen = min(made, key=lambda item: item.error)  # of equal ones the first
-    assert chosen.allocation is not None
+    chosen, best = trial.best(), trial.best_answer()
+    assert best.allocation is not None
     activations = decide_activations(choices, table, settings, chosen.weights, score, progress)
     assignment = Assignment(chosen.weights, activations.bits)
-    details = describe(
-        choices, table, settings, program, chosen, list(trial.tried.values()), assignment, score(assignment)
-    )
+    tried, error = list(trial.tried.values()), score(assignment)
+    details = describe(choices, table, settings, program, chosen, best, tried, assignment, error)
     details["skipped"] = skipped
     if activations.details:
         details["activations"] = activations.details
-    return Decision(assignment, chosen.allocation, details)
+    return Decision(assignment, best.allocation, details)
 
 
 def _solved(
@@ -107,11 +108,17 @@ def _solved(
 ) -> tuple[list[tuple[Point, Allocation]], list[str]]:
     """Solve every point of the sweep; say which ones the paper would skip.
 
+    Where the budget is enough for the most bits everywhere, there is nothing to share.
+
     Raises:
         PlanError: none can be solved.
     """
+    items = [*program.items, rest]
+    points = points_of(program, settings.objective, settings.points)
+    if all(budget.limit >= feasible_interval(items, [budget])[budget.name].largest for budget in budgets):
+        points = [Point("the most bits for all", dict.fromkeys(program.groups, 1.0))]
     solved, skipped = [], []
-    for point in points_of(program, settings.objective, settings.points):
+    for point in points:
         try:
             solved.append((point, solve(program, rest, budgets, point)))
         except InfeasibleBudget as error:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ....calibration.sensitivity_table import Table
 from ....calibration.similarity import decibels
 from ....recipes.allocation import FLOAT_BITS, AllocationSettings
+from ...allocation import Allocation
 from .problem import (
     Assignment,
     Program,
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
 
 OBJECTIVES = {"power": "least error power", "mixdq": "mixdq objective (paper)"}
 """How objectives are called wherever they are shown."""
+
+CHOSEN_AMONG = {
+    "power": "all measured allocations that keep the budget",
+    "mixdq": "the allocations of the paper's sweep",
+}
+"""What the least measured error is looked for in."""
 
 
 def predicted_error(
@@ -49,6 +56,7 @@ def describe(
     settings: AllocationSettings,
     program: Program,
     chosen: Tried,
+    solved: Tried,
     tried: Sequence[Tried],
     assignment: Assignment,
     final_error: float,
@@ -61,19 +69,22 @@ def describe(
         settings: what was asked.
         program: of the weights.
         chosen: what was taken.
+        solved: the best measured one of the program's answers for the budget: `chosen` itself, most often.
         tried: all that was measured, `chosen` included.
         assignment: weights and activations.
         final_error: measured with both.
     """
-    assert chosen.allocation is not None
+    assert solved.allocation is not None
     predicted = predicted_error(choices, table, chosen.weights)
     return {
         "objective": settings.objective,
         "objective_label": OBJECTIVES[settings.objective],
         "asked": settings.budget.model_dump(exclude_none=True),
-        "used": _used(choices, chosen),
+        "used": _used(choices, chosen, solved.allocation),
         "groups": _groups(choices, program, chosen.weights),
-        "bound": {"point": chosen.label, **proof(chosen.allocation)},
+        "chosen": chosen.label,
+        "chosen_among": CHOSEN_AMONG[settings.objective],
+        "bound": {"point": solved.label, **proof(solved.allocation)},
         "measured": {
             "weights_sqnr_db": _decibels(chosen.error),
             "predicted_weights_sqnr_db": None if predicted is None else _decibels(predicted),
@@ -89,16 +100,16 @@ def _decibels(error: float) -> float:
     return round(decibels(1.0, error), 3)
 
 
-def _used(choices: Sequence[LayerChoices], chosen: Tried) -> dict[str, Any]:
-    assert chosen.allocation is not None
-    uses = chosen.allocation.budgets
+def _used(choices: Sequence[LayerChoices], chosen: Tried, solved: Allocation) -> dict[str, Any]:
+    uses = solved.budgets
+    parts = {"bytes": chosen.bytes, "bits": round(chosen.mean_bits * allocated_weights(choices))}
     limits = [use.limit for use in uses if use.unit == "bytes"]
     taken = sum(entry.costs[chosen.weights[entry.site.name]] for entry in choices if has_choice(entry))
     return {
         "bytes": chosen.bytes,
         "bytes_limit": min(limits) if limits else None,
         "allocated_bytes": stored_bytes(choices, chosen.weights),
-        "share": max(use.share for use in uses),
+        "share": max(parts[use.unit] / use.limit for use in uses),
         "mean_bits": mean_bits(choices, chosen.weights),
         "mean_bits_stored": 8 * taken / allocated_weights(choices),
     }
@@ -143,7 +154,8 @@ def _points(
                 "predicted_loss": predicted_error(choices, table, item.weights),
                 "sqnr_db": _decibels(item.error),
                 "on_front": not beaten,
-                "for_this_budget": item.eligible,
+                "for_this_budget": item.asked,
+                "eligible": item.eligible,
                 "chosen": item is chosen,
             }
         )

@@ -287,6 +287,17 @@ def weight_budgets(
     return budgets
 
 
+def spent(
+    budget: Budget, choices: Sequence[LayerChoices], weights: Mapping[str, str], fixed_bytes: int
+) -> int:
+    """Return what an assignment takes of a budget, in its unit: bits, or bytes of all tensors."""
+    if budget.key == _BYTES:
+        return fixed_bytes + stored_bytes(choices, weights)
+    return sum(
+        nominal_bits(weights[entry.site.name]) * entry.weights for entry in choices if has_choice(entry)
+    )
+
+
 def bytes_budget(limit_bytes: int) -> Budget:
     """Return a budget for all tensors of the model."""
     return Budget("bytes", limit_bytes, cost=_BYTES)

@@ -12,7 +12,7 @@ import numpy as np
 from ....errors import StageError
 from ....recipes.allocation import FLOAT_BITS
 from ...allocation import Allocation, feasible_interval
-from ...allocation_problem import InfeasibleBudget, Item
+from ...allocation_problem import Budget, InfeasibleBudget, Item
 from .activations import in_floating_point
 from .problem import (
     REST,
@@ -23,6 +23,7 @@ from .problem import (
     label_of_weight,
     mean_bits,
     nominal_bits,
+    spent,
     spread,
     stored_bytes,
 )
@@ -48,7 +49,8 @@ class Tried:
         mean_bits: nominal, of the layers that have a choice.
         error: measured error power / power of the output, activations in floating point.
         allocation: the program's answer; None where none was solved.
-        eligible: made for the budget that was asked; others only show what other budgets would give.
+        asked: the program's answer for the budget that was asked; others are there to compare with.
+        eligible: may be taken; it keeps every budget.
     """
 
     label: str
@@ -57,6 +59,7 @@ class Tried:
     mean_bits: float
     error: float
     allocation: Allocation | None
+    asked: bool
     eligible: bool
 
 
@@ -67,15 +70,26 @@ class Trial:
         choices: of all layers.
         fixed_bytes: of all tensors that are not allocated.
         score: measures an assignment.
+        budgets: that are to be kept.
+        only_asked: take nothing but the program's own answers for these budgets.
     """
 
-    def __init__(self, choices: Sequence[LayerChoices], fixed_bytes: int, score: Score) -> None:
+    def __init__(
+        self,
+        choices: Sequence[LayerChoices],
+        fixed_bytes: int,
+        score: Score,
+        budgets: Sequence[Budget],
+        *,
+        only_asked: bool,
+    ) -> None:
         self._choices, self._fixed_bytes, self._score = choices, fixed_bytes, score
+        self._budgets, self._only_asked = budgets, only_asked
         self._floating = in_floating_point(choices)
         self.tried: dict[tuple[str, ...], Tried] = {}
 
     def measure(
-        self, label: str, chosen: Mapping[str, str], allocation: Allocation | None, *, eligible: bool
+        self, label: str, chosen: Mapping[str, str], allocation: Allocation | None, *, asked: bool
     ) -> Tried:
         """Return what an assignment measures; the first label of an assignment stays.
 
@@ -83,7 +97,7 @@ class Trial:
             label: for the report.
             chosen: item -> label of its weight's bits.
             allocation: the program's answer.
-            eligible: see `Tried`.
+            asked: see `Tried`.
 
         Raises:
             StageError: the error is not finite.
@@ -96,8 +110,23 @@ class Trial:
                 raise StageError(f"the model's error under the allocation {label!r} is {error}")
             size = self._fixed_bytes + stored_bytes(self._choices, weights)
             average = mean_bits(self._choices, weights)
-            self.tried[key] = Tried(label, weights, size, average, error, allocation, eligible)
+            eligible = asked or (not self._only_asked and self._keeps(weights))
+            self.tried[key] = Tried(label, weights, size, average, error, allocation, asked, eligible)
         return self.tried[key]
+
+    def best(self) -> Tried:
+        """Return the eligible one with the least error, the first of equal ones."""
+        return min((item for item in self.tried.values() if item.eligible), key=lambda item: item.error)
+
+    def best_answer(self) -> Tried:
+        """Return the one with the least error among the program's answers for the budget asked."""
+        return min((item for item in self.tried.values() if item.asked), key=lambda item: item.error)
+
+    def _keeps(self, weights: Mapping[str, str]) -> bool:
+        return all(
+            spent(budget, self._choices, weights, self._fixed_bytes) <= budget.limit
+            for budget in self._budgets
+        )
 
 
 def uniform(choices: Sequence[LayerChoices]) -> dict[str, dict[str, str]]:

@@ -90,14 +90,45 @@ def test_the_least_measured_error_is_taken_whatever_the_program_prefers(made):
 
     decision = decided(layers, rows, made.settings({"mean_bits": 4.0}, points=9), score)
     points = decision.details["points"]
-    tried = [point for point in points if point["for_this_budget"]]
-    assert len(tried) >= 4
+    tried = [point for point in points if point["eligible"]]
+    assert sum(point["for_this_budget"] for point in points) >= 4
     chosen = [point for point in points if point["chosen"]]
     assert len(chosen) == 1
     assert chosen[0]["sqnr_db"] == max(point["sqnr_db"] for point in tried)
     assert chosen[0]["mean_bits"] <= 4.0
     assert chosen[0]["label"].startswith("content x ")
     assert len({tuple(weights.values()) for weights in seen}) >= len(points)
+
+
+@pytest.mark.parametrize(("objective", "label"), [("power", "all w4"), ("mixdq", "paper's objective")])
+def test_equal_bits_that_measure_better_are_taken_but_under_the_papers_objective(made, objective, label):
+    layers, rows = made.network(12)
+
+    def score(assignment):
+        return 0.001 if set(assignment.weights.values()) == {"w4"} else 0.1
+
+    details = decided(layers, rows, made.settings({"mean_bits": 4.0}, objective=objective), score).details
+    (chosen,) = (point for point in details["points"] if point["chosen"])
+    assert (chosen["label"], details["chosen"]) == (label, label)
+    assert details["used"]["bytes"] == chosen["bytes"]
+    assert details["used"]["mean_bits"] == chosen["mean_bits"] <= 4.0
+    assert details["bound"]["point"] != "all w4"
+    assert details["bound"]["loss"] >= details["bound"]["lower_bound"]
+    assert ("paper" in details["chosen_among"]) is (objective == "mixdq")
+
+
+@pytest.mark.parametrize("budget", [{"mean_bits": 3.9}, {"mean_bits": 4.5, "bytes": 60_000}])
+def test_what_exceeds_one_budget_is_not_taken_however_good(made, budget):
+    layers, rows = made.network(12)
+
+    def score(assignment):
+        return 10.0 ** -(sum(int(assignment.weights[x.site.name][1:]) * x.weights for x in layers) ** 0.1)
+
+    details = decided(layers, rows, made.settings(budget), score).details
+    used = details["used"]
+    assert used["mean_bits"] <= budget["mean_bits"]
+    assert used["bytes"] <= budget.get("bytes", 10**9)
+    assert any(point["sqnr_db"] > details["measured"]["weights_sqnr_db"] for point in details["points"])
 
 
 def test_nothing_is_measured_twice_but_the_final_model(made):
@@ -149,6 +180,18 @@ def test_a_split_that_no_point_can_keep_is_refused(made):
     layers, rows = made.network(20, groups=("content", "quality"), metrics={"content": "ssim"})
     with pytest.raises(PlanError, match="no split of the budget between the groups content and quality"):
         decided(layers, rows, made.settings({"mean_bits": 2.02}, objective="mixdq", points=2))
+
+
+@pytest.mark.parametrize("objective", ["power", "mixdq"])
+@pytest.mark.parametrize("groups", [("all",), ("content", "quality")])
+def test_a_budget_that_turned_out_too_large_gives_all_the_most_bits(made, objective, groups):
+    """Plans count transforms at their largest; when everything is measured, it is too late to refuse."""
+    layers, rows = made.network(12, groups=groups, metrics={"content": "ssim"})
+    decision = decided(layers, rows, made.settings({"bytes": 300_000}, objective=objective))
+    assert set(decision.assignment.weights.values()) == {"w8"}
+    used = decision.details["used"]
+    assert used["bytes"] == FIXED + stored_bytes(layers, decision.assignment.weights) < 300_000
+    assert used["share"] == pytest.approx(used["bytes"] / 300_000)
 
 
 def test_layers_that_are_fixed_keep_their_bits_and_copies_follow(made):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,21 @@ def test_sixteen_bit_models_are_measured_in_float32_and_go_back(opened, calibrat
     assert all(torch.equal(state[name], before[name]) for name in untouched)
     assert model.size().bytes == details["allocation"]["used"]["bytes"]
     assert relative(outputs(model), exact) < 0.3
+
+
+def test_the_largest_budget_that_a_plan_accepts_is_kept(opened, calibrate, tmp_path):
+    def asked(size):
+        allocation = {"budget": {"bytes": size}, "bits": (2, 4, 8)}
+        return ViditQSettings(bits=allocation, adaln_weight_bits=None)
+
+    with pytest.raises(PlanError, match="more than every layer takes") as caught:
+        plan(opened(), asked(10**9))
+    largest = int(re.search(r"to ([\d,]+) bytes can be asked", str(caught.value))[1].replace(",", ""))
+    model = opened()
+    plan(model, asked(largest))
+    details = apply(model, asked(largest), calibrate(model), space(tmp_path))
+    assert model.size().bytes == details["allocation"]["used"]["bytes"] < largest
+    assert set(details["allocation"]["groups"][0]["histogram"]) == {"8"}
 
 
 class Killed(BaseException):
