@@ -188,7 +188,7 @@ def _documents(file: Path) -> Iterator[str]:
                 f"{file}: {size} bytes; a calibration text has at most {MAX_TEXT_BYTES}",
                 hint="take a part of it: a result keeps a copy",
             )
-        if file.suffix == _JSON_LINES:
+        if file.suffix.lower() == _JSON_LINES:
             yield from _lines(file)
         else:
             yield file.read_text(encoding="utf-8-sig")

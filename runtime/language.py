@@ -32,6 +32,7 @@ def build_language_model(config: Mapping[str, Any], where: str = "config.json") 
         stock_config = transformers.AutoConfig.for_model(**stock_arguments(config))
         module: nn.Module = getattr(transformers, name)(stock_config)
     except (
+        AssertionError,
         AttributeError,
         IndexError,
         KeyError,

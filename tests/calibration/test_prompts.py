@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -141,3 +142,15 @@ def test_prompts_are_encoded_anew_where_the_encoders_were_changed(pipeline, tmp_
     after = keys()
     assert after[0] != before[0] and after[1] != before[1]
     assert after[2] == before[2]  # without prompts nothing is encoded
+
+
+def test_encoders_from_the_hub_count_by_their_commit(pipeline, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    model = open_model(ModelRef(id=str(pipeline)), progress=QUIET)
+    source, keys = model.source, set()
+    for revision in ("1" * 40, "2" * 40, "2" * 40):
+        model.source = replace(source, revision=revision)
+        settings = CalibrationSettings(samples=2, steps=1, prompts=prompts)
+        keys.add(recording_key(model, settings, 0))
+    assert len(keys) == 2

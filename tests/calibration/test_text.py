@@ -241,6 +241,7 @@ def test_sensitivities_are_measured_on_text(stories, tmp_path):
     [
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\nno json\n', r"a\.jsonl:2: not JSON"),
+        ("A.JSONL", b"no json", r"A\.JSONL:1: not JSON"),
         ("a.jsonl", b'{"txt": "a"}\n', r"a\.jsonl:1: no text under the key 'text'"),
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1: no text under the key 'text'"),
         ("a.jsonl", b'{"text": "a"}\n\xff\n', r"a\.jsonl: not UTF-8"),
