@@ -181,6 +181,14 @@ class AllocationSettings(_Settings):
         SensitivitySettings.model_validate({}), description="What the sensitivities are measured on."
     )
 
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether any layer's input may get less than floating point."""
+        offered = {*self.activation_bits, *self.fixed_activations.values()}
+        for group in (self.groups or {}).values():
+            offered |= {*(group.activation_bits or ())}
+        return offered != {FLOAT_BITS}
+
     @model_validator(mode="after")
     def _check_activations(self) -> AllocationSettings:
         offered = {*self.activation_bits}
@@ -194,6 +202,12 @@ class AllocationSettings(_Settings):
         if len(offered) == 1 and self.activation_budget is not None:
             raise ValueError(
                 f"activation_budget has nothing to decide: activation_bits offers {min(offered)} alone"
+            )
+        mean = None if self.activation_budget is None else self.activation_budget.mean_bits
+        if mean is not None and not min(offered) <= mean <= max(offered):
+            raise ValueError(
+                f"activation_budget.mean_bits: {mean:g} bits cannot be kept or used; from {min(offered)} to"
+                f" {max(offered)} bits can be asked"
             )
         protect = self.activation_budget is not None and self.activation_budget.protect is not None
         if protect and (FLOAT_BITS not in offered or len(offered) != 2):

@@ -106,6 +106,18 @@ class GridSettings(StageSettings):
         return self
 
 
+def _refuse_activation_keys(settings: GridSettings) -> None:
+    """Refuse keys that say how inputs are rounded, where all of them stay in floating point.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if settings.activation_scale == "static":
+        raise ValueError("activation_scale: static has no effect with activation_bits: 16")
+    if settings.activation_symmetric is not None:
+        raise ValueError("activation_symmetric has no effect with activation_bits: 16; leave it out")
+
+
 class UniformSettings(GridSettings, BitsSettings):
     """Grids with equal bits for all layers."""
 
@@ -122,8 +134,9 @@ class UniformSettings(GridSettings, BitsSettings):
 
     @model_validator(mode="after")
     def _check_static(self) -> UniformSettings:
-        if self.activation_scale == "static" and self.activation_bits == 16 and self.allocation is None:
-            raise ValueError("activation_scale: static has no effect with activation_bits: 16")
+        allocation = self.allocation
+        if self.activation_bits == 16 if allocation is None else not allocation.quantizes_activations:
+            _refuse_activation_keys(self)
         return self
 
 
@@ -260,6 +273,12 @@ class MixdqSettings(GridSettings, AllocationSettings):
     @property
     def allocation(self) -> AllocationSettings:
         """How bits are chosen per layer."""
+        return self
+
+    @model_validator(mode="after")
+    def _check_inputs(self) -> MixdqSettings:
+        if not self.quantizes_activations:
+            _refuse_activation_keys(self)
         return self
 
 

@@ -65,6 +65,31 @@ ALLOCATED = [
     ("mixdq: {budget: {mean_bits: 4}, bits: [4]}", "mixdq: bits offers 4 alone: there is nothing to choose"),
     ("mixdq: {budget: {mean_bits: 4}, fixed: {a: 5}}", "mixdq.fixed.a: 5 is not one of"),
     ("mixdq: {budget: {mean_bits: 4}, weight_bits: 4}", "mixdq.weight_bits: unknown key 'weight_bits'"),
+    (
+        "mixdq: {budget: {mean_bits: 4}, activation_bits: [8, 16], activation_budget: {mean_bits: 7}}",
+        "activation_budget.mean_bits: 7 bits cannot be kept or used; from 8 to 16 bits can be asked",
+    ),
+    (
+        "mixdq: {budget: {mean_bits: 4}, activation_bits: [4, 8], activation_budget: {mean_bits: 8.5}}",
+        "from 4 to 8 bits can be asked",
+    ),
+    (
+        "mixdq: {budget: {mean_bits: 4}, activation_bits: [16], activation_scale: static}",
+        "activation_scale: static has no effect",
+    ),
+    (
+        "mixdq: {budget: {mean_bits: 4}, activation_bits: [16], activation_symmetric: true}",
+        "activation_symmetric has no effect",
+    ),
+    (
+        "vidit_q: {bits: mixdq, weight_bits: 4, activation_bits: 16, activation_scale: static}",
+        "activation_scale: static has no effect",
+    ),
+    (
+        "vidit_q: {bits: {budget: {mean_bits: 4}, activation_bits: [16]}, activation_symmetric: true}",
+        "activation_symmetric has no effect",
+    ),
+    ("rtn: {activation_bits: 16, activation_symmetric: false}", "activation_symmetric has no effect"),
     ("mixdq: {budget: {mean_bits: 4}, activation_bits: [8, 16]}", "but nothing decides among them"),
     ("mixdq: {budget: {mean_bits: 4}, activation_budget: {protect: 0.1}}", "has nothing to decide"),
     (

@@ -20,7 +20,7 @@ from .problem import (
     label_of_weight,
     nominal_bits,
 )
-from .sweep import points_of, proof, solve
+from .sweep import points_of, proof, sharing, solve
 
 if TYPE_CHECKING:
     from .candidates import LayerChoices
@@ -130,7 +130,8 @@ def _average(
     rest = Item("nothing", (Choice("", 0.0, {budget.key: 0}),))
     solved: dict[tuple[tuple[str, int], ...], tuple[str, Allocation]] = {}
     skipped = []
-    for point in points_of(program, settings.objective, settings.points, activations=True):
+    points = points_of(program, settings.objective, settings.points, activations=True)
+    for point in sharing(points, program, rest, [budget]):
         try:
             found = solve(program, rest, [budget], point)
         except InfeasibleBudget as error:

@@ -49,8 +49,8 @@ def check_budget(
 
     Raises:
         InfeasibleBudget: the budget is too small; the message names the smallest that would do.
-        PlanError: it is larger than every layer at its most bits, nothing is to be chosen, or the
-            objective does not fit the groups.
+        PlanError: it is larger than every layer at its most bits, nothing is to be chosen, the objective
+            does not fit the groups, or see `check_activation_budget`.
     """
     if not any(has_choice(entry) for entry in choices):
         raise PlanError(
@@ -69,6 +69,39 @@ def check_budget(
     if len(budgets) > 1:
         allocate(items, budgets)  # refuses those that cannot be kept together
     points_of(program, settings.objective, settings.points)
+    if not measured:
+        check_activation_budget(choices, settings)
+
+
+def check_activation_budget(choices: Sequence[LayerChoices], settings: AllocationSettings) -> None:
+    """Refuse an average of the inputs' bits that no assignment keeps, or that the most bits do not use.
+
+    Args:
+        choices: of all layers. As long as it is not known how large inputs are, what no sizes could make
+            possible is refused.
+        settings: the budget of activations; without an average there is nothing to check.
+
+    Raises:
+        PlanError: stating from which to which average can be asked.
+    """
+    budget = settings.activation_budget
+    open_ = [entry for entry in choices if len(entry.activations) > 1]
+    if budget is None or budget.mean_bits is None or not open_:
+        return
+    low, high = ([pick(entry.activations) for entry in open_] for pick in (min, max))
+    smallest, largest = min(low), max(high)
+    sizes = [entry.inputs for entry in open_]
+    if all(sizes):
+        smallest, largest = (
+            sum(bits * size for bits, size in zip(side, sizes, strict=True)) / sum(sizes)
+            for side in (low, high)
+        )
+    if not smallest <= budget.mean_bits <= largest:
+        raise PlanError(
+            f"activation_budget.mean_bits: {budget.mean_bits:g} bits cannot be kept or used;"
+            f" from {smallest:.4g} to {largest:.4g} bits can be asked of the inputs that have a choice",
+            hint="ask for another average, or offer other `activation_bits`",
+        )
 
 
 def _check(budget: Budget, interval: Interval, unit: int, items: Sequence[Item]) -> None:

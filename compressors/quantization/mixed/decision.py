@@ -19,13 +19,13 @@ from ....calibration.sensitivity_table import Table
 from ....errors import PlanError
 from ....progress import Progress, step
 from ....recipes.allocation import AllocationSettings
-from ...allocation import Allocation, feasible_interval
+from ...allocation import Allocation
 from ...allocation_problem import Budget, InfeasibleBudget, Item
 from .activations import decide_activations
 from .budgets import check_budget, plan_assignment
 from .decision_report import describe
 from .problem import REST, Assignment, Program, rest_item, weight_budgets, weight_program
-from .sweep import Point, points_of, solve
+from .sweep import Point, points_of, sharing, solve
 from .trying import Score, Trial, curve, uniform
 
 if TYPE_CHECKING:
@@ -108,17 +108,12 @@ def _solved(
 ) -> tuple[list[tuple[Point, Allocation]], list[str]]:
     """Solve every point of the sweep; say which ones the paper would skip.
 
-    Where the budget is enough for the most bits everywhere, there is nothing to share.
-
     Raises:
         PlanError: none can be solved.
     """
-    items = [*program.items, rest]
     points = points_of(program, settings.objective, settings.points)
-    if all(budget.limit >= feasible_interval(items, [budget])[budget.name].largest for budget in budgets):
-        points = [Point("the most bits for all", dict.fromkeys(program.groups, 1.0))]
     solved, skipped = [], []
-    for point in points:
+    for point in sharing(points, program, rest, budgets):
         try:
             solved.append((point, solve(program, rest, budgets, point)))
         except InfeasibleBudget as error:

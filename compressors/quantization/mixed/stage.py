@@ -23,6 +23,7 @@ from ...base import Workspace
 from ..building import put
 from ..details import averages, layer_row, scheme_bytes
 from ..scheme import Choice, survey_linears
+from .budgets import check_activation_budget
 from .candidates import AllocatingSettings, Candidates, Settle, allocation_of, bytes_outside, find_candidates
 from .decision import check_budget, decide
 from .filling import Filling, likely_bits
@@ -99,6 +100,7 @@ class _MixedStage:
             likely = likely_bits(layers, self.settings, self.fixed_bytes, self.original_bytes)
             transforms = filling.transforms(layers, likely)
             candidates = self._candidates(filling.settle, compared)
+            check_activation_budget(candidates.layers, self.allocation)  # inputs are known by now
             bank = filling.bank(candidates.layers)
             table = sense(filling, candidates, bank, measured, self.workspace)
             installer = Installer(filling, bank, candidates.layers)

@@ -75,6 +75,17 @@ def points_of(
     return points[:count]
 
 
+def sharing(points: list[Point], program: Program, rest: Item, budgets: Sequence[Budget]) -> list[Point]:
+    """Return the points; a single one where the budgets are enough for the most bits everywhere.
+
+    Then there is nothing to share, and the paper's quotients would leave a group more than it can use.
+    """
+    items = [*program.items, rest]
+    if all(budget.limit >= feasible_interval(items, [budget])[budget.name].largest for budget in budgets):
+        return [Point("the most bits for all", dict.fromkeys(program.groups, 1.0))]
+    return points
+
+
 def _raised(groups: Sequence[str], group: str, factor: float) -> Point:
     return Point(f"{group} x {factor:.3g}", {name: factor if name == group else 1.0 for name in groups})
 

@@ -164,6 +164,35 @@ def test_several_budgets_are_checked_one_by_one(made):
         check_budget(layers, made.settings({"mean_bits": 7.9, "bytes": 10_000}), 0, 10**6)
 
 
+@pytest.mark.parametrize("sizes", [(0, 0), (100, 300)])
+def test_an_average_of_inputs_that_cannot_be_kept_or_used_is_refused_in_mean_bits(made, sizes):
+    layers = [
+        made.entry("a", inputs=sizes[0], activations=(4, 8)),
+        made.entry("b", inputs=sizes[1], activations=(8, 16)),
+        made.entry("fixed", inputs=1, activations=(8,)),
+    ]
+    known = all(sizes)
+    low, high = (7, 14) if known else (4, 16)
+
+    def check(mean):
+        group = {"layers": ["a"], "activation_bits": (4, 8)}
+        check_budget(
+            layers,
+            made.settings(
+                {"mean_bits": 4}, activation_bits=(8, 16), activation_budget={"mean_bits": mean},
+                groups={"g": group},
+            ),
+            0,
+            10_000,
+        )  # fmt: skip
+
+    check(low)
+    check(high)
+    for mean in (6.9, 14.1) if known else ():
+        with pytest.raises(PlanError, match=f"activation_budget.mean_bits: {mean} bits .* from 7 to 14 bits"):
+            check(mean)
+
+
 def test_a_plan_has_an_assignment_that_uses_the_budget(made):
     layers, _ = made.network(40, bits=(2, 3, 4, 8))
     asked = made.settings({"bytes": 150_000}, bits=(2, 3, 4, 8))
