@@ -39,7 +39,7 @@ from .sensitivity_probe import KEPT_LIMIT_BYTES, Candidate, Plan, Probe, Quantiz
 from .sensitivity_table import VERSION, Place, Row, Table, appending, whole_table
 from .sensitivity_workers import Team, spread
 
-__all__ = ["Candidate", "Quantizer", "Row", "Table", "Target", "measure"]
+__all__ = ["Candidate", "Quantizer", "Row", "Table", "Target", "measure", "read_measured"]
 
 _JOBS_PER_WORKER = 4
 
@@ -53,7 +53,6 @@ def measure(
     path: Path,
     settings: Mapping[str, Any],
     replace: bool = False,
-    read_only: bool = False,
     dtype: torch.dtype | None = torch.float32,
     workers: int = 1,
     threads: int | None = None,
@@ -71,7 +70,6 @@ def measure(
         path: of the table (JSON lines). A folder keeps tables by hash: `sensitivity-KEY.jsonl`.
         settings: what the quantizer depends on beside the candidates: JSON values.
         replace: begin anew where `path` is a table of something else; otherwise that is an error.
-        read_only: the file is given: it must hold all rows already, and nothing is written.
         dtype: to compute in, see `precision.computing_in`; None: as the model is.
         workers: processes; of no effect on the values. Above 1, `calls` and `quantizer` must be picklable.
         threads: of each process; None: those of this process divided by `workers`. Values are equal bit
@@ -85,7 +83,7 @@ def measure(
 
     Raises:
         StageError: see `Probe` and `Probe.measure`; or a process died.
-        SourceError: see `sensitivity_table.appending` and `sensitivity_table.whole_table`.
+        SourceError: see `sensitivity_table.appending`.
         ValueError: an argument is out of range, or a candidate is there twice.
     """
     places = _places(targets)
@@ -93,10 +91,6 @@ def measure(
     weights = hash_weights(model.module)
     key = _key(model, weights, calls.key, targets, [settings, str(dtype)])
     path = path / f"sensitivity-{key[:32]}.jsonl" if path.is_dir() else path
-    if read_only:
-        table = whole_table(path, key, len(places))
-        done = _resumed(path, table, places, threads, progress)
-        return Table(table.key, table.about, tuple(done[place] for place in places))
     about = {"calls": calls.key, "rows": len(places), "threads": threads}
     plan = Plan(calls, tuple(dict.fromkeys(place[1] for place in places)), quantizer, dtype, kept_limit_bytes)
     team = None if workers == 1 or opener is None else Team(opener, weights, workers, threads)
@@ -110,6 +104,29 @@ def measure(
                 done[row.place] = row
                 progress.advance(1, row.layer)
     return Table(table.key, table.about, tuple(done[place] for place in places))
+
+
+def read_measured(
+    model: OpenModel,
+    calls: Calls,
+    targets: Sequence[Target],
+    *,
+    path: Path,
+    settings: Mapping[str, Any],
+    dtype: torch.dtype | None = torch.float32,
+) -> Table:
+    """Return the table that `measure` would make, from a finished file; nothing is measured or written.
+
+    Args:
+        model, calls, targets, settings, dtype: as of `measure`.
+        path: of the table.
+
+    Raises:
+        SourceError: see `sensitivity_table.whole_table`.
+    """
+    weights = hash_weights(model.module)
+    key = _key(model, weights, calls.key, targets, [settings, str(dtype)])
+    return whole_table(path, key, _places(targets))
 
 
 def _measured(

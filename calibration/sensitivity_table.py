@@ -10,7 +10,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -100,13 +100,16 @@ def read_table(path: Path) -> Table:
     return _parse(path, content)[0]
 
 
-def whole_table(path: Path, key: str, rows: int) -> Table:
+def whole_table(path: Path, key: str, places: Sequence[Place]) -> Table:
     """Read a table that somebody gave; it is never written to.
 
     Args:
         path: of the table.
         key: hash of what the rows must depend on.
-        rows: that it must have.
+        places: of the rows that it must have.
+
+    Returns:
+        The table with these rows, in their order.
 
     Raises:
         SourceError: see `read_table`; or it is the table of another key, or unfinished.
@@ -114,12 +117,10 @@ def whole_table(path: Path, key: str, rows: int) -> Table:
     table = read_table(path)
     if table.key != key:
         raise _other_key(path, table.key, key)
-    if len(table.rows) < rows:
-        raise SourceError(
-            f"{path}: unfinished: {len(table.rows)} of {rows} rows are there",
-            hint=_MEASURE,
-        )
-    return table
+    rows = tuple(row for place in places if (row := table.at(*place)) is not None)
+    if len(rows) < len(places):
+        raise SourceError(f"{path}: unfinished: {len(rows)} of {len(places)} rows are there", hint=_MEASURE)
+    return Table(table.key, table.about, rows)
 
 
 @contextmanager

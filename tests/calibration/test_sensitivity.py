@@ -12,7 +12,7 @@ import torch
 from compress.calibration import sensitivity_probe
 from compress.calibration.content import hash_weights
 from compress.calibration.diffusion import record
-from compress.calibration.sensitivity import Candidate, Target, measure
+from compress.calibration.sensitivity import Candidate, Target, measure, read_measured
 from compress.calibration.sensitivity_calls import RecordedCalls
 from compress.calibration.sensitivity_probe import Plan, Probe
 from compress.calibration.sensitivity_table import read_table
@@ -428,22 +428,21 @@ def test_a_given_table_is_only_read(subject, tmp_path):
     path, targets = tmp_path / "t.jsonl", all_targets(subject, W4)[:2]
     made = subject.measure(path, targets)
     whole = path.read_bytes()
-    path.chmod(0o444)
-    assert subject.measure(path, targets, read_only=True).rows == made.rows
+
+    def read(settings):
+        return read_measured(subject.model, subject.calls, targets, path=path, settings=settings)
+
+    assert read({}).rows == made.rows
+    with pytest.raises(SourceError, match="measured on something else"):
+        read({"another": 1})
     assert path.read_bytes() == whole
-    header, first, _ = path.read_text().splitlines()
-    path.chmod(0o644)
-    for rows, message in (([first], "unfinished: 1 of 2 rows"), ([], "unfinished: 0 of 2 rows")):
-        path.write_text("\n".join([header, *rows]) + "\n")
+    for rows in (1, 0):
+        path.write_bytes(b"".join(whole.splitlines(keepends=True)[: 1 + rows]))
         before = path.read_bytes()
-        with pytest.raises(SourceError, match=message) as caught:
-            subject.measure(path, targets, read_only=True)
+        with pytest.raises(SourceError, match=f"unfinished: {rows} of 2 rows") as caught:
+            read({})
         assert caught.value.hint == "leave out sensitivity.table to measure, or name another file"
         assert path.read_bytes() == before
-    path.write_bytes(whole)
-    with pytest.raises(SourceError, match="measured on something else"):
-        subject.measure(path, targets, read_only=True, settings={"another": 1})
-    assert path.read_bytes() == whole
 
 
 def test_two_runs_do_not_write_one_table(subject, tmp_path):

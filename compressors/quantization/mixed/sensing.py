@@ -11,7 +11,7 @@ import torch
 
 from ....calibration.inputs import check_table
 from ....calibration.precision import widen
-from ....calibration.sensitivity import Candidate, Table, Target, measure
+from ....calibration.sensitivity import Candidate, Table, Target, measure, read_measured
 from ....calibration.sensitivity_calls import Calls
 from ....models.base import OpenModel
 from ....recipes.stages import GridSettings
@@ -115,27 +115,30 @@ def sense(filling: Filling, candidates: Candidates, bank: Bank, calls: Calls, wo
     """
     settings, transforms = filling.settings, filling.transforms_file
     named = allocation_of(settings).sensitivity.table
+    targets = targets_of(candidates, filling.survey, settings)
+    depends = _depends_on(settings, candidates, transforms, filling.calibration.key)
+    if named is not None:
+        return read_measured(filling.model, calls, targets, path=named, settings=depends, dtype=None)
     workers = workspace.workers if workspace.reopen is not None else 1
     cores = torch.get_num_threads()
-    if workers < cores and named is None:
+    if workers < cores:
         filling.progress.note(f"sensitivities: {workers} of {cores} cores; --workers {cores} is faster")
     # Measured anew beside what others may be using, and put in its place when it is whole.
     kept = workspace.folder if workspace.fresh else workspace.shared
     table = measure(
         filling.model,
         calls,
-        targets_of(candidates, filling.survey, settings),
+        targets,
         BankQuantizer(bank),
-        path=kept if named is None else named,
-        read_only=named is not None,
-        settings=_depends_on(settings, candidates, transforms, filling.calibration.key),
+        path=kept,
+        settings=depends,
         dtype=None,
         workers=workers,
         threads=_THREADS,
         opener=None if workspace.reopen is None else Opener(workspace.reopen, settings, transforms),
         progress=filling.progress,
     )
-    if named is None and kept != workspace.shared:
+    if kept != workspace.shared:
         for file in kept.glob("sensitivity-*.jsonl"):
             file.replace(workspace.shared / file.name)
     return table
