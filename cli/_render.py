@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from . import _allocation
 from ._tables import Section, Table
 from ._units import amount, duration, plain, size
 
@@ -76,6 +77,7 @@ def report(document: Document) -> list[Section]:
             for stage in stages
         ]
         sections.append(Table("stages", ["stage", "time", "peak memory", "bytes after"], rows))
+        sections += [line for stage in stages for line in _allocation.lines(stage)]
         sections.append(before_after(stages[0]["before"], stages[-1]["after"]))
     for single in single_reports(document):
         sections += judgement(single)

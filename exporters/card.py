@@ -19,7 +19,7 @@ from .card_loading import loading
 from .card_metadata import front_matter, metadata
 from .card_provenance import licence, provenance
 from .card_subject import Subject
-from .layer_table import allocation_of, average_bits, exceptions
+from .layer_table import average_bits, exceptions
 from .markdown import code, size
 
 FILE_NAME = "README.md"
@@ -34,19 +34,17 @@ def _title(subject: Subject) -> Iterator[str]:
     yield f"{code(subject.source)} ({model['class']}, {millions}), compressed"
     yield f"with {methods}. The weights take {size(subject.size_bytes)} instead of {size(model['bytes'])}:"
     yield from (f"**{share:.3f}** of the original.", "")
-    chosen = allocation_of(subject.document)
     if subject.label:
-        if chosen:
-            mean = chosen["used"]["mean_bits"]
-            yield f"Every layer has bits of its own, {mean:.2f} per allocated weight on"
-            yield f"average; most weights are **{subject.label}**. Averaged over all linear layers"
+        if subject.mixed_label:
+            yield f"**{subject.mixed_label} on average, mixed**: layers have bits of their own, and this is"
+            yield "the mean of those that had a choice. Averaged over all linear layers"
         else:
             yield f"Most weights are **{subject.label}**: averaged over all linear layers"
         yield f"**{average_bits(subject.linears):.2f} bits per weight**, scales not counted;"
         bits = 8 * subject.size_bytes / model["parameters"]
         yield f"{bits:.2f} bits per parameter with scales and everything else."
         yield ""
-        if chosen is None:
+        if subject.mixed_label is None:
             yield from exceptions(subject.linears, subject.label)
         yield ""
 

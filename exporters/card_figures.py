@@ -11,7 +11,8 @@ from .markdown import code, sentence, table
 _CAPTIONS = {
     "samples.png": "Samples of the original and of this checkpoint from equal noise.",
     "sqnr_per_timestep.png": "Signal to error of one denoiser call at every sampling step.",
-    "layer_error.png": "Signal to error of every block and its linears, each block on the original's input.",
+    "layer_error.png": "Signal to error of every block and its linears, each block on the original's input."
+    " Linears whose output can absorb scales, such as value projections, are left out.",
     "bits.png": "Bits and bytes of the linear layers inside the blocks.",
     "sensitivity.png": "Signal to error of the output with one layer's weight quantized, layer by layer.",
     "error_over_bytes.png": "Measured error over bytes: this checkpoint, other budgets, and equal bits.",

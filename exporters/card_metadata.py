@@ -78,7 +78,9 @@ def relation(subject: Subject) -> str:
 
 def _tags(subject: Subject) -> list[str]:
     tags = ["compress", *(stage["method"].replace("_", "-") for stage in subject.document["stages"])]
-    if subject.label:
+    if subject.mixed_label:
+        tags.append("mixed-precision")
+    elif subject.label:
         tags.append(subject.label.lower())
     if subject.export["format"] in ("torchao", "sdnq"):
         tags.append(subject.export["format"])

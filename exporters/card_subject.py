@@ -11,7 +11,7 @@ from typing import Any
 
 from ..models.source_card import snapshot_of
 from ..runtime.fetch import BUILTIN_PREFIX
-from .layer_table import label_of
+from .layer_table import label_of, mixed_label_of
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class Subject:
     def label(self) -> str | None:
         """Short name of the scheme that most weights have, None where nothing is quantized."""
         return label_of(self.linears)
+
+    @cached_property
+    def mixed_label(self) -> str | None:
+        """Short name by the mean of the weights' bits where they were chosen per layer, else None."""
+        return mixed_label_of(self.document)
 
     @property
     def folder(self) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..evaluation.evaluator import Evaluation
 from .drawing import BLUE, INK, MUTED, ORANGE, new_figure, plain_defaults, save, tidy
 from .figures_bits import draw_bits, draw_points, draw_sensitivity
-from .layer_table import allocation_of, label_of
+from .layer_table import allocation_of, label_of, mixed_label_of
 
 SAMPLES, TIMESTEPS, LAYERS, BITS = "samples.png", "sqnr_per_timestep.png", "layer_error.png", "bits.png"
 SENSITIVITY, POINTS = "sensitivity.png", "error_over_bytes.png"
@@ -141,7 +141,8 @@ def write_figures(folder: Path, evaluation: Evaluation, document: Mapping[str, A
     """
     details, metrics = evaluation.details, evaluation.metrics
     allocation = allocation_of(document) or {}
-    label = label_of(document["evaluation"].get("linears", ())) or "compressed"
+    mixed = mixed_label_of(document)
+    label = f"{mixed} mixed" if mixed else label_of(document["evaluation"].get("linears", ())) or "compressed"
     drawings: list[tuple[str, bool, Callable[[], Figure]]] = [
         (SAMPLES, bool(evaluation.images), lambda: draw_samples(evaluation, label)),
         (TIMESTEPS, bool(details.get("timesteps")), lambda: draw_timesteps(details, metrics)),

@@ -38,6 +38,25 @@ def label_of(linears: Sequence[Row]) -> str | None:
     return weights.most_common(1)[0][0] if weights else None
 
 
+def mixed_label_of(document: Mapping[str, Any]) -> str | None:
+    """Return the short name of a model with bits of its own per layer, by their mean, such as ``W3.51A8``.
+
+    The mean is that of the layers with a choice; print with the name that it is one. Weight-only layers
+    have no say in the activation bits.
+
+    Returns:
+        None where no stage chose bits, or nothing is quantized.
+    """
+    found = allocation_of(document)
+    linears = document["evaluation"].get("linears", ())
+    if found is None or label_of(linears) is None:
+        return None
+    mean = f"{found['used']['mean_bits']:.2f}"
+    inputs = sorted({row["activation_bits"] for row in linears if row["method"] and row["activation_bits"]})
+    shown = "/".join(str(bits) for bits in inputs) or "16"
+    return f"W{mean.removesuffix('0')}A{shown}"
+
+
 def average_bits(linears: Sequence[Row]) -> float:
     """Return the bits per weight of the linears, weighted by parameters, scales not counted.
 

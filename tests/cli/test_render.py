@@ -52,6 +52,51 @@ def test_before_after_needs_what_both_have(report):
     assert table.rows == [["bytes", "5.6 MB", "2.8 MB", "0.500 x"]]
 
 
+ALLOCATION = {
+    "asked": {"ratio": 0.25, "mean_bits": 4.0},
+    "used": {"bytes": 1_435_680, "bytes_limit": 1_500_000, "mean_bits": 3.98, "mean_bits_stored": 4.2708},
+    "groups": [{"histogram": {"2": 4, "16": 1}}, {"histogram": {"2": 3, "4": 33}}],
+    "chosen": "least sum of powers",
+    "bound": {
+        "point": "least sum of powers", "loss": 0.000612185, "lower_bound": 0.0006121, "certificate": "highs",
+        "gap_of_range": 2e-6, "stopped": "optimal",
+    },
+}  # fmt: skip
+
+
+def test_a_stage_that_chose_bits_tells_budget_bound_and_layers(report):
+    plain_lines = [line for line in _render.report(report) if isinstance(line, str)]
+    report["stages"][-1]["details"] = {"allocation": ALLOCATION}
+    first, second = (line for line in _render.report(report)[1:3] if isinstance(line, str))
+    name = report["stages"][-1]["method"]
+    assert first == (
+        f"{name}: 1,435,680 bytes of 1,500,000 asked (ratio 0.25) and 3.98 mean bits of 4 asked used"
+        " (4.271 with scales); layers at each number of bits: 7 at 2, 33 at 4, 1 at 16"
+    )
+    assert second == (
+        f"{name}: least sum of powers: loss 0.000612185, lower bound 0.0006121 (highs), gap 2.0e-06 of the"
+        " range, proven optimal"
+    )
+    assert len([line for line in _render.report(report) if isinstance(line, str)]) == len(plain_lines) + 2
+
+
+def test_a_better_measured_answer_and_a_missing_proof_are_told(report):
+    bound = {**ALLOCATION["bound"], "stopped": "limit"}
+    used = {**ALLOCATION["used"], "bytes_limit": None}
+    report["stages"][-1]["details"] = {
+        "allocation": {
+            **ALLOCATION,
+            "asked": {"mean_bits": 4.0},
+            "used": used,
+            "bound": bound,
+            "chosen": "all w4",
+        }
+    }
+    first, second = _render.report(report)[1:3]
+    assert "1,435,680 bytes and 3.98 mean bits of 4 asked used" in first
+    assert second.endswith("stopped at its limit, not proven optimal; taken: all w4, which measured better")
+
+
 def test_a_report_without_stages_or_gates(report):
     report["stages"], report["gates"], report["export"]["verified"] = [], [], False
     sections = _render.report(report)

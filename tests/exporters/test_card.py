@@ -6,7 +6,14 @@ import hashlib
 import pytest
 from compress.exporters.card import render_card, write_card
 from compress.exporters.fresh_process import NOT_EXECUTED
-from compress.exporters.layer_table import average_bits, exceptions, grouped, label_of, pattern_of
+from compress.exporters.layer_table import (
+    average_bits,
+    exceptions,
+    grouped,
+    label_of,
+    mixed_label_of,
+    pattern_of,
+)
 from compress.exporters.markdown import code, table
 
 RECIPE = "model: builtin:dit\nstages:\n  - vidit_q: {weight_bits: 4}\nexport: {path: out/x}\n"
@@ -112,6 +119,20 @@ def test_label_is_that_of_most_parameters(linears):
     assert label_of(linears[3:]) is None
     assert average_bits(linears[:2]) == 4
     assert exceptions(linears[:2], "W4A8") == ["Every linear layer has 4-bit weights."]
+
+
+@pytest.mark.parametrize(
+    ("mean", "inputs", "label"),
+    [(4.0, 8, "W4.0A8"), (3.999, 8, "W4.0A8"), (3.516, 4, "W3.52A4/8"), (2.5, None, "W2.5A8")],
+)
+def test_a_mixed_model_is_called_by_its_mean(document, mean, inputs, label):
+    assert mixed_label_of(document) is None
+    stages = [{"details": {"allocation": {"used": {"mean_bits": mean}}}}]
+    rows = document["evaluation"]["linears"]
+    rows = [*rows, {**rows[0], "name": "blocks.0.more", "activation_bits": inputs}]
+    assert mixed_label_of({"stages": stages, "evaluation": {"linears": rows}}) == label
+    floating = [row for row in rows if row["method"] is None]
+    assert mixed_label_of({"stages": stages, "evaluation": {"linears": floating}}) is None
 
 
 def test_a_stored_copy_counts_once(linears):

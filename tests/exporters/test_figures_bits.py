@@ -162,7 +162,7 @@ def test_the_card_tells_budget_bound_and_groups(document):
     assert "**W3.51A8 on average, mixed**: layers have bits of their own" in card
     assert "W4A8" not in card.split("## ")[0]
     assert "\n- mixed-precision\n" in card
-    assert "w4a8" not in card
+    assert "\n- w4a8\n" not in card
     assert f"]({POINTS})" in card
 
 
