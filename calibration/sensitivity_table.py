@@ -117,7 +117,8 @@ def whole_table(path: Path, key: str, places: Sequence[Place]) -> Table:
     table = read_table(path)
     if table.key != key:
         raise _other_key(path, table.key, key)
-    rows = tuple(row for place in places if (row := table.at(*place)) is not None)
+    found = {row.place: row for row in table.rows}
+    rows = tuple(found[place] for place in places if place in found)
     if len(rows) < len(places):
         raise SourceError(f"{path}: unfinished: {len(rows)} of {len(places)} rows are there", hint=_MEASURE)
     return Table(table.key, table.about, rows)
