@@ -38,6 +38,7 @@ FAITHFUL: Settings = {
     "rounding": "nearest",
     "weight_symmetric": False,
 }
+SHIPPED = "shipped recipe's settings"
 COLUMNS = (
     ("sqnr_db", "SQNR dB", "{:.2f}"),
     ("sqnr_db_worst_step", "worst step", "{:.2f}"),
@@ -74,7 +75,7 @@ def variants(shipped: Settings) -> list[tuple[str, str, Settings]]:
         ("faithful + low rank 16", "vidit_q", {**FAITHFUL, "low_rank": 16}),
         ("faithful + adaLN 8", "vidit_q", {**FAITHFUL, "adaln_weight_bits": 8}),
         ("vidit_q, default", "vidit_q", {}),
-        ("shipped recipe's settings", "vidit_q", shipped),
+        (SHIPPED, "vidit_q", shipped),
         ("shipped, nearest instead of gptq", "vidit_q", {**shipped, "rounding": "nearest"}),
         ("shipped, no groups", "vidit_q", {**shipped, "group_size": None}),
         ("rtn at the shipped grids", "rtn", _grids(shipped)),
@@ -95,6 +96,13 @@ def shipped_settings() -> Settings:
     """Return what the shipped recipe says about its stage, without the bits."""
     settings = shipped_recipe().stages[0].settings.model_dump(exclude_unset=True)
     return {name: value for name, value in settings.items() if name not in ("weight_bits", "activation_bits")}
+
+
+def mixed_settings(size_bytes: int, activation_bits: int) -> Settings:
+    """Return the shipped allocating recipe's settings, for a model of so many bytes."""
+    recipe = load_recipe(REPOSITORY / "recipes" / "dit_mixdq_w4a8.yaml").recipe
+    settings = recipe.stages[0].settings.model_dump(exclude_unset=True)
+    return {**settings, "budget": {"bytes": size_bytes}, "activation_bits": (activation_bits,)}
 
 
 def conditions(quick: bool) -> tuple[CalibrationSettings, EvaluateSettings]:
@@ -133,7 +141,9 @@ class Bench:
         model = open_model(self._ref, progress=self._silent)
         began = time.perf_counter()
         parsed = STAGES[method].model_validate(dict(settings))
-        registry.get(method).apply(model, parsed, self._calibration, Workspace(Path(), Path()), self._silent)
+        with tempfile.TemporaryDirectory() as scratch:
+            workspace = Workspace(Path(scratch), Path(scratch))
+            registry.get(method).apply(model, parsed, self._calibration, workspace, self._silent)
         seconds = time.perf_counter() - began
         metrics = dict(self._evaluator.compare(model, self._reference, self._silent).metrics)
         return {**metrics, **size_metrics(model)}, seconds
@@ -167,6 +177,10 @@ def main() -> None:
             for label, method, settings in variants(shipped_settings()):
                 measured[label] = bench.measure(method, {**settings, **bits})
                 say(f"{width}: {label}: SQNR {measured[label][0]['sqnr_db']:.2f} dB")
+            size = int(measured[SHIPPED][0]["bytes"])
+            measured["mixdq in as many bytes"] = bench.measure(
+                "mixdq", mixed_settings(size, WIDTHS[width][1])
+            )
             _print(width, measured)
 
 
