@@ -96,6 +96,7 @@ def test_config_and_manifest_say_the_same(exported):
     assert [entry["method"] for entry in manifest["history"]] == ["test"]
     assert set(manifest["quantization"]) == set(model.quantization)
     assert info.files == [
+        "bits.yaml",  # the layers differ in bits
         "compress.json",
         "config.json",
         "diffusion_pytorch_model.safetensors",
