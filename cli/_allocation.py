@@ -26,19 +26,18 @@ def lines(stage: Mapping[str, Any]) -> Iterator[str]:
     for group in found["groups"]:
         counted.update({int(bits): count for bits, count in group["histogram"].items()})
     layers = ", ".join(f"{count} at {bits}" for bits, count in sorted(counted.items()))
-    yield f"{stage['method']}: {_budget(found)}; layers at each number of bits: {layers}"
+    yield f"{stage['method']}: {_budget(found)}; allocated layers at each number of bits: {layers}"
     yield f"{stage['method']}: {_proof(found)}"
 
 
 def _budget(found: Mapping[str, Any]) -> str:
     asked, used = found["asked"], found["used"]
     limit = used["bytes_limit"]
-    of_bytes = "" if limit is None else f" of {limit:,} asked"
-    if limit is not None and "ratio" in asked:
-        of_bytes += f" (ratio {asked['ratio']:g})"
-    of_bits = f" of {asked['mean_bits']:g} asked" if "mean_bits" in asked else ""
+    of_bytes = "" if limit is None else f" of {limit:,}"
+    ratio = f" (ratio {asked['ratio']:g})" if "ratio" in asked else ""
+    of_bits = f" of {asked['mean_bits']:g}" if "mean_bits" in asked else ""
     return (
-        f"{used['bytes']:,} bytes{of_bytes} and {used['mean_bits']:.4g} mean bits{of_bits} used"
+        f"used {used['bytes']:,}{of_bytes} bytes{ratio} and {used['mean_bits']:.4g}{of_bits} mean bits"
         f" ({used['mean_bits_stored']:.4g} with scales)"
     )
 

@@ -46,7 +46,7 @@ def _title(subject: Subject) -> Iterator[str]:
         yield ""
         if subject.mixed_label is None:
             yield from exceptions(subject.linears, subject.label)
-        yield ""
+            yield ""
 
 
 def render_card(

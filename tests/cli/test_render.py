@@ -70,8 +70,8 @@ def test_a_stage_that_chose_bits_tells_budget_bound_and_layers(report):
     first, second = (line for line in _render.report(report)[1:3] if isinstance(line, str))
     name = report["stages"][-1]["method"]
     assert first == (
-        f"{name}: 1,435,680 bytes of 1,500,000 asked (ratio 0.25) and 3.98 mean bits of 4 asked used"
-        " (4.271 with scales); layers at each number of bits: 7 at 2, 33 at 4, 1 at 16"
+        f"{name}: used 1,435,680 of 1,500,000 bytes (ratio 0.25) and 3.98 of 4 mean bits"
+        " (4.271 with scales); allocated layers at each number of bits: 7 at 2, 33 at 4, 1 at 16"
     )
     assert second == (
         f"{name}: least sum of powers: loss 0.000612185, lower bound 0.0006121 (highs), gap 2.0e-06 of the"
@@ -93,7 +93,7 @@ def test_a_better_measured_answer_and_a_missing_proof_are_told(report):
         }
     }
     first, second = _render.report(report)[1:3]
-    assert "1,435,680 bytes and 3.98 mean bits of 4 asked used" in first
+    assert "used 1,435,680 bytes and 3.98 of 4 mean bits (" in first
     assert second.endswith("stopped at its limit, not proven optimal; taken: all w4, which measured better")
 
 
