@@ -129,8 +129,8 @@ class _MixedStage:
         asked, have = self.allocation.sensitivity.samples, self.calibration.samples
         if asked > have // 2:
             self.progress.note(
-                f"sensitivities are measured on {have // 2} samples instead of {asked}, allocations compared"
-                f" on {min(asked, have - have // 2)} others: the calibration has {have}"
+                f"sensitivities are measured on {have // 2} of {have} calibration samples instead of {asked},"
+                f" allocations compared on {min(asked, have - have // 2)}"
             )
 
     def _candidates(self, settle: Settle | None = None, calls: Calls | None = None) -> Candidates:

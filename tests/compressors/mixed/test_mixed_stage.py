@@ -353,7 +353,7 @@ def test_fewer_samples_than_asked_for_are_told(opened, calibrate, tmp_path):
     heard = Notes()
     registry.get("mixdq").apply(model, mixdq(), calibration, space(tmp_path), heard)
     have = calibration.samples
-    assert any(f"measured on {have // 2} samples instead of 8" in text for text in heard.texts)
+    assert any(f"on {have // 2} of {have} calibration samples instead of 8" in text for text in heard.texts)
 
 
 def test_a_table_that_is_not_there_is_refused_and_not_made(opened, calibrate, tmp_path):
