@@ -30,6 +30,7 @@ from .runtime.hashes import digest, file_sha256
 __all__ = ["RECORD", "WorkDirectory", "digest", "file_sha256"]
 
 RECORD = "stage.json"
+_WORKING = ".working"
 
 
 class WorkDirectory:
@@ -60,7 +61,15 @@ class WorkDirectory:
                 ) from None
             for folder in (self._stages, self.calibration, self.reference):
                 sweep_partials(folder)
+            self._sweep_working()
             yield
+
+    def _sweep_working(self) -> None:
+        """Clear what stages kept that are finished: a kill between their last rename and its deletion."""
+        for working in self._stages.glob(f"*{_WORKING}"):
+            finished = working.with_name(working.name.removesuffix(_WORKING))
+            if (finished / RECORD).is_file():
+                remove_folder(working)
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one event to the journal."""
@@ -79,7 +88,7 @@ class WorkDirectory:
         return working
 
     def _working(self, folder: Path) -> Path:
-        return folder.with_name(folder.name + ".working")
+        return folder.with_name(folder.name + _WORKING)
 
     def read_stage(self, folder: Path) -> dict[str, Any] | None:
         """Return the record of a finished stage, or None where it is absent or was damaged."""

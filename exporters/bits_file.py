@@ -2,12 +2,14 @@
 
 One line per layer, in the order of the model. As in the configurations that were published with MixDQ
 (arXiv 2405.17873), a layer that is not listed is in floating point; so is an input without bits. It is
-written by formats that store each weight in its own bits, for models whose layers differ.
+written by formats that store each weight in its own bits, for models whose layers differ, and wherever bits
+were allocated: then layers in floating point may be the only difference.
 """
 
 from __future__ import annotations
 
 from ..models.base import OpenModel
+from ..recipes.allocation import ALLOCATED
 
 FILE_NAME = "bits.yaml"
 
@@ -17,13 +19,15 @@ _HEADER = """\
 
 
 def bits_files(model: OpenModel) -> dict[str, str]:
-    """Return the file by its name, as text; nothing for a model whose layers all have the same bits."""
+    """Return the file by its name, as text; nothing where nobody chose and all layers have the same bits."""
     schemes = [
         (site.name, scheme)
         for site in model.linears()
         if (scheme := model.quantization.get(site.name)) is not None
     ]
-    if len({(scheme.bits, scheme.activation and scheme.activation.bits) for _, scheme in schemes}) < 2:
+    allocated = any(scheme.decided_by.startswith(ALLOCATED) for _, scheme in schemes)
+    kinds = {(scheme.bits, scheme.activation and scheme.activation.bits) for _, scheme in schemes}
+    if not allocated and len(kinds) < 2:
         return {}
     lines = []
     for name, scheme in schemes:

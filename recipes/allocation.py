@@ -23,6 +23,9 @@ AllocatedActivationBits = Literal[4, 6, 8, 16]
 FLOAT_BITS = 16
 """What stands for floating point among offered bits, whatever the model's own type is."""
 
+ALLOCATED = "allocated: "
+"""Beginning of the rule that decided a layer whose bits were chosen, as it stands in a checkpoint."""
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _BYTES_PATTERN = r"^[0-9]+(\.[0-9]+)? ?(B|KB|MB|GB)$"
 

@@ -76,3 +76,17 @@ def test_the_journal_holds_no_token(work, monkeypatch):
     text = (work.root / "events.jsonl").read_text()
     assert not any(secret in text for secret in ("a-secret", "pass", token))
     assert json.loads(text)["event"] == "rejected"
+
+
+def test_what_finished_stages_left_behind_is_cleared_and_the_rest_kept(tmp_path):
+    work = WorkDirectory(tmp_path / ".compress")
+    folder = _write(work)
+    for stage in (folder, folder.with_name("unfinished")):
+        (work.working_folder(stage) / "bank").write_text("layers")
+    damaged = work.stage_folder("d" * 64, "rtn")
+    damaged.mkdir()
+    work.working_folder(damaged)
+    with work.locked():
+        left = sorted(path.name for path in folder.parent.glob("*.working"))
+    assert left == sorted([f"{damaged.name}.working", "unfinished.working"])
+    assert work.read_stage(folder) is not None

@@ -58,3 +58,15 @@ def test_layers_that_are_all_alike_need_no_list(make_tiny, open_quantized, tmp_p
     model = open_quantized(make_tiny(name="source"), {"*.attn1.*": {"bits": 4}})
     (tmp_path / "out").mkdir()
     assert FILE_NAME not in write(model, tmp_path / "out", "compress").files
+
+
+def test_where_bits_were_chosen_floating_point_may_be_the_only_difference(
+    make_tiny, open_quantized, tmp_path
+):
+    rule = "allocated: mean_bits 10"
+    model = open_quantized(make_tiny(name="source"), {"*.attn1.*": {"bits": 8, "decided_by": rule}})
+    (tmp_path / "out").mkdir()
+    assert FILE_NAME in write(model, tmp_path / "out", "compress").files
+    listed = yaml.safe_load((tmp_path / "out" / FILE_NAME).read_text())
+    assert set(listed) == set(model.quantization)
+    assert all(bits["weight"] == 8 for bits in listed.values())

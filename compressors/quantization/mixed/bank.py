@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ....runtime.atomic import atomic_file, sweep_partials
+from ....runtime.hashes import digest
 from ....runtime.linear import QuantizedLinear
 from ....runtime.manifest import QuantizedModule
 from ..building import layer_of
 
 _SEPARATOR = "/"
-_DESCRIPTION = "layers"
+_DESCRIPTION, _CHECKSUM = "layers", "sha256"  # one key: the writer gives several any order
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Bank:
-    """One file per layer; a layer's file is whole or absent. Picklable.
+    """One file per layer; it is whole or absent, and counts as absent where a disk has damaged it. Picklable.
 
     Attributes:
         folder: where they are; named by all that they depend on.
@@ -55,8 +57,16 @@ class Bank:
         sweep_partials(self.folder)
 
     def has(self, name: str) -> bool:
-        """Tell whether a layer's candidates are there."""
-        return self._path(name).is_file()
+        """Tell whether a layer's candidates are there, every byte as it was written."""
+        if not self._path(name).is_file():
+            return False
+        try:
+            with safe_open(self._path(name), framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+                described = json.loads(file.metadata()[_DESCRIPTION])
+                return bool(described.pop(_CHECKSUM) == _checksum(tensors, described))
+        except (OSError, SafetensorError, TypeError, LookupError, ValueError):
+            return False
 
     def write(self, name: str, candidates: Mapping[str, Candidate]) -> None:
         """Keep a layer's candidates, by label."""
@@ -75,8 +85,9 @@ class Bank:
             if tensor.data_ptr() in pointers:
                 tensors[key] = tensor.clone()
             pointers.add(tensor.data_ptr())
+        about = {**described, _CHECKSUM: _checksum(tensors, described)}
         with atomic_file(self._path(name)) as temporary:
-            save_file(tensors, temporary, metadata={_DESCRIPTION: json.dumps(described)})
+            save_file(tensors, temporary, metadata={_DESCRIPTION: json.dumps(about)})
 
     def read(self, name: str, label: str) -> Candidate:
         """Return one candidate of a layer.
@@ -95,7 +106,8 @@ class Bank:
     def labels(self, name: str) -> tuple[str, ...]:
         """Return the bits that a layer was rounded to."""
         with safe_open(self._path(name), framework="pt") as file:
-            return tuple(json.loads(file.metadata()[_DESCRIPTION]))
+            described = json.loads(file.metadata()[_DESCRIPTION])
+        return tuple(label for label in described if label != _CHECKSUM)
 
     def facts(self, name: str, label: str) -> Mapping[str, Any]:
         """Return what is told about a candidate."""
@@ -124,3 +136,13 @@ class Bank:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+
+def _checksum(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of what a layer's file says: names, types, shapes, values."""
+    found = hashlib.sha256(digest(described).encode())
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        found.update(f"{key} {tensor.dtype} {list(tensor.shape)} ".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy())
+    return found.hexdigest()

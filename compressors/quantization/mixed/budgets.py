@@ -89,7 +89,7 @@ def check_activation_budget(choices: Sequence[LayerChoices], settings: Allocatio
     if budget is None or budget.mean_bits is None or not open_:
         return
     low, high = ([pick(entry.activations) for entry in open_] for pick in (min, max))
-    smallest, largest = min(low), max(high)
+    smallest, largest = float(min(low)), float(max(high))
     sizes = [entry.inputs for entry in open_]
     if all(sizes):
         smallest, largest = (

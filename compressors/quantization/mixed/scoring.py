@@ -14,6 +14,7 @@ from ....calibration.sensitivity_calls import Calls
 from ....calibration.similarity import powers
 from ....errors import StageError
 from ....models.base import OpenModel
+from ....recipes.allocation import ALLOCATED
 from ....runtime.linear import QuantizedLinear
 from ....runtime.manifest import ActivationScheme
 from ..building import put
@@ -63,7 +64,7 @@ class Installer:
         allocation = self._settings.allocation
         assert allocation is not None
         limits = allocation.budget.model_dump(exclude_none=True)
-        return "allocated: " + ", ".join(f"{name} {value:.12g}" for name, value in limits.items())
+        return ALLOCATED + ", ".join(f"{name} {value:.12g}" for name, value in limits.items())
 
     @contextmanager
     def installed(self, assignment: Assignment) -> Iterator[None]:

@@ -2,7 +2,12 @@
 
 The model computes in float32 throughout, and every weight is rounded once from it, into the bank. What
 the sensitivities are measured with, what allocations are compared by and what is shipped are the same
-tensors. At the end layers left in floating point go back to the model's own type.
+quantized layers: integers, scales, transforms and biases, each in the type that it is stored in.
+
+All other tensors are measured in float32 and narrowed to the model's own type at the end: layers left in
+floating point, norms, embeddings. Most come back bit for bit; those that have absorbed input scales are
+rounded, and the shipped model passes its own type from layer to layer. What both cost a 16-bit model is
+part of no figure of this stage; the evaluation sees it.
 """
 
 from __future__ import annotations
@@ -32,6 +37,8 @@ from .labels import compact, stage_label
 from .problem import Assignment
 from .scoring import Installer, Scorer, input_elements
 from .sensing import check_named_table, sense
+
+_FEW_SAMPLES = 8
 
 
 def apply_mixed(
@@ -96,6 +103,7 @@ class _MixedStage:
             self.model, self.survey, self.settings, self.calibration, self.workspace.folder, self.progress
         )
         with computing_in(self.model.module, torch.float32):
+            self._note_few()
             filling.gather(layers)
             likely = likely_bits(layers, self.settings, self.fixed_bytes, self.original_bytes)
             transforms = filling.transforms(layers, likely)
@@ -131,6 +139,17 @@ class _MixedStage:
             self.progress.note(
                 f"sensitivities are measured on {have // 2} of {have} calibration samples instead of {asked},"
                 f" allocations compared on {min(asked, have - have // 2)}"
+            )
+
+    def _note_few(self) -> None:
+        """Say where allocations are compared on few samples."""
+        asked, have = self.allocation.sensitivity.samples, self.calibration.samples
+        count = samples_of(asked, have)[1]
+        if count < _FEW_SAMPLES:
+            self.progress.note(
+                f"allocations are compared on {count} sample{'s' if count > 1 else ''} only, of which chance"
+                f" decides; {2 * _FEW_SAMPLES} calibration.samples and sensitivity.samples: {_FEW_SAMPLES}"
+                " are better"
             )
 
     def _candidates(self, settle: Settle | None = None, calls: Calls | None = None) -> Candidates:
@@ -212,8 +231,14 @@ def split_calls(calibration: Calibration, settings: AllocatingSettings) -> tuple
             f"the calibration has {have} sample; bits are measured on one half and compared on the other",
             hint="raise calibration.samples to 2 at least, better to twice sensitivity.samples",
         )
-    count = min(asked.samples, have // 2)
+    count, others = samples_of(asked.samples, have)
     return (
         calls_of(calibration, steps=asked.steps, samples=count),
-        calls_of(calibration, steps=asked.steps, samples=min(asked.samples, have - count), start=count),
+        calls_of(calibration, steps=asked.steps, samples=others, start=count),
     )
+
+
+def samples_of(asked: int, have: int) -> tuple[int, int]:
+    """Return how many samples are measured on, and on how many others allocations are compared."""
+    count = min(asked, have // 2)
+    return count, min(asked, have - count)

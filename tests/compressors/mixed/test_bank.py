@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 from compress.calibration.content import hash_weights
@@ -19,7 +25,7 @@ from compress.compressors.quantization.mixed.quantizer import BankQuantizer, Rou
 from compress.compressors.quantization.scheme import survey_linears
 from compress.recipes.stages import MixdqSettings
 from compress.runtime.integer import fake_quantize_tokens
-from compress.runtime.manifest import ActivationScheme, QuantizedModule
+from compress.runtime.manifest import ActivationScheme, FirstToken, QuantizedModule
 from compress.runtime.rotation import Rotation, random_signs
 from torch import nn
 
@@ -99,6 +105,60 @@ def test_half_written_files_are_cleared(tmp_path, linear, transform):
     assert bank.has(NAME)
 
 
+@pytest.mark.parametrize("damage", ["cut", "flip", "header", "empty"])
+def test_a_damaged_file_counts_as_absent(tmp_path, linear, transform, damage):
+    bank = Bank(tmp_path / "bank", torch.float32)
+    fill(bank, linear, transform)
+    file = bank.folder / f"{NAME}.safetensors"
+    whole = file.read_bytes()
+    broken = {
+        "cut": whole[:-7],
+        "flip": whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:],
+        "header": whole.replace(b"mixdq", b"mixdk", 1),
+        "empty": b"",
+    }
+    file.write_bytes(broken[damage])
+    assert not bank.has(NAME)
+    fill(bank, linear, transform)
+    assert bank.has(NAME)
+    assert file.read_bytes() == whole
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import torch
+from compress.compressors.quantization.mixed.bank import Bank, Candidate
+from compress.runtime.manifest import QuantizedModule
+bank = Bank(Path(sys.argv[1]), torch.float32)
+bank.prepare()
+scheme = QuantizedModule(shape=(1024, 1024), bits=8, symmetric=True, bias=True, method="mixdq")
+for index in range(10**6):
+    bank.write(f"layer.{index}", {"w8": Candidate(scheme, {"weight": torch.full((1024, 1024), index)}, {})})
+"""
+
+
+def test_what_a_killed_process_has_written_is_whole(tmp_path):
+    folder = tmp_path / "bank"
+    bank = Bank(folder, torch.float32)
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(folder)]) as writer:
+        deadline = time.monotonic() + 60
+        while not (folder / "layer.4.safetensors").exists():
+            assert writer.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        os.kill(writer.pid, signal.SIGKILL)
+    bank.prepare()
+    files = sorted(folder.iterdir())
+    assert len(files) >= 5
+    for file in files:
+        assert file.name.startswith("layer.")
+        assert bank.has(file.stem)
+        index = int(file.stem.rpartition(".")[2])
+        assert bool((bank.read(file.stem, "w8").tensors["weight"] == index).all())
+    assert not bank.has(f"layer.{len(files)}")
+
+
 def test_a_weight_candidate_is_the_banks_layer_with_its_input_as_it_is(tmp_path, linear, transform):
     bank = Bank(tmp_path / "bank", torch.float32)
     made = fill(bank, linear, transform)
@@ -124,6 +184,23 @@ def test_an_input_candidate_rounds_behind_scale_and_rotation(tmp_path, linear, t
     expected = nn.functional.linear(rows, transform.on_weight(linear.weight), linear.bias).view(3, 5, 24)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(found, linear(x), atol=1e-2)
+
+
+def test_a_stored_first_token_is_not_rounded(tmp_path, linear):
+    bank = Bank(tmp_path / "bank", torch.float32)
+    bank.prepare()
+    scheme = scheme_of(4, first_token=FirstToken(sha256="0" * 64))
+    bank.write(NAME, {"w4": Candidate(scheme, {"weight": torch.zeros(24, 16, dtype=torch.uint8)}, {})})
+    x = torch.randn(3, 5, 32, generator=generator(4))
+    before = linear(x)
+    asked = Asked("activation", "a4", 4, ActivationScheme(bits=4, scope="tensor").model_dump(mode="json"))
+    with BankQuantizer(bank)(NAME, linear, asked):
+        found = linear(x)
+    assert torch.equal(found[:, 0], before[:, 0])
+    # Nor does it widen the grid of the others.
+    rest = fake_quantize_tokens(x[:, 1:].reshape(1, -1), 4, True).view(3, 4, 32)
+    torch.testing.assert_close(found[:, 1:], linear(rest))
+    assert not torch.allclose(found[:, 1:], before[:, 1:], atol=1e-2)
 
 
 @pytest.mark.parametrize(("scope", "grids"), [("token", 6), ("sample", 2), ("tensor", 1)])

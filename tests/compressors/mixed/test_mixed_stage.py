@@ -15,9 +15,10 @@ from compress.compressors import registry
 from compress.compressors.base import Workspace
 from compress.compressors.quantization.mixed.candidates import Candidates
 from compress.compressors.quantization.mixed.sensing import _depends_on
-from compress.compressors.quantization.mixed.stage import split_calls
+from compress.compressors.quantization.mixed.stage import samples_of, split_calls
 from compress.errors import PlanError, SourceError, StageError
 from compress.progress import SilentProgress
+from compress.recipes.allocation import ALLOCATED
 from compress.recipes.schema import ModelRef
 from compress.recipes.stages import MixdqSettings, ViditQSettings
 from compress.resuming import Reopener
@@ -173,7 +174,10 @@ class KilledAt(SilentProgress):
 
 class Notes(SilentProgress):
     def __init__(self):
-        self.steps = []
+        self.steps, self.notes = [], []
+
+    def note(self, text):
+        self.notes.append(text)
 
     def start(self, label, total):
         self.steps.append(label)
@@ -211,6 +215,38 @@ def test_a_resumed_stage_does_nothing_twice(opened, calibrate, tmp_path):
     assert "round layers" not in notes.steps
     assert files == {path: path.stat().st_mtime_ns for path in workspace.folder.rglob("*.safetensors")}
     assert hash_weights(again.module) == hash_weights(model.module)
+
+
+def test_few_samples_to_compare_on_are_told(opened, calibrate, tmp_path):
+    model, notes = opened(), Notes()
+    calibration = calibrate(model)
+    registry.get("mixdq").apply(model, mixdq(), calibration, space(tmp_path), notes)
+    (told,) = (note for note in notes.notes if note.startswith("allocations are compared on"))
+    assert f"on {samples_of(8, calibration.samples)[1]} sample" in told
+    assert [samples_of(8, have) for have in (2, 5, 15, 16, 40)] == [(1, 1), (2, 3), (7, 8), (8, 8), (8, 8)]
+
+
+def test_a_damaged_layer_of_the_bank_is_rounded_again(opened, calibrate, tmp_path):
+    workspace, model = space(tmp_path), opened()
+    calibration = calibrate(model)
+    apply(model, mixdq(), calibration, workspace)
+    expected = hash_weights(model.module)  # now: the layers' tensors are the file, mapped into memory
+    file = sorted((workspace.folder / "bank").iterdir())[3]
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-40] + bytes(20) + whole[-20:])
+    again, notes = opened(), Notes()
+    registry.get("mixdq").apply(again, mixdq(), calibration, workspace, notes)
+    assert "round layers" in notes.steps
+    assert file.read_bytes() == whole
+    assert hash_weights(again.module) == expected
+
+
+def test_the_rule_of_a_chosen_layer_tells_so(opened, calibrate, tmp_path):
+    """By it `bits.yaml` is written, also where floating point is the only other choice."""
+    model = opened()
+    apply(model, mixdq(10.0, bits=(8, 16)), calibrate(model), space(tmp_path))
+    assert {scheme.bits for scheme in model.quantization.values()} == {8}
+    assert all(scheme.decided_by.startswith(ALLOCATED) for scheme in model.quantization.values())
 
 
 def test_another_budget_uses_the_sensitivities_again(opened, calibrate, tmp_path):

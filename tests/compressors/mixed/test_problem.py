@@ -236,6 +236,16 @@ def test_the_sweep_of_the_paper_splits_the_average_and_skips_what_does_not_fit(m
     assert solved >= 8
 
 
+def test_weights_and_activations_are_swept_over_the_papers_own_ranges(made):
+    layers, rows = made.network(4, groups=("content", "quality"), metrics={"content": "ssim"})
+    program = weight_program(layers, rows, "mixdq")
+    ranges = [
+        [point.quotient for point in points_of(program, "mixdq", 7, activations=inputs)]
+        for inputs in (False, True)
+    ]
+    assert [(min(found), max(found)) for found in ranges] == [(0.46, 1.36), (0.94, 1.09)]
+
+
 def test_three_groups_have_no_paper_to_follow(made):
     layers, rows = made.network(9, groups=("a", "b", "c"))
     with pytest.raises(PlanError, match="between two groups at most, not a, b, c"):
