@@ -33,10 +33,10 @@ from compress.compressors.allocation import Allocation, Budget, Choice, allocate
 from compress.compressors.quantization.mixed.baselines import at_random, by_weight_error, evenly, greedily
 from compress.compressors.quantization.mixed.candidates import AllocatingSettings
 from compress.compressors.quantization.mixed.decision_report import predicted_error
+from compress.compressors.quantization.mixed.offers import nominal_bits
 from compress.compressors.quantization.mixed.problem import (
     allocated_weights,
     mean_bits,
-    nominal_bits,
     stored_bytes,
     weight_program,
 )

@@ -13,13 +13,8 @@ from ....progress import Progress, step
 from ....recipes.allocation import FLOAT_BITS, AllocationSettings
 from ...allocation import Allocation
 from ...allocation_problem import Choice, InfeasibleBudget, Item
-from .problem import (
-    Assignment,
-    activation_budget,
-    activation_program,
-    label_of_weight,
-    nominal_bits,
-)
+from .offers import label_of_weight, nominal_bits
+from .problem import Assignment, activation_budget, activation_program
 from .sweep import points_of, proof, sharing, solve
 
 if TYPE_CHECKING:

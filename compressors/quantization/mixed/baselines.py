@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ...allocation import Budget, Item, allocate
-from .problem import nominal_bits
+from .offers import nominal_bits
 
 _KEY = "bytes"
 

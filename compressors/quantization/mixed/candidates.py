@@ -18,7 +18,7 @@ from ..details import scheme_bytes
 from ..scheme import Survey, linear_scheme, modulation_scheme, options_of
 from .fixing import Fixed, by_pattern, refuse_twice_decided
 from .groups import MetricGroup, group_layers
-from .problem import label_of_weight
+from .offers import label_of_weight
 
 AllocatingSettings = MixdqSettings | ViditQSettings
 """Settings of the methods that choose bits per layer; of ViDiT-Q where `bits` is given."""

@@ -12,15 +12,8 @@ from ....calibration.sensitivity_table import Table
 from ....calibration.similarity import decibels
 from ....recipes.allocation import FLOAT_BITS, AllocationSettings
 from ...allocation import Allocation
-from .problem import (
-    Assignment,
-    Program,
-    allocated_weights,
-    has_choice,
-    mean_bits,
-    nominal_bits,
-    stored_bytes,
-)
+from .offers import nominal_bits
+from .problem import Assignment, Program, allocated_weights, has_choice, mean_bits, stored_bytes
 from .sweep import proof
 from .trying import Tried
 

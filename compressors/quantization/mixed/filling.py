@@ -21,7 +21,8 @@ from ..transforms import transform_of
 from .bank import Bank, Candidate
 from .candidates import AllocatingSettings, LayerChoices, allocation_of
 from .folding import Transforms, fold, fold_all, read_transforms, write_transforms
-from .problem import allocated_weights, nominal_bits
+from .offers import nominal_bits
+from .problem import allocated_weights
 
 TRANSFORMS_FILE = "transforms.safetensors"
 BANK_FOLDER = "bank"

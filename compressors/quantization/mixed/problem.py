@@ -30,6 +30,7 @@ from ....errors import StageError
 from ....recipes.allocation import FLOAT_BITS, BudgetSettings
 from ...allocation_forms import LossChange, make_monotone, mean_bits_band
 from ...allocation_problem import Budget, Choice, Item
+from .offers import label_of_activation, nominal_bits
 
 if TYPE_CHECKING:
     from .candidates import LayerChoices
@@ -99,21 +100,6 @@ class Program:
             )
             for item in self.items
         ]
-
-
-def nominal_bits(label: str) -> int:
-    """Return the bits that a label such as "w4" or "a8" stands for."""
-    return int(label[1:])
-
-
-def label_of_weight(bits: int) -> str:
-    """Return the label of a weight's bits."""
-    return f"w{bits}"
-
-
-def label_of_activation(bits: int) -> str:
-    """Return the label of an activation's bits."""
-    return f"a{bits}"
 
 
 def size_of(item: Item) -> int:

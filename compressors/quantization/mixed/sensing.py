@@ -23,7 +23,7 @@ from .bank import Bank
 from .candidates import FLOAT_LABEL, AllocatingSettings, Candidates, LayerChoices, allocation_of
 from .filling import Filling
 from .folding import fold_all, read_transforms
-from .problem import label_of_activation, nominal_bits
+from .offers import label_of_activation, nominal_bits
 from .quantizer import BankQuantizer
 
 # Sums depend on how they are split: only with one thread in every process do several processes give

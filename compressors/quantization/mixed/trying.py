@@ -14,15 +14,14 @@ from ....recipes.allocation import FLOAT_BITS
 from ...allocation import Allocation, feasible_interval
 from ...allocation_problem import Budget, InfeasibleBudget, Item
 from .activations import in_floating_point
+from .offers import label_of_weight, nominal_bits
 from .problem import (
     REST,
     Assignment,
     Program,
     bytes_budget,
     has_choice,
-    label_of_weight,
     mean_bits,
-    nominal_bits,
     spent,
     spread,
     stored_bytes,
