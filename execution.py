@@ -80,13 +80,14 @@ def plan_stages(spec: ModelSpec, loaded: LoadedRecipe) -> list[StagePlan]:
     return plans
 
 
-def check_plan(loaded: LoadedRecipe, targets: Sequence[Path], work_root: Path) -> None:
+def check_plan(loaded: LoadedRecipe, targets: Sequence[Path], work_root: Path, *, workers: int = 1) -> None:
     """Plan a recipe and refuse what cannot be reached or does not fit on this machine.
 
     Args:
         loaded: the recipe, that has passed the preflight.
         targets: where its exports are written, in their order.
         work_root: where a checkpoint per stage is kept.
+        workers: processes that a stage may use.
 
     Raises:
         PlanError: a stage, a format, a gate on size, memory or disk speaks against it.
@@ -101,25 +102,27 @@ def check_plan(loaded: LoadedRecipe, targets: Sequence[Path], work_root: Path) -
         for write, export in zip(writes, recipe.export, strict=True)
         if export.push is not None and export.push.verify_remote
     ]
-    _check_resources(plans, writes, work_root, downloads)
+    _check_disks(plans, writes, work_root, downloads)
+    _check_memory(plans, workers)
 
 
-def _check_resources(
+def _check_disks(
     plans: Sequence[StagePlan],
     writes: Sequence[tuple[Path, int]],
     work_root: Path,
     downloads: Sequence[tuple[Path, int]],
 ) -> None:
-    """Refuse a run that cannot fit, before anything is written.
+    """Refuse a run that the disks cannot hold, before anything is written.
 
     Args:
         plans: of the stages.
         writes: output folder and bytes of every variant; all of them lie on the disk at once.
-        work_root: where a checkpoint per stage is kept.
+        work_root: where a checkpoint per stage is kept, and what the one at work keeps for itself.
         downloads: output folder and bytes of every variant that is fetched again after its push; that
             is put beside the folder, and only one of them is there at a time.
     """
-    needs = [*writes, (work_root, sum(item.after.bytes for item in plans))]
+    kept = sum(item.after.bytes for item in plans) + max((item.disk_bytes for item in plans), default=0)
+    needs = [*writes, (work_root, kept)]
     by_disk: dict[int, tuple[Path, int]] = {}
     for path, needed in needs:
         parent = preflight.nearest_existing(path)
@@ -138,13 +141,21 @@ def _check_resources(
                 f"{parent}: {free:,} bytes are free, the run writes about {needed:,}",
                 hint="free some space, or choose --output and --work-dir on other disks",
             )
+
+
+def _check_memory(plans: Sequence[StagePlan], workers: int) -> None:
+    """Refuse a stage whose processes together need more memory than the machine has."""
     total = preflight.total_memory_bytes()
     for item in plans:
-        if total and item.peak_memory_bytes + _PROCESS_BYTES > total:
+        needed = item.peak_memory_bytes + _PROCESS_BYTES
+        several = workers > 1 and item.worker_memory_bytes > 0
+        if several:
+            needed += workers * (item.worker_memory_bytes + _PROCESS_BYTES)
+        if total and needed > total:
+            among = f" with {workers} workers" if several else ""
             raise PlanError(
-                f"{item.method}: needs about {item.peak_memory_bytes + _PROCESS_BYTES:,} bytes of memory,"
-                f" this machine has {total:,}",
-                hint="use fewer calibration samples, or a larger machine",
+                f"{item.method}: needs about {needed:,} bytes of memory{among}, this machine has {total:,}",
+                hint=f"use fewer {'--workers' if several else 'calibration samples'}, or a larger machine",
             )
 
 
@@ -390,7 +401,7 @@ def execute(
     recipe = loaded.recipe
     device = resolve_device(recipe.device)
     targets = [Path(export.path) for export in recipe.export]
-    check_plan(loaded, targets, work.root)
+    check_plan(loaded, targets, work.root, workers=workers)
     state = Run(loaded, work, Warnings(progress), fresh=fresh, overwrite=overwrite, strict=strict)
     state.workers = workers
     with work.locked():

@@ -24,6 +24,8 @@ class StagePlan:
         peak_memory_bytes: resident memory at the stage's worst moment, weights included.
         notes: sentences for the user: what stays in floating point, what is unusual.
         layers: one row per linear: name, bits, bytes, rule that decided.
+        disk_bytes: what the stage keeps in its workspace until it is finished.
+        worker_memory_bytes: resident memory of each process that works for the stage, where several do.
     """
 
     method: str
@@ -33,6 +35,8 @@ class StagePlan:
     peak_memory_bytes: int
     notes: Sequence[str] = ()
     layers: Sequence[dict[str, Any]] = field(default_factory=tuple)
+    disk_bytes: int = 0
+    worker_memory_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -83,3 +83,40 @@ def test_what_a_stage_cannot_do_is_told_with_its_place(tiny_dit, tmp_path, stage
     with pytest.raises(PlanError) as ran:
         run(file, work_dir=tmp_path / "work")
     assert (ran.value.message, ran.value.hint) == (planned.value.message, planned.value.hint)
+
+
+MIXED = [{"mixdq": {"budget": {"mean_bits": 4.0}, "bits": [2, 4, 8]}}]
+TWO_SAMPLES = {"samples": 2, "steps": 1}
+
+
+def test_layers_at_all_bits_are_counted_on_the_disk_of_the_work_directory(tiny_dit, tmp_path, monkeypatch):
+    loaded = load_recipe(_recipe(tiny_dit, tmp_path, stages=MIXED, calibration=TWO_SAMPLES))
+    spec = execution.read_spec(loaded.recipe.model)
+    (planned,) = execution.plan_stages(spec, loaded)
+    assert any(f"about {planned.disk_bytes:,} bytes" in note for note in planned.notes)
+    (written,) = execution.check_size_gates(loaded.recipe, spec, planned.spec)
+    needed = written + planned.after.bytes + planned.disk_bytes
+    usage = shutil.disk_usage(tmp_path)
+    for free in (needed, needed - 1):
+        monkeypatch.setattr(execution.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        if free == needed:
+            execution.check_plan(loaded, [tmp_path / "out"], tmp_path / "work")
+            continue
+        with pytest.raises(PlanError, match=f"the run writes about {needed:,}"):
+            execution.check_plan(loaded, [tmp_path / "out"], tmp_path / "work")
+
+
+def test_every_worker_is_counted_in_the_memory(tiny_dit, tmp_path, monkeypatch):
+    loaded = load_recipe(_recipe(tiny_dit, tmp_path, stages=MIXED, calibration=TWO_SAMPLES))
+    targets, work = [tmp_path / "out"], tmp_path / "work"
+
+    def needed(workers):
+        monkeypatch.setattr(execution.preflight, "total_memory_bytes", lambda: 1)
+        with pytest.raises(PlanError, match="bytes of memory") as caught:
+            execution.check_plan(loaded, targets, work, workers=workers)
+        assert ("--workers" in caught.value.hint) is (workers > 1)
+        return int(caught.value.message.partition("about ")[2].partition(" ")[0].replace(",", ""))
+
+    one, two, three = map(needed, (1, 2, 3))
+    spec = execution.read_spec(loaded.recipe.model)
+    assert three - two == (two - one) / 2 > 4 * spec.size().bytes / spec.dtype.itemsize

@@ -144,5 +144,6 @@ def _checksum(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> st
     for key in sorted(tensors):
         tensor = tensors[key]
         found.update(f"{key} {tensor.dtype} {list(tensor.shape)} ".encode())
-        found.update(tensor.flatten().view(torch.uint8).numpy())
+        values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        found.update(values)
     return found.hexdigest()

@@ -32,7 +32,7 @@ from .candidates import (
     find_candidates,
 )
 from .decision import plan_assignment
-from .problem import nominal_bits
+from .offers import nominal_bits
 from .sensing import targets_of
 
 # Of a weight while allocations are compared: as an integer, and in the layout of the fastest product.
@@ -77,21 +77,26 @@ def plan_mixed(spec: ModelSpec, settings: AllocatingSettings) -> StagePlan:
         + first_token_notes(settings, schemes)
         + convolution_notes(module, schemes, settings.group_size),
         layers=_rows(candidates, choices, spec.dtype),
+        disk_bytes=_bank_bytes(candidates),
+        worker_memory_bytes=_widened_bytes(spec) + KEPT_LIMIT_BYTES,
     )
+
+
+def _widened_bytes(spec: ModelSpec) -> int:
+    return spec.size().bytes * 4 // min(4, spec.dtype.itemsize)
 
 
 def _peak_bytes(
     spec: ModelSpec, after: ModelSpec, candidates: Candidates, settings: AllocatingSettings
 ) -> int:
     """Weights in float32, integer layers beside them, outputs that are kept, work on the largest layer."""
-    widened = spec.size().bytes * 4 // min(4, spec.dtype.itemsize)
     shapes = [layer.site.shape for layer in candidates.layers]
     work = WORKING_COPIES * 4 * max(rows * columns for rows, columns in shapes) + ROW_BUDGET_BYTES
     if options_of(settings).compensate:
         widest = max(columns for _, columns in shapes)
         work += GRAM_BUDGET_BYTES + 4 * 4 * widest * widest
     laid_out = _LAID_OUT_BYTES * sum(rows * columns for rows, columns in shapes)
-    return widened + after.size().bytes + max(work, KEPT_LIMIT_BYTES + laid_out)
+    return _widened_bytes(spec) + after.size().bytes + max(work, KEPT_LIMIT_BYTES + laid_out)
 
 
 def _notes(

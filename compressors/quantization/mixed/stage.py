@@ -147,8 +147,8 @@ class _MixedStage:
         count = samples_of(asked, have)[1]
         if count < _FEW_SAMPLES:
             self.progress.note(
-                f"allocations are compared on {count} sample{'s' if count > 1 else ''} only, of which chance"
-                f" decides; {2 * _FEW_SAMPLES} calibration.samples and sensitivity.samples: {_FEW_SAMPLES}"
+                f"allocations are compared on {count} sample{'s' if count > 1 else ''} only: chance"
+                f" has a say; {2 * _FEW_SAMPLES} calibration.samples and sensitivity.samples: {_FEW_SAMPLES}"
                 " are better"
             )
 
