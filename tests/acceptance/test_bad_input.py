@@ -173,9 +173,9 @@ def test_stage_on_a_wrong_family(folder, plugins):
 
 def test_class_that_is_not_supported(folder, model):
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "_class_name": "LlamaForCausalLM"}))
+    (model / "config.json").write_text(json.dumps({**config, "_class_name": "MambaForCausalLM"}))
     recipe(folder, model="model")
-    refused(folder, 4, "LlamaForCausalLM", "DiTTransformer2DModel")
+    refused(folder, 4, "MambaForCausalLM", "DiTTransformer2DModel")
 
 
 def test_prompts_that_are_not_there(folder):
