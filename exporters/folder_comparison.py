@@ -18,6 +18,7 @@ from ..runtime.load import read_tensor, skeleton
 from ..runtime.modules import dtype_of
 from ..runtime.validate import StoredCheckpoint, open_folder
 from .fresh_process import Answer, ask_fresh_process, largest_difference, packages_of, ways_of
+from .stock import library_of, loader_of
 
 _BATCH, _SEED = 2, 0
 
@@ -67,8 +68,9 @@ def compare_folders(
     format_ = stored.quant_method or "dequantized"
     ways, _ = ways_of(stored.class_name, stored.dtype, format_)
     request = {
-        "class_name": stored.class_name, "dtype": stored.dtype, "device": device, "seed": _SEED,
-        "threads": threads or torch.get_num_threads(), "ways": ways, "needs": packages_of(format_),
+        "library": library_of(stored.class_name), "class_name": loader_of(stored.class_name),
+        "dtype": stored.dtype, "device": device, "seed": _SEED, "threads": threads or torch.get_num_threads(), "ways": ways,
+        "needs": packages_of(format_),
     }  # fmt: skip
     if device.startswith("cuda") and not torch.cuda.is_available():
         request["device"] = "cpu"

@@ -60,7 +60,7 @@ def test_the_download_that_verifies_a_push_is_counted(tiny_dit, tmp_path, monkey
 
 def _written(tmp_path, model, stage):
     file = tmp_path / "recipe.yaml"
-    file.write_text(f"model: {model}\nstages:\n  - {stage}\nexport: {{path: out}}\n")
+    file.write_text(f"model: {model}\nstages:\n  - {stage}\nexport: {{path: {tmp_path / 'out'}}}\n")
     return file
 
 
