@@ -69,8 +69,8 @@ def compare_folders(
     ways, _ = ways_of(stored.class_name, stored.dtype, format_)
     request = {
         "library": library_of(stored.class_name), "class_name": loader_of(stored.class_name),
-        "dtype": stored.dtype, "device": device, "seed": _SEED, "threads": threads or torch.get_num_threads(), "ways": ways,
-        "needs": packages_of(format_),
+        "dtype": stored.dtype, "device": device, "seed": _SEED,
+        "threads": threads or torch.get_num_threads(), "ways": ways, "needs": packages_of(format_),
     }  # fmt: skip
     if device.startswith("cuda") and not torch.cuda.is_available():
         request["device"] = "cpu"
