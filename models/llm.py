@@ -6,18 +6,23 @@ with an attention of four linears and a gated feed-forward network of three, eac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..runtime.language import build_language_model
 from ..runtime.language_config import LANGUAGE_CLASSES, implied_copies, language_shape
-from ..runtime.manifest import QuantizedModule
 from .base import Family, FoldGroup, LinearSite, Role
-from .transformer import config_of, fold_into_rows, product_macs, reference_of
+from .transformer import (
+    config_of,
+    fold_into_norm,
+    fold_into_rows,
+    linear_shapes,
+    product_macs,
+    reference_of,
+)
 
 REFERENCE_TOKENS = 256
 _LAYERS = "model.layers"
@@ -63,7 +68,7 @@ class LanguageFamily(Family):
         }
         found: list[tuple[tuple[int, int], LinearSite]] = []
         head: list[LinearSite] = []
-        for name, shape in _linear_shapes(module):
+        for name, shape in linear_shapes(module):
             if name == _HEAD:
                 head.append(LinearSite(name, "head", None, shape))
                 continue
@@ -97,11 +102,11 @@ class LanguageFamily(Family):
         groups = []
         for block, _ in self.blocks(module):
             qkv = tuple(f"{block}.self_attn.{letter}_proj" for letter in "qkv")
-            groups.append(_fold_into_norm(qkv, f"{block}.input_layernorm"))
+            groups.append(fold_into_norm(qkv, f"{block}.input_layernorm"))
             if own_values:
                 groups.append(fold_into_rows([f"{block}.self_attn.o_proj"], [f"{block}.self_attn.v_proj"]))
             gated = (f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj")
-            groups.append(_fold_into_norm(gated, f"{block}.post_attention_layernorm"))
+            groups.append(fold_into_norm(gated, f"{block}.post_attention_layernorm"))
             groups.append(fold_into_rows([f"{block}.mlp.down_proj"], [f"{block}.mlp.up_proj"]))
         return groups
 
@@ -134,25 +139,3 @@ class LanguageFamily(Family):
     def default_keep(self) -> tuple[str, ...]:
         """The head; embeddings are no linears."""
         return (_HEAD,)
-
-
-def _linear_shapes(module: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
-    for name, child in module.named_modules():
-        scheme = getattr(child, "scheme", None)
-        if isinstance(scheme, QuantizedModule):
-            yield name, scheme.shape
-        elif isinstance(child, nn.Linear):
-            yield name, (child.out_features, child.in_features)
-
-
-def _fold_into_norm(targets: tuple[str, ...], norm: str) -> FoldGroup:
-    return FoldGroup(targets, partial(_absorb_norm, norm=norm), (norm,))
-
-
-@torch.no_grad()
-def _absorb_norm(module: nn.Module, factor: Tensor, *, norm: str) -> None:
-    """Multiply the weight of a norm, in float32 and rounded once to its dtype."""
-    weight = module.get_submodule(norm).weight
-    assert isinstance(weight, Tensor)
-    m = factor.detach().to(device=weight.device, dtype=torch.float32)
-    weight.copy_((weight.float() * m).to(weight.dtype))

@@ -11,6 +11,7 @@ from torch import nn
 from .base import FoldGroup
 from .shapes import TIMESTEP_CHANNELS, uses_additional_conditions
 from .transformer import (
+    TEXT_BLOCK_ROLES,
     DiffusionTransformer,
     RoleRule,
     config_of,
@@ -47,16 +48,7 @@ class PixArtFamily(DiffusionTransformer):
         (r"adaln_single\.linear", "adaln"),
         (r"caption_projection\.linear_1", "embedder"),
         (r"caption_projection\.linear_2", "embedder"),
-        (r"attn1\.to_q", "attention.q"),
-        (r"attn1\.to_k", "attention.k"),
-        (r"attn1\.to_v", "attention.v"),
-        (r"attn1\.to_out\.0", "attention.out"),
-        (r"attn2\.to_q", "cross.q"),
-        (r"attn2\.to_k", "cross.k"),
-        (r"attn2\.to_v", "cross.v"),
-        (r"attn2\.to_out\.0", "cross.out"),
-        (r"ff\.net\.0\.proj", "ff.in"),
-        (r"ff\.net\.2", "ff.out"),
+        *TEXT_BLOCK_ROLES,
         (r"proj_out", "head"),
     )
 

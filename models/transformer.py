@@ -14,6 +14,20 @@ from ..runtime.manifest import QuantizedModule
 from .base import Family, FoldGroup, LinearSite, Role
 
 RoleRule = tuple[str, Role]
+TEXT_BLOCK_ROLES: Sequence[RoleRule] = (
+    (r"attn1\.to_q", "attention.q"),
+    (r"attn1\.to_k", "attention.k"),
+    (r"attn1\.to_v", "attention.v"),
+    (r"attn1\.to_out\.0", "attention.out"),
+    (r"attn2\.to_q", "cross.q"),
+    (r"attn2\.to_k", "cross.k"),
+    (r"attn2\.to_v", "cross.v"),
+    (r"attn2\.to_out\.0", "cross.out"),
+    (r"ff\.net\.0\.proj", "ff.in"),
+    (r"ff\.net\.2", "ff.out"),
+)
+"""Of a block that attends to the image, then to the text."""
+
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 
 
@@ -46,7 +60,7 @@ class DiffusionTransformer(Family):
             KeyError: a linear whose name no rule covers: the stock class has changed.
         """
         found: list[tuple[tuple[int, int, int], LinearSite]] = []
-        for name, shape in _linear_shapes(module):
+        for name, shape in linear_shapes(module):
             match = _BLOCK.match(name)
             block = int(match[1]) if match else None
             rank = self._rank(name)
@@ -84,7 +98,8 @@ def stock_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def _linear_shapes(module: nn.Module) -> Iterable[tuple[str, tuple[int, int]]]:
+def linear_shapes(module: nn.Module) -> Iterable[tuple[str, tuple[int, int]]]:
+    """Yield name and (out_features, in_features) of every linear, quantized ones included."""
     for name, child in module.named_modules():
         scheme = getattr(child, "scheme", None)
         if isinstance(scheme, QuantizedModule):
@@ -160,6 +175,19 @@ def fold_into_rows(targets: Iterable[str], producers: Iterable[str]) -> FoldGrou
     """Describe a fold into the output rows of `producers`, as attention's values allow."""
     names = tuple(producers)
     return FoldGroup(tuple(targets), partial(_absorb_rows, producers=names), names)
+
+
+def fold_into_norm(targets: Iterable[str], norm: str) -> FoldGroup:
+    """Describe a fold into the weight, and the bias where there is one, that a norm ends with."""
+    return FoldGroup(tuple(targets), partial(_absorb_norm, norm=norm), (norm,))
+
+
+@torch.no_grad()
+def _absorb_norm(module: nn.Module, factor: Tensor, *, norm: str) -> None:
+    """Multiply weight and bias of a norm, in float32 and rounded once to their dtype."""
+    for values in module.get_submodule(norm).parameters(recurse=False):
+        m = factor.detach().to(device=values.device, dtype=torch.float32)
+        values.copy_((values.float() * m).to(values.dtype))
 
 
 def _absorb_modulation(

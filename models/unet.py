@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +13,9 @@ from ..runtime.config_unet import TIME_IDS, per_stage
 from ..runtime.manifest import KernelScheme, QuantizedModule
 from .base import Family, FoldGroup, LinearSite, Role
 from .transformer import (
+    TEXT_BLOCK_ROLES,
     config_of,
+    fold_into_norm,
     fold_into_rows,
     random_integers,
     random_normal,
@@ -54,16 +55,7 @@ class UNetFamily(Family):
         (r"conv_shortcut", "conv.shortcut"),
         (r"(?:down|up)samplers\.0\.conv", "conv"),
         (r"proj_(?:in|out)", "projection"),
-        (r"attn1\.to_q", "attention.q"),
-        (r"attn1\.to_k", "attention.k"),
-        (r"attn1\.to_v", "attention.v"),
-        (r"attn1\.to_out\.0", "attention.out"),
-        (r"attn2\.to_q", "cross.q"),
-        (r"attn2\.to_k", "cross.k"),
-        (r"attn2\.to_v", "cross.v"),
-        (r"attn2\.to_out\.0", "cross.out"),
-        (r"ff\.net\.0\.proj", "ff.in"),
-        (r"ff\.net\.2", "ff.out"),
+        *TEXT_BLOCK_ROLES,
         (r"conv_out", "head"),
     )
 
@@ -115,7 +107,7 @@ class UNetFamily(Family):
         linear = bool(config_of(module).use_linear_projection)
         for name, _ in sorted(module.named_modules(), key=lambda item: _order(item[0])):
             if linear and re.search(r"\.attentions\.\d+$", name):
-                groups.append(_fold_into_norm([f"{name}.proj_in"], f"{name}.norm"))
+                groups.append(fold_into_norm([f"{name}.proj_in"], f"{name}.norm"))
             elif re.search(r"\.transformer_blocks\.\d+$", name):
                 groups += _block_folds(name)
         return groups
@@ -198,25 +190,11 @@ def _order(name: str) -> tuple[int, int, float, int]:
 
 def _block_folds(block: str) -> list[FoldGroup]:
     return [
-        _fold_into_norm([f"{block}.attn1.to_{letter}" for letter in "qkv"], f"{block}.norm1"),
+        fold_into_norm([f"{block}.attn1.to_{letter}" for letter in "qkv"], f"{block}.norm1"),
         fold_into_rows([f"{block}.attn1.to_out.0"], [f"{block}.attn1.to_v"]),
-        _fold_into_norm([f"{block}.attn2.to_q"], f"{block}.norm2"),
+        fold_into_norm([f"{block}.attn2.to_q"], f"{block}.norm2"),
         fold_into_rows([f"{block}.attn2.to_out.0"], [f"{block}.attn2.to_v"]),
-        _fold_into_norm([f"{block}.ff.net.0.proj"], f"{block}.norm3"),
+        fold_into_norm([f"{block}.ff.net.0.proj"], f"{block}.norm3"),
         # The factor is as long as half the rows, the first of which are the values.
         fold_into_rows([f"{block}.ff.net.2"], [f"{block}.ff.net.0.proj"]),
     ]
-
-
-def _fold_into_norm(targets: Sequence[str], norm: str) -> FoldGroup:
-    return FoldGroup(tuple(targets), partial(_absorb_norm, norm=norm), (norm,))
-
-
-@torch.no_grad()
-def _absorb_norm(module: nn.Module, factor: Tensor, *, norm: str) -> None:
-    """Multiply weight and bias of a norm, in float32 and rounded once to their dtype."""
-    owner = module.get_submodule(norm)
-    for values in (owner.weight, owner.bias):
-        assert isinstance(values, Tensor)
-        m = factor.detach().to(device=values.device, dtype=torch.float32)
-        values.copy_((values.float() * m).to(values.dtype))
