@@ -17,8 +17,7 @@ from ..runtime.first_token import put_first
 from ..runtime.load import read_tensor, skeleton
 from ..runtime.modules import dtype_of
 from ..runtime.validate import StoredCheckpoint, open_folder
-from .fresh_process import Answer, ask_fresh_process, largest_difference, packages_of, ways_of
-from .stock import library_of, loader_of
+from .fresh_process import Answer, ask_fresh_process, largest_difference, request_of, ways_of
 
 _BATCH, _SEED = 2, 0
 
@@ -67,18 +66,17 @@ def compare_folders(
         return Comparison({}, f"holds a {copy.class_name} in another format")
     format_ = stored.quant_method or "dequantized"
     ways, _ = ways_of(stored.class_name, stored.dtype, format_)
-    request = {
-        "library": library_of(stored.class_name), "class_name": loader_of(stored.class_name),
-        "dtype": stored.dtype, "device": device, "seed": _SEED,
-        "threads": threads or torch.get_num_threads(), "ways": ways, "needs": packages_of(format_),
-    }  # fmt: skip
     if device.startswith("cuda") and not torch.cuda.is_available():
-        request["device"] = "cpu"
+        device = "cpu"
     inputs = _inputs(stored)
     with step(progress, "run in fresh processes", 2) as bar:
         answers = []
         for path in (folder, other):
-            answers.append(ask_fresh_process({**request, "folder": str(path.resolve())}, inputs))
+            request = request_of(
+                path, stored.class_name, format_, ways, dtype=stored.dtype, device=device, seed=_SEED,
+                threads=threads,
+            )  # fmt: skip
+            answers.append(ask_fresh_process(request, inputs))
             bar.advance()
     if answers[0].missing:
         names = ", ".join(answers[0].missing)

@@ -111,12 +111,10 @@ def verify_export(
     generator = torch.Generator().manual_seed(seed)
     inputs = model.family.example_inputs(model.module, _BATCH, generator)
     inputs = put_first(feature_of(shipped.module), inputs)
-    request = {
-        "folder": str(Path(folder).resolve()), "library": library_of(stored.class_name),
-        "class_name": loader_of(stored.class_name),
-        "dtype": name_of(model.spec.dtype), "device": str(device), "seed": seed ^ _OTHER_SEED,
-        "threads": threads or torch.get_num_threads(), "ways": ways, "needs": packages_of(format_),
-    }  # fmt: skip
+    request = request_of(
+        folder, stored.class_name, format_, ways, dtype=name_of(model.spec.dtype), device=str(device),
+        seed=seed ^ _OTHER_SEED, threads=threads,
+    )  # fmt: skip
     with step(progress, "verify in a fresh process", len(ways)) as bar:
         answer = ask_fresh_process(request, inputs)
         if answer.missing:
@@ -187,6 +185,37 @@ def ways_of(class_name: str, dtype: str, format_: str) -> tuple[list[str], list[
 def packages_of(format_: str) -> list[str]:
     """Return the packages without which a format cannot be run."""
     return ["sdnq"] if format_ == "sdnq" else []
+
+
+def request_of(
+    folder: Path,
+    class_name: str,
+    format_: str,
+    ways: list[str],
+    *,
+    dtype: str,
+    device: str,
+    seed: int,
+    threads: int | None,
+) -> dict[str, Any]:
+    """Return what the fresh process is to do: all that `verify_worker` reads of a request but the inputs.
+
+    Args:
+        folder: to load.
+        class_name: of config.json.
+        format_: of the folder.
+        ways: of `ways_of`.
+        dtype: "float32", "float16" or "bfloat16".
+        device: to compute on.
+        seed: of its global generator.
+        threads: of its arithmetic; None: as many as this process uses.
+    """
+    return {
+        "folder": str(Path(folder).resolve()),
+        "library": library_of(class_name), "class_name": loader_of(class_name), "dtype": dtype,
+        "device": device, "seed": seed, "threads": threads or torch.get_num_threads(), "ways": ways,
+        "needs": packages_of(format_),
+    }  # fmt: skip
 
 
 def _run(module: nn.Module, inputs: Mapping[str, Any], threads: int | None) -> Tensor:
