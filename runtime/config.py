@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import SourceError
 from . import config_unet
+from .config_values import check_integer, check_numbers, is_integer
 from .language_config import class_name_of, complete_language_config, is_language_class
 
 MAX_WIDTH = 2**20
@@ -90,7 +91,7 @@ def check_config(config: Mapping[str, Any], stored_bytes: int, where: str, *, te
     """
     for key, value in config.items():
         if key != "quantization_config":
-            _check_numbers(key, value, where)
+            check_numbers(key, value, MAX_WIDTH, where)
     layers = config.get("num_layers")
     if type(layers) is int and layers > tensors:
         raise SourceError(f"{where}: num_layers {layers} with only {tensors} stored tensors")
@@ -117,17 +118,6 @@ def check_config(config: Mapping[str, Any], stored_bytes: int, where: str, *, te
         )
 
 
-def _check_numbers(key: str, value: Any, where: str) -> None:
-    """Hold every number in a value, however deep, against the widest that a model has."""
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, dict | list):
-            waiting.extend(item.values() if isinstance(item, dict) else item)
-        elif isinstance(item, int | float) and not abs(item) <= MAX_WIDTH:
-            raise SourceError(f"{where}: {key} {item} is out of range", hint="the config was changed by hand")
-
-
 def _check_value(class_name: str, key: str, value: Any, where: str) -> None:
     default = DEFAULTS[class_name][key]
     if key in _ALLOWED:
@@ -137,7 +127,7 @@ def _check_value(class_name: str, key: str, value: Any, where: str) -> None:
         if value != default:
             raise SourceError(f"{where}: norm_type: {value!r} is not {default!r}, which {class_name} needs")
     elif key == "dual_attention_layers":
-        if not isinstance(value, list | tuple) or not all(_is_int(item, 0, MAX_LAYERS) for item in value):
+        if not isinstance(value, list | tuple) or not all(is_integer(item, 0, MAX_LAYERS) for item in value):
             raise SourceError(f"{where}: {key}: {value!r} is not a list of block indices")
     elif isinstance(default, bool) or key == "use_additional_conditions":
         if not isinstance(value, bool) and not (value is None and default is None):
@@ -150,17 +140,12 @@ def _check_width(key: str, value: Any, where: str) -> None:
     if value is None and key in _OPTIONAL_WIDTHS:
         return
     limit = MAX_LAYERS if key == "num_layers" else MAX_WIDTH
-    if not _is_int(value, 1, limit):
-        raise SourceError(f"{where}: {key}: {value!r} is not an integer from 1 to {limit}")
+    check_integer(key, value, limit, where)
 
 
 def _positions(config: Mapping[str, Any]) -> int:
     side = max(config["sample_size"] // config["patch_size"], config.get("pos_embed_max_size", 1))
     return int(side * side)
-
-
-def _is_int(value: Any, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def _check_relations(class_name: str, config: Mapping[str, Any], where: str) -> None:

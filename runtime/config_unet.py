@@ -11,6 +11,7 @@ from math import isfinite
 from typing import Any
 
 from ..errors import SourceError
+from .config_values import check_integer, is_integer
 
 CLASS_NAME = "UNet2DConditionModel"
 TIME_IDS = 6
@@ -94,7 +95,7 @@ def check_unet(config: Mapping[str, Any], where: str) -> None:
             raise SourceError(f"{where}: {key}: {config[key]!r} is not finite")
     for key, limit in _INTEGERS.items():
         if config[key] is not None or key not in _OPTIONAL:
-            _check_integer(key, config[key], limit, where)
+            check_integer(key, config[key], limit, where)
     _check_stages(config, where)
     _check_widths(config, where)
     _check_layers(config, where)
@@ -137,15 +138,6 @@ def _spread(value: Any, count: int) -> list[int]:
     return [value] * count if isinstance(value, int) else list(value)
 
 
-def _is_int(value: Any, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= high
-
-
-def _check_integer(key: str, value: Any, limit: int, where: str) -> None:
-    if not _is_int(value, limit):
-        raise SourceError(f"{where}: {key}: {value!r} is not an integer from 1 to {limit}")
-
-
 def _check_stages(config: Mapping[str, Any], where: str) -> None:
     for key, known in (("down_block_types", _DOWN), ("up_block_types", _UP)):
         _check_kinds(key, config[key], known, where)
@@ -162,7 +154,7 @@ def _check_stages(config: Mapping[str, Any], where: str) -> None:
         elif key == "block_out_channels":
             raise SourceError(f"{where}: {key}: {value!r} is not a list")
         for item in per_stage(config, key):
-            _check_integer(key, item, _MAX_LAYERS if key == "layers_per_block" else _MAX_WIDTH, where)
+            check_integer(key, item, _MAX_LAYERS if key == "layers_per_block" else _MAX_WIDTH, where)
 
 
 def _check_kinds(key: str, kinds: Any, known: Sequence[str], where: str) -> None:
@@ -220,7 +212,7 @@ def _check_layers(config: Mapping[str, Any], where: str) -> None:
 
 
 def _check_counts(key: str, value: Any, counts: Sequence[int], where: str) -> None:
-    if _is_int(value, _MAX_LAYERS) and key == "transformer_layers_per_block":
+    if is_integer(value, 1, _MAX_LAYERS) and key == "transformer_layers_per_block":
         return
     if not isinstance(value, list | tuple) or len(value) != len(counts):
         raise SourceError(f"{where}: {key}: {value!r} is not a list with one entry for each stage")
@@ -229,9 +221,9 @@ def _check_counts(key: str, value: Any, counts: Sequence[int], where: str) -> No
             if len(item) != count:
                 raise SourceError(f"{where}: {key}: {item!r} is not a list of {count} numbers of blocks")
             for number in item:
-                _check_integer(key, number, _MAX_LAYERS, where)
+                check_integer(key, number, _MAX_LAYERS, where)
         else:
-            _check_integer(key, item, _MAX_LAYERS, where)
+            check_integer(key, item, _MAX_LAYERS, where)
 
 
 def _check_additions(config: Mapping[str, Any], where: str) -> None:

@@ -7,12 +7,12 @@ and held against limits, because a config is untrusted input.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SourceError
+from .config_values import check_integer, check_numbers
 
 MAX_WIDTH = 2**20
 MAX_LAYERS = 2**12
@@ -96,15 +96,15 @@ def complete_language_config(class_name: str, config: Mapping[str, Any], where: 
     if config.get("model_type", model_type) != model_type:
         raise SourceError(f"{where}: model_type {config['model_type']!r} is not {model_type!r}")
     for key, value in config.items():
-        _check_numbers(key, value, where)
+        check_numbers(key, value, MAX_NUMBER, where)
     for key in _REQUIRED:
         limit = MAX_LAYERS if key == "num_hidden_layers" else MAX_WIDTH
-        _check_integer(key, config.get(key), limit, where)
+        check_integer(key, config.get(key), limit, where)
     shape_keys = _structural(class_name, config)
     for key in ("num_key_value_heads", "head_dim"):
         if shape_keys[key] is not None:
-            _check_integer(key, shape_keys[key], MAX_WIDTH, where)
-    _check_integer("max_position_embeddings", shape_keys["max_position_embeddings"], MAX_POSITIONS, where)
+            check_integer(key, shape_keys[key], MAX_WIDTH, where)
+    check_integer("max_position_embeddings", shape_keys["max_position_embeddings"], MAX_POSITIONS, where)
     _check_padding(config, where)
     for key in _FLAGS:
         if not isinstance(shape_keys[key], bool):
@@ -190,11 +190,6 @@ def _structural(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config.get(key, default) for key, default in LANGUAGE_CLASSES[class_name][1].items()}
 
 
-def _check_integer(key: str, value: Any, limit: int, where: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-        raise SourceError(f"{where}: {key}: {value!r} is not an integer from 1 to {limit}")
-
-
 def _check_padding(config: Mapping[str, Any], where: str) -> None:
     """Hold the id of the padding, which stock classes index the embedding with, against the vocabulary."""
     value, size = config.get("pad_token_id"), int(config["vocab_size"])
@@ -204,17 +199,6 @@ def _check_padding(config: Mapping[str, Any], where: str) -> None:
             f"{where}: pad_token_id: {value!r} is no id of a vocabulary of {size}",
             hint="the config was changed by hand, or belongs to other weights; null means no padding",
         )
-
-
-def _check_numbers(key: str, value: Any, where: str) -> None:
-    """Hold every number in a value, however deep, against the largest that a model has."""
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, dict | list):
-            waiting.extend(item.values() if isinstance(item, dict) else item)
-        elif isinstance(item, int | float) and not (math.isfinite(item) and abs(item) <= MAX_NUMBER):
-            raise SourceError(f"{where}: {key} {item} is out of range", hint="the config was changed by hand")
 
 
 def _check_relations(shape: LanguageShape, where: str) -> None:
