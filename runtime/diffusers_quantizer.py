@@ -18,14 +18,11 @@ from torch import Tensor, nn
 
 from ..errors import SourceError
 from .encoders import check_encoders
-from .manifest import Manifest
 from .modules import ALIGNMENT, dtype_of, exact_names, name_of, swap_linears
+from .stored_section import StoredSection, check_layers, refuse_empty
 from .validate import (
     QUANT_METHOD,
     check_quantized,
-    expected_tensors,
-    parse_section,
-    quantization_section,
     read_header,
 )
 
@@ -38,32 +35,16 @@ class Method(StrEnum):
     COMPRESS = QUANT_METHOD
 
 
-class CompressConfig(QuantizationConfigMixin):
-    """config.json's `quantization_config`, strictly parsed.
-
-    Args:
-        section: keys `version`, `dtype`, `modules`, `shared`; see `validate.quantization_section`.
-
-    Raises:
-        SourceError: a key is unknown, or a value out of its bounds.
-    """
+class CompressConfig(StoredSection, QuantizationConfigMixin):
+    """config.json's `quantization_config`; see `StoredSection`."""
 
     def __init__(self, **section: Any) -> None:
-        section = {**section, "quant_method": QUANT_METHOD}
-        self.manifest: Manifest = parse_section(section, "config.json")
-        self.dtype: str = section["dtype"]
+        super().__init__(**section)
         self.quant_method = Method.COMPRESS
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON value that `from_dict` reads."""
-        return quantization_section(self.manifest, self.dtype)
-
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return the same: every key is needed to load."""
+        """Return what `to_dict` does: every key is needed to load."""
         return self.to_dict()
-
-    def __repr__(self) -> str:
-        return f"CompressConfig({len(self.manifest.quantization)} layers, {self.dtype})"
 
 
 class CompressQuantizer(DiffusersQuantizer):
@@ -155,9 +136,7 @@ class CompressQuantizer(DiffusersQuantizer):
         setattr(model.get_submodule(module_name), name, value)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-        if empty:
-            raise SourceError(f"tensor {empty[0]} was not loaded")
+        refuse_empty(model)
         self.quantization_config.dtype = name_of(self._dtype)
         return model
 
@@ -171,28 +150,12 @@ class CompressQuantizer(DiffusersQuantizer):
         """
         if not safe_serialization:
             raise SourceError("compress checkpoints are written as safetensors only")
-        self._check_layers(state_dict)
+        check_layers(self._manifest, self.quantization_config.dtype, state_dict)
         for copy, canonical in self._manifest.shared.items():
             if not torch.equal(state_dict[copy], state_dict[canonical]):
                 raise SourceError(f"tensor {copy} no longer equals {canonical}, so it cannot be left out")
         kept = {name: tensor for name, tensor in state_dict.items() if name not in self._manifest.shared}
         return kept, {}
-
-    def _check_layers(self, state_dict: dict[str, Tensor]) -> None:
-        """Refuse to write a model whose layers were replaced since it was loaded."""
-        listed = self._manifest.quantization
-        found = {name.removesuffix(".qweight") for name in state_dict if name.endswith(".qweight")}
-        other = sorted(found ^ listed.keys())
-        for module, scheme in listed.items():
-            for suffix, (_, shape) in expected_tensors(scheme, self.quantization_config.dtype).items():
-                tensor = state_dict.get(f"{module}.{suffix}")
-                if tensor is None or tuple(tensor.shape) != shape:
-                    other.append(module)
-        if other:
-            raise SourceError(
-                f"layer {other[0]} is not the one that was loaded, so the config does not describe it",
-                hint="export with compress instead of save_pretrained",
-            )
 
     @property
     def is_serializable(self) -> bool:

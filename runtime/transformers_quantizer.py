@@ -20,40 +20,23 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import SourceError
 from .manifest import Manifest
 from .modules import ALIGNMENT, name_of, quantized_layers, swap_linears
+from .stored_section import StoredSection, check_layers, refuse_empty
 from .validate import (
     QUANT_METHOD,
     check_quantized,
-    expected_tensors,
     guard_name,
-    parse_section,
     quantization_section,
     read_header,
     take_guard,
 )
 
 
-class CompressConfig(QuantizationConfigMixin):
-    """config.json's `quantization_config`, strictly parsed.
-
-    Args:
-        section: keys `version`, `dtype`, `modules`, `shared`; see `validate.quantization_section`.
-
-    Raises:
-        SourceError: a key is unknown, or a value out of its bounds.
-    """
+class CompressConfig(StoredSection, QuantizationConfigMixin):
+    """config.json's `quantization_config`; see `StoredSection`."""
 
     def __init__(self, **section: Any) -> None:
-        section = {**section, "quant_method": QUANT_METHOD}
-        self.manifest: Manifest = parse_section(section, "config.json")
-        self.dtype: str = section["dtype"]
+        super().__init__(**section)
         self.quant_method = QUANT_METHOD
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON value that `from_dict` reads."""
-        return quantization_section(self.manifest, self.dtype)
-
-    def __repr__(self) -> str:
-        return f"CompressConfig({len(self.manifest.quantization)} layers, {self.dtype})"
 
 
 class CompressQuantizer(HfQuantizer):
@@ -91,9 +74,7 @@ class CompressQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Let every integer weight start where torch's CPU kernels want it."""
-        empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-        if empty:
-            raise SourceError(f"tensor {empty[0]} was not loaded")
+        refuse_empty(model)
         for layer in quantized_layers(model).values():
             for name, tensor in layer.named_buffers():
                 # A file's memory may be mapped; a misaligned integer weight crashes torch's CPU kernels.
@@ -108,19 +89,7 @@ class CompressQuantizer(HfQuantizer):
             SourceError: a layer was replaced since it was loaded.
         """
         state = model.state_dict()
-        listed = self._manifest.quantization
-        found = {name.removesuffix(".qweight") for name in state if name.endswith(".qweight")}
-        other = sorted(found ^ listed.keys())
-        for module, scheme in listed.items():
-            for suffix, (_, shape) in expected_tensors(scheme, self.quantization_config.dtype).items():
-                tensor = state.get(f"{module}.{suffix}")
-                if tensor is None or tuple(tensor.shape) != shape:
-                    other.append(module)
-        if other:
-            raise SourceError(
-                f"layer {other[0]} is not the one that was loaded, so the config does not describe it",
-                hint="export with compress instead of save_pretrained",
-            )
+        check_layers(self._manifest, self.quantization_config.dtype, state)
         guard = guard_name(type(model).__name__, self._manifest)
         return {**state, **({guard: torch.empty(0, dtype=torch.uint8)} if guard else {})}, {}
 

@@ -1,0 +1,72 @@
+"""What the quantizers of diffusers and of transformers share: config.json's section, and checks of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import SourceError
+from .manifest import Manifest
+from .validate import QUANT_METHOD, expected_tensors, parse_section, quantization_section
+
+
+class StoredSection:
+    """config.json's `quantization_config`, strictly parsed; each library adds its own base class.
+
+    Args:
+        section: keys `version`, `dtype`, `modules`, `shared`; see `validate.quantization_section`.
+
+    Raises:
+        SourceError: a key is unknown, or a value out of its bounds.
+    """
+
+    def __init__(self, **section: Any) -> None:
+        section = {**section, "quant_method": QUANT_METHOD}
+        self.manifest: Manifest = parse_section(section, "config.json")
+        self.dtype: str = section["dtype"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON value that `from_dict` reads."""
+        return quantization_section(self.manifest, self.dtype)
+
+    def __repr__(self) -> str:
+        return f"CompressConfig({len(self.manifest.quantization)} layers, {self.dtype})"
+
+
+def refuse_empty(model: nn.Module) -> None:
+    """Refuse a model of which a tensor was never loaded.
+
+    Raises:
+        SourceError: naming the tensor.
+    """
+    empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if empty:
+        raise SourceError(f"tensor {empty[0]} was not loaded")
+
+
+def check_layers(manifest: Manifest, dtype: str, state: Mapping[str, Tensor]) -> None:
+    """Refuse to write a model whose layers were replaced since it was loaded.
+
+    Args:
+        manifest: of what was loaded.
+        dtype: of the tensors that are not quantized.
+        state: of the model as it is now.
+
+    Raises:
+        SourceError: naming the layer.
+    """
+    listed = manifest.quantization
+    found = {name.removesuffix(".qweight") for name in state if name.endswith(".qweight")}
+    other = sorted(found ^ listed.keys())
+    for module, scheme in listed.items():
+        for suffix, (_, shape) in expected_tensors(scheme, dtype).items():
+            tensor = state.get(f"{module}.{suffix}")
+            if tensor is None or tuple(tensor.shape) != shape:
+                other.append(module)
+    if other:
+        raise SourceError(
+            f"layer {other[0]} is not the one that was loaded, so the config does not describe it",
+            hint="export with compress instead of save_pretrained",
+        )
