@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from ..models.base import OpenModel
+from ..runtime.atomic import atomic_file, sweep_partials
 from ..runtime.encoders import encoding_hashes
 from ..runtime.hashes import file_sha256
 from .inputs import by_content
@@ -81,6 +83,29 @@ def read_index(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return index if isinstance(index, dict) else None
+
+
+def write_index(path: Path, hashes: Mapping[str, str]) -> None:
+    """Write file name -> SHA-256. A file that a kill kept out of it is recorded again."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(hashes, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def recording_folder(cache: Path | None, key: str) -> tuple[Path, tempfile.TemporaryDirectory[str] | None]:
+    """Return where a calibration is kept, swept of what a killed run left half-written.
+
+    Args:
+        cache: folder for recordings, shared between runs; None: a temporary one.
+        key: content hash of the recording.
+
+    Returns:
+        The folder, and what keeps a temporary one alive.
+    """
+    keeper = tempfile.TemporaryDirectory(prefix="compress-calibration-") if cache is None else None
+    folder = Path(keeper.name if keeper is not None else cache or "") / f"calibration-{key[:32]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep_partials(folder)
+    return folder, keeper
 
 
 def is_intact(path: Path, sha256: str | None) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,19 +10,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import StageError
 from ..models.base import OpenModel
 from ..models.headers import read_header
 from ..progress import Progress, step
-from ..runtime.atomic import atomic_file, sweep_partials
+from ..runtime.atomic import atomic_file
 from ..runtime.hashes import file_sha256
 from .base import Observer
 from .conditions import Conditions, conditions_for
-from .content import condition_content, content_key, is_intact, read_index
-from .sampler import denoise_batch, make_scheduler, place
-from .views import views
+from .content import (
+    condition_content,
+    content_key,
+    is_intact,
+    read_index,
+    recording_folder,
+    write_index,
+)
+from .replay import replay
+from .sampler import denoise_batch, make_scheduler
 
 if TYPE_CHECKING:
     from ..recipes.schema import CalibrationSettings
@@ -76,7 +81,6 @@ class DiffusionCalibration:
         """Return how many forwards are recorded."""
         return sum(read_header(path)["timesteps"].shape[0] for path in self.files)
 
-    @torch.no_grad()
     def observe(self, model: OpenModel, names: Sequence[str], observer: Observer, progress: Progress) -> None:
         """Replay all recorded calls through `model.module` as it is now.
 
@@ -87,52 +91,11 @@ class DiffusionCalibration:
         Raises:
             StageError: a name is no module, or was never reached.
         """
-        watch = _Watch(observer)
-        handles = []
-        try:
-            for name in dict.fromkeys(names):
-                handles.append(
-                    _module(model, name).register_forward_pre_hook(watch.hook(name), with_kwargs=True)
-                )
-            with step(progress, "replaying calibration", self.count()):
-                for call in self.calls():
-                    kwargs = place(call, model.module)
-                    watch.timesteps = kwargs["timestep"].float()
-                    model.module(**kwargs, return_dict=False)
-                    progress.advance()
-        finally:
-            for handle in handles:
-                handle.remove()
-        unreached = [name for name in names if name not in watch.reached]
-        if unreached:
-            raise StageError(
-                f"{unreached[0]}: no recorded call reaches this layer ({len(unreached)} such layers)"
-            )
 
+        def timesteps(call: dict[str, torch.Tensor]) -> torch.Tensor:
+            return call["timestep"].float()
 
-class _Watch:
-    """Hands the inputs of layers to an observer, with the timesteps of the call in progress."""
-
-    def __init__(self, observer: Observer) -> None:
-        self.observer = observer
-        self.timesteps = torch.empty(0)
-        self.reached: set[str] = set()
-
-    def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def see(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x: Tensor = args[0] if args else next(iter(kwargs.values()))
-            self.reached.add(name)
-            for rows, timesteps in views(name, layer, x, self.timesteps):
-                self.observer(name, rows, timesteps)
-
-        return see
-
-
-def _module(model: OpenModel, name: str) -> nn.Module:
-    try:
-        return model.module.get_submodule(name)
-    except AttributeError:
-        raise StageError(f"{name}: the model has no such layer") from None
+        replay(model, names, observer, self.calls(), self.count(), timesteps, progress)
 
 
 def record(
@@ -167,10 +130,7 @@ def record(
         raise StageError("calibration records the original model, but a stage has changed it already")
     guided = settings.guidance_scale > 1
     key = recording_key(model, settings, seed)
-    keeper = tempfile.TemporaryDirectory(prefix="compress-calibration-") if cache is None else None
-    folder = (Path(keeper.name) if keeper is not None else Path(cache or "")) / f"calibration-{key[:32]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    sweep_partials(folder)
+    folder, keeper = recording_folder(cache, key)
     starts = range(0, settings.samples, settings.batch_size)
     files = tuple(folder / f"batch-{index:05d}.safetensors" for index in range(len(starts)))
     hashes = read_index(folder / INDEX_FILE) or {}
@@ -187,7 +147,7 @@ def record(
                 hashes[path.name] = _record_batch(
                     model, scheduler, conditions, start, settings, seed, path, progress
                 )
-                _write_index(folder / INDEX_FILE, hashes)
+                write_index(folder / INDEX_FILE, hashes)
     return DiffusionCalibration(seed, key, files, guided, settings.samples, model.family.latents, keeper)
 
 
@@ -201,12 +161,6 @@ def recording_key(model: OpenModel, settings: CalibrationSettings, seed: int) ->
     """
     content = {"format": FORMAT_VERSION, "calibration": condition_content(model, settings), "seed": seed}
     return content_key(model, content)
-
-
-def _write_index(path: Path, hashes: dict[str, str]) -> None:
-    """Write file name -> SHA-256. A batch that a kill kept out of it is recorded again."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(hashes, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _record_batch(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,18 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import StageError
 from ..models.base import OpenModel
 from ..models.companions import companion_files
 from ..progress import Progress, step
-from ..runtime.atomic import atomic_file, sweep_partials
+from ..runtime.atomic import atomic_file
 from ..runtime.hashes import file_sha256
 from .base import Observer
-from .content import content_key, is_intact, read_index
+from .content import content_key, is_intact, read_index, recording_folder, write_index
 from .inputs import by_content, text_file
-from .sampler import place
+from .replay import replay
 from .tokens import sequences_of
 
 if TYPE_CHECKING:
@@ -68,7 +66,6 @@ class TextCalibration:
         """Return how many forwards there are."""
         return -(-self.samples // self.batch_size)
 
-    @torch.no_grad()
     def observe(self, model: OpenModel, names: Sequence[str], observer: Observer, progress: Progress) -> None:
         """Run all sequences through `model.module` as it is now; see `calibration.base.Calibration`.
 
@@ -77,31 +74,12 @@ class TextCalibration:
         Raises:
             StageError: a name is no module, or was never reached.
         """
-        reached: set[str] = set()
 
-        def hook(name: str) -> Callable[..., None]:
-            def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x: Tensor = args[0] if args else next(iter(kwargs.values()))
-                reached.add(name)
-                observer(name, x, torch.zeros(len(x), device=x.device))
+        def timesteps(call: dict[str, Any]) -> Tensor:
+            ids: Tensor = call["input_ids"]
+            return torch.zeros(len(ids), device=ids.device)
 
-            return see
-
-        handles = []
-        try:
-            for name in dict.fromkeys(names):
-                layer = _module(model, name)
-                handles.append(layer.register_forward_pre_hook(hook(name), with_kwargs=True))
-            with step(progress, "replaying calibration", self.count()):
-                for call in self.calls():
-                    model.module(**place(call, model.module), return_dict=False)
-                    progress.advance()
-        finally:
-            for handle in handles:
-                handle.remove()
-        unreached = [name for name in names if name not in reached]
-        if unreached:
-            raise StageError(f"{unreached[0]}: no forward reaches this layer ({len(unreached)} such layers)")
+        replay(model, names, observer, self.calls(), self.count(), timesteps, progress, kind="forward")
 
 
 @dataclass(frozen=True)
@@ -168,10 +146,7 @@ def record_text(
         SourceError: see `tokens.sequences_of`; or the text is too short.
     """
     key = text_key(model, settings, seed)
-    keeper = tempfile.TemporaryDirectory(prefix="compress-calibration-") if cache is None else None
-    folder = (Path(keeper.name) if keeper is not None else Path(cache or "")) / f"calibration-{key[:32]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    sweep_partials(folder)
+    folder, keeper = recording_folder(cache, key)
     file, index = folder / TOKENS_FILE, folder / INDEX_FILE
     kept = (read_index(index) or {}).get(TOKENS_FILE)
     if fresh or not is_intact(file, kept):
@@ -180,8 +155,7 @@ def record_text(
         with atomic_file(file) as temporary:
             save_file({"input_ids": ids.contiguous()}, temporary)
             written = file_sha256(temporary)
-        with atomic_file(index) as temporary:
-            temporary.write_text(json.dumps({TOKENS_FILE: written}) + "\n", encoding="utf-8")
+        write_index(index, {TOKENS_FILE: written})
     return TextCalibration(seed, key, file, settings.samples, settings.batch_size, keeper)
 
 
@@ -201,10 +175,3 @@ def text_key(model: OpenModel, settings: CalibrationSettings, seed: int) -> str:
         "transformers": version("transformers"), "tokenizers": version("tokenizers"),
     }  # fmt: skip
     return content_key(model, content)
-
-
-def _module(model: OpenModel, name: str) -> nn.Module:
-    try:
-        return model.module.get_submodule(name)
-    except AttributeError:
-        raise StageError(f"{name}: the model has no such layer") from None
