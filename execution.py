@@ -269,7 +269,12 @@ def _workspace(state: Run, model: OpenModel, before: Path | None, folder: Path) 
     state.work.measured.mkdir(exist_ok=True)
     device = str(next(model.module.parameters()).device)
     return Workspace(
-        working, state.work.measured, state.workers, Reopener(state.recipe.model, device, before), state.fresh
+        working,
+        state.work.measured,
+        state.workers,
+        Reopener(state.recipe.model, device, before),
+        Reopener(state.recipe.model, device, None),
+        state.fresh,
     )
 
 

@@ -51,6 +51,7 @@ class Workspace:
         workers: processes that a stage may use; of no effect on what comes out.
         reopen: opens the model again as this stage found it, in another process; picklable. None: the
             stage has to do with one process.
+        original: opens the model as it was before any stage: what recovery learns from. None: not at hand.
         fresh: measure anew what `shared` holds.
     """
 
@@ -58,6 +59,7 @@ class Workspace:
     shared: Path
     workers: int = 1
     reopen: Callable[[], OpenModel] | None = None
+    original: Callable[[], OpenModel] | None = None
     fresh: bool = False
 
 

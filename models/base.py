@@ -8,15 +8,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..runtime.manifest import HistoryEntry, KernelScheme, QuantizedModule
+from ..runtime.manifest import HistoryEntry, KernelScheme, ModuleSurgery, QuantizedModule
+from ..runtime.surgery import apply_surgery
+from .shapes import PERSISTENT_BUFFERS, expected_shapes
 from .source_card import SourceCard
+from .structure import PrunableStructure
 
 Role = Literal[
     "attention.q", "attention.k", "attention.v", "attention.out",
@@ -24,6 +30,11 @@ Role = Literal[
     "ff.in", "ff.gate", "ff.out", "adaln", "embedder", "head",
     "projection", "conv", "conv.shortcut",
 ]  # fmt: skip
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tensor name, as in the state dict -> shape, of those tensors whose shapes the config does not imply."""
+AS_CONFIGURED: Shapes = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,7 @@ class Family(ABC):
     name: ClassVar[str]
     class_names: ClassVar[tuple[str, ...]]
     library: ClassVar[Literal["diffusers", "transformers"]] = "diffusers"
-    task: ClassVar[Literal["denoise", "language"]] = "denoise"
+    task: ClassVar[Literal["denoise", "language", "classify"]] = "denoise"
     tied: ClassVar[bool] = False
     """Copies (`replicas`) are one tensor in the stock module, and stock checkpoints store them once."""
     latents: ClassVar[str] = "hidden_states"
@@ -147,8 +158,16 @@ class Family(ABC):
         """Keyword arguments of one forward at the reference input (random, in the module's dtype)."""
 
     @abstractmethod
-    def macs(self, config: Mapping[str, Any], *, attention_products: bool = True) -> int:
-        """Analytic multiply-accumulates of one forward, batch 1, at the reference input."""
+    def macs(
+        self, config: Mapping[str, Any], *, attention_products: bool = True, shapes: Shapes = AS_CONFIGURED
+    ) -> int:
+        """Analytic multiply-accumulates of one forward, batch 1, at the reference input.
+
+        Args:
+            config: of the stock class.
+            attention_products: count Q K^T and the weighted sum of V.
+            shapes: what pruning left; families that cannot be pruned have none.
+        """
 
     @abstractmethod
     def replicas(self, config: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -157,6 +176,37 @@ class Family(ABC):
     def default_keep(self) -> tuple[str, ...]:
         """Patterns of linears that quantizers leave in floating point unless told otherwise."""
         return ()
+
+    def paper_macs(self, config: Mapping[str, Any], *, shapes: Shapes = AS_CONFIGURED) -> int | None:
+        """Count as the papers on pruning do, for comparison with their tables; None where none is known."""
+        return None
+
+    def structure(self, module: nn.Module) -> PrunableStructure:
+        """Say what may be removed from the module as it is now.
+
+        Raises:
+            NotImplementedError: the family cannot be pruned.
+        """
+        raise NotImplementedError(f"nothing is known of what may be removed from the family {self.name}")
+
+    def traceable(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Replace, within the context, what hides dependencies from a trace; outputs stay bit-equal."""
+        return nullcontext()
+
+    def native_config(
+        self, config: Mapping[str, Any], surgery: Mapping[str, ModuleSurgery]
+    ) -> dict[str, Any] | None:
+        """Return the config from which the stock class builds the pruned model; None where none does."""
+        return None
+
+    def layered_config(
+        self, config: Mapping[str, Any], surgery: Mapping[str, ModuleSurgery]
+    ) -> dict[str, Any] | None:
+        """Return a config that says all widths in the library's own words, layer by layer.
+
+        Stock classes refuse to build from it, loudly; `runtime.surgery` does. None where there is none.
+        """
+        return None
 
 
 @dataclass(frozen=True)
@@ -190,6 +240,7 @@ class ModelSpec:
         tensors: name -> shape and dtype of what a checkpoint would store, shared copies included.
         shared: name of a copy -> name of the stored tensor.
         quantization: what stages planned so far have quantized.
+        surgery: what stages planned so far have cut.
         parameters, parameters_stored: of the dense model at this point of the recipe.
     """
 
@@ -202,11 +253,30 @@ class ModelSpec:
     parameters: int
     parameters_stored: int
     quantization: Mapping[str, QuantizedModule] = field(default_factory=dict)
+    surgery: Mapping[str, ModuleSurgery] = field(default_factory=dict)
 
     def meta_module(self) -> nn.Module:
-        """Build the dense module on the meta device: no memory, no weights."""
+        """Build the dense module on the meta device, cut as planned: no memory, no weights."""
         with torch.device("meta"):
-            return self.family.build(self.config)
+            module = self.family.build(self.config)
+        apply_surgery(module, self.surgery)
+        return module
+
+    def cut(self, surgery: Mapping[str, ModuleSurgery], config: Mapping[str, Any] | None = None) -> ModelSpec:
+        """Return the spec of the dense model with other sizes.
+
+        Args:
+            surgery: everything that differs from what the config implies.
+            config: where the sizes, or some of them, follow from another config; None: this one.
+        """
+        config = self.config if config is None else config
+        shapes = {**expected_shapes(config["_class_name"], config), **flat_shapes(surgery)}
+        tensors = {name: TensorSpec(shape, self.dtype) for name, shape in shapes.items()}
+        return replace(
+            self, config=config, surgery=dict(surgery), tensors=tensors,
+            parameters=count_parameters(config, shapes, self.shared),
+            parameters_stored=count_parameters(config, shapes, {}),
+        )  # fmt: skip
 
     def size(self) -> Size:
         """Return the size that a checkpoint of this spec has."""
@@ -214,7 +284,7 @@ class ModelSpec:
         return Size(
             parameters=self.parameters,
             parameters_stored=self.parameters_stored,
-            macs=self.family.macs(self.config),
+            macs=self.family.macs(self.config, shapes=flat_shapes(self.surgery)),
             bytes=stored,
             bits_per_weight=8 * stored / self.parameters,
         )
@@ -229,10 +299,13 @@ class OpenModel:
     """A model with its weights; compressors change `module` in place and record how.
 
     Attributes:
+        config: from which the stock class builds the module, but for `surgery`.
         spec: of the module as it was opened (dense, before any stage).
         scheduler: diffusers scheduler that the checkpoint came with, None for other libraries.
+        surgery: module name -> what the config does not say of it; kept equal to the module.
         quantization: module name -> scheme; kept equal to the `QuantizedLinear`s in `module`.
         history: one entry per finished stage.
+        attachments: name of a text file -> content, written beside the weights (such as what was cut).
     """
 
     module: nn.Module
@@ -243,6 +316,12 @@ class OpenModel:
     scheduler: Any | None = None
     quantization: dict[str, QuantizedModule] = field(default_factory=dict)
     history: list[HistoryEntry] = field(default_factory=list)
+    surgery: dict[str, ModuleSurgery] = field(default_factory=dict)
+    attachments: dict[str, str] = field(default_factory=dict)
+
+    def dense(self) -> ModelSpec:
+        """Return the spec of the module as it is now, before quantization."""
+        return self.spec.cut(self.surgery, self.config)
 
     def linears(self) -> Sequence[LinearSite]:
         """The family's linears of the module as it is now."""
@@ -255,10 +334,34 @@ class OpenModel:
             for name, tensor in self.module.state_dict().items()
             if name not in self.spec.shared
         )
+        dense = self.dense()
         return Size(
-            parameters=self.spec.parameters,
-            parameters_stored=self.spec.parameters_stored,
-            macs=self.family.macs(self.config),
+            parameters=dense.parameters,
+            parameters_stored=dense.parameters_stored,
+            macs=self.family.macs(self.config, shapes=flat_shapes(self.surgery)),
             bytes=stored,
-            bits_per_weight=8 * stored / self.spec.parameters,
+            bits_per_weight=8 * stored / dense.parameters,
         )
+
+
+def flat_shapes(surgery: Mapping[str, ModuleSurgery]) -> dict[str, tuple[int, ...]]:
+    """Return tensor name -> shape of everything that a surgery changes."""
+    return {
+        f"{module}.{name}" if module else name: tuple(shape)
+        for module, cut in surgery.items()
+        for name, shape in cut.shapes.items()
+    }
+
+
+def count_parameters(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], shared: Mapping[str, str]
+) -> int:
+    """Count parameters; fixed buffers that are stored all the same are none.
+
+    Args:
+        config: completed, with `_class_name`.
+        shapes: of all tensors.
+        shared: copies, which are not counted.
+    """
+    skipped = PERSISTENT_BUFFERS.get(config["_class_name"], frozenset())
+    return sum(prod(shape) for name, shape in shapes.items() if name not in shared and name not in skipped)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .base import FoldGroup
+from .base import AS_CONFIGURED, FoldGroup, Shapes
 from .shapes import TIMESTEP_CHANNELS
 from .transformer import (
     DiffusionTransformer,
@@ -83,7 +83,9 @@ class DiTFamily(DiffusionTransformer):
             "class_labels": random_integers(config.num_embeds_ada_norm, batch, like, generator),
         }
 
-    def macs(self, config: Mapping[str, Any], *, attention_products: bool = True) -> int:
+    def macs(
+        self, config: Mapping[str, Any], *, attention_products: bool = True, shapes: Shapes = AS_CONFIGURED
+    ) -> int:
         """Count one forward; the embedder runs once per block and once for the head."""
         width, tokens, layers = width_of(config), image_tokens(config), int(config["num_layers"])
         block = 4 * tokens * width * width

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..runtime.language import build_language_model
 from ..runtime.language_config import LANGUAGE_CLASSES, implied_copies, language_shape
-from .base import Family, FoldGroup, LinearSite, Role
+from .base import AS_CONFIGURED, Family, FoldGroup, LinearSite, Role, Shapes
 from .transformer import (
     config_of,
     fold_into_norm,
@@ -119,7 +119,9 @@ class LanguageFamily(Family):
         )
         return {"input_ids": drawn.to(like.device), "use_cache": False}
 
-    def macs(self, config: Mapping[str, Any], *, attention_products: bool = True) -> int:
+    def macs(
+        self, config: Mapping[str, Any], *, attention_products: bool = True, shapes: Shapes = AS_CONFIGURED
+    ) -> int:
         """Count one forward over the reference tokens, the head's logits for every one included.
 
         Attention products are counted in full, as they are computed: no half is left out for causality.

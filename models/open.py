@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ..errors import SourceError, UsageError
 from ..progress import Progress, step
-from .base import Family, ModelSpec, OpenModel, Source, TensorSpec
+from .base import Family, ModelSpec, OpenModel, Source, TensorSpec, count_parameters
 from .checkpoint import Checkpoint, locate, read_json
 from .headers import TensorHeader, by_file
 from .registry import family_for
 from .scan import CHUNK_BYTES, count_not_finite, read_exactly, refuse_not_finite
-from .shapes import PERSISTENT_BUFFERS, expected_shapes
+from .shapes import expected_shapes
 
 if TYPE_CHECKING:
     from ..recipes.schema import ModelRef
@@ -77,7 +77,8 @@ def open_model(
     shared = _equal_copies(module, spec, progress)
     module = module.to(target).eval().requires_grad_(False)
     source = Source(checkpoint.id, checkpoint.folder, checkpoint.revision, hashes, checkpoint.card)
-    spec = spec.evolve(source=source, shared=shared, parameters=_count(spec.tensors, shared, spec.config))
+    shapes = {name: tensor.shape for name, tensor in spec.tensors.items()}
+    spec = spec.evolve(source=source, shared=shared, parameters=count_parameters(spec.config, shapes, shared))
     return OpenModel(
         module=module, family=spec.family, config=dict(spec.config), source=source, spec=spec,
         scheduler=_scheduler(checkpoint.scheduler),
@@ -98,8 +99,8 @@ def _spec(checkpoint: Checkpoint, ref: ModelRef) -> ModelSpec:
         dtype=dtype,
         tensors=tensors,
         shared=shared,
-        parameters=_count(tensors, shared, checkpoint.config),
-        parameters_stored=_count(tensors, {}, checkpoint.config),
+        parameters=count_parameters(checkpoint.config, shapes, shared),
+        parameters_stored=count_parameters(checkpoint.config, shapes, {}),
     )
 
 
@@ -122,14 +123,6 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 def _copies(family: Family, config: Mapping[str, Any]) -> dict[str, str]:
     return {copy: group[0] for group in family.replicas(config) for copy in group[1:]}
-
-
-def _count(tensors: Mapping[str, TensorSpec], shared: Mapping[str, str], config: Mapping[str, Any]) -> int:
-    """Count parameters; fixed buffers that are stored all the same are none."""
-    skipped = PERSISTENT_BUFFERS.get(config["_class_name"], frozenset())
-    return sum(
-        prod(spec.shape) for name, spec in tensors.items() if name not in shared and name not in skipped
-    )
 
 
 def _empty_module(spec: ModelSpec) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .base import FoldGroup
+from .base import AS_CONFIGURED, FoldGroup, Shapes
 from .shapes import TIMESTEP_CHANNELS, uses_additional_conditions
 from .transformer import (
     TEXT_BLOCK_ROLES,
@@ -75,7 +75,9 @@ class PixArtFamily(DiffusionTransformer):
             inputs["added_cond_kwargs"] = size_conditions(side * 8, batch, like)
         return inputs
 
-    def macs(self, config: Mapping[str, Any], *, attention_products: bool = True) -> int:
+    def macs(
+        self, config: Mapping[str, Any], *, attention_products: bool = True, shapes: Shapes = AS_CONFIGURED
+    ) -> int:
         """Count one forward, caption projection and size embedders included."""
         width, tokens = width_of(config), image_tokens(config)
         block = 4 * tokens * width * width

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .base import FoldGroup
+from .base import AS_CONFIGURED, FoldGroup, Shapes
 from .shapes import TIMESTEP_CHANNELS
 from .transformer import (
     DiffusionTransformer,
@@ -94,7 +94,9 @@ class SD3Family(DiffusionTransformer):
             "timestep": random_integers(1000, batch, like, generator),
         }
 
-    def macs(self, config: Mapping[str, Any], *, attention_products: bool = True) -> int:
+    def macs(
+        self, config: Mapping[str, Any], *, attention_products: bool = True, shapes: Shapes = AS_CONFIGURED
+    ) -> int:
         """Count one forward of both streams."""
         width, layers = width_of(config), int(config["num_layers"])
         total = patch_macs(config) + unpatch_macs(config) + 2 * width * width

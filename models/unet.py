@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..runtime.config_unet import TIME_IDS, per_stage
 from ..runtime.manifest import KernelScheme, QuantizedModule
-from .base import Family, FoldGroup, LinearSite, Role
+from .base import AS_CONFIGURED, Family, FoldGroup, LinearSite, Role, Shapes
 from .transformer import (
     TEXT_BLOCK_ROLES,
     config_of,
@@ -127,7 +127,9 @@ class UNetFamily(Family):
             inputs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}
         return inputs
 
-    def macs(self, config: Mapping[str, Any], *, attention_products: bool = True) -> int:
+    def macs(
+        self, config: Mapping[str, Any], *, attention_products: bool = True, shapes: Shapes = AS_CONFIGURED
+    ) -> int:
         """Count one forward, convolutions and embedders included."""
         return unet_macs(config, attention_products=attention_products)
 

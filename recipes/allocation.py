@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -17,6 +15,8 @@ from pydantic import (
     model_validator,
 )
 
+from .sizes import SIZE_PATTERN, bytes_of
+
 AllocatedBits = Literal[2, 3, 4, 6, 8, 16]
 AllocatedActivationBits = Literal[4, 6, 8, 16]
 
@@ -26,25 +26,11 @@ FLOAT_BITS = 16
 ALLOCATED = "allocated: "
 """Beginning of the rule that decided a layer whose bits were chosen, as it stands in a checkpoint."""
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-_BYTES_PATTERN = r"^[0-9]+(\.[0-9]+)? ?(B|KB|MB|GB)$"
-
 Item = TypeVar("Item", bound=int)
 
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _bytes(value: Any) -> Any:
-    """Turn text such as `1.5 GB` into bytes; what is no text is left to the next check."""
-    if not isinstance(value, str):
-        return value
-    if re.fullmatch(_BYTES_PATTERN, value.strip()) is None:
-        raise ValueError(f"{value!r} is no number of bytes; write a whole number, or as 800 KB, 1.5 MB, 2 GB")
-    found = re.fullmatch(r"([0-9.]+) ?([A-Z]*)", value.strip())
-    assert found is not None
-    return int(Decimal(found[1]) * _UNITS[found[2]])
 
 
 def _each_once(values: tuple[Item, ...]) -> tuple[Item, ...]:
@@ -56,10 +42,10 @@ def _each_once(values: tuple[Item, ...]) -> tuple[Item, ...]:
 
 SizeBytes = Annotated[
     int,
-    BeforeValidator(_bytes),
+    BeforeValidator(bytes_of),
     Field(ge=1),
     WithJsonSchema(
-        {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": _BYTES_PATTERN}]}
+        {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": SIZE_PATTERN}]}
     ),
 ]
 OfferedBits = Annotated[tuple[AllocatedBits, ...], Field(min_length=1), AfterValidator(_each_once)]

@@ -21,8 +21,8 @@ from pydantic import (
 )
 
 from .secrets import holds_secret
+from .sizes import bytes_of
 
-_SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # What git and the Hub both take; refs/pr/N is a revision that can be read but not pushed to by name.
 _REF = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w-][\w.-]*)*", re.ASCII)
@@ -33,20 +33,6 @@ _DEFAULT_BRANCH = "main"  # of every repository that the Hub makes
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _bytes(value: Any) -> Any:
-    """Read `5GB`, `512MiB` or `5e9` as a number of bytes."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if not isinstance(value, str):
-        return value
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", value)
-    if found is None or found[2].lower() not in _SIZES:
-        raise ValueError(
-            f"{value!r} is not a size; write bytes, or a number with KB, MB, GB, KiB, MiB or GiB"
-        )
-    return int(float(found[1]) * _SIZES[found[2].lower()])
 
 
 class PushSettings(_Settings):
@@ -112,12 +98,17 @@ class ExportSettings(_Settings):
     )
     max_shard_size: Annotated[
         int,
-        BeforeValidator(_bytes),
+        BeforeValidator(bytes_of),
         Field(ge=1_000_000),
         WithJsonSchema(
             {"anyOf": [{"type": "number", "minimum": 1_000_000}, {"type": "string", "examples": ["5GB"]}]}
         ),
     ] = Field(5_000_000_000, description="Largest weight file, in bytes or as `5GB`.")
+    padded: bool = Field(
+        False,
+        description="Pad pruned layers with zeros to equal widths, so that the folder loads with the stock "
+        "class alone; exact, at a cost in size.",
+    )
     overwrite: bool = Field(False, description="Replace an output folder that compress wrote before.")
     push: (
         Annotated[

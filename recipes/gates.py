@@ -23,7 +23,7 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "macs": "multiply-accumulates of one forward at the reference input",
         "sqnr_db": "signal to error of the model's output (of a denoiser over all steps), decibels",
         "sqnr_db_worst_step": "the same for the worst step, decibels",
-        "kl": "mean divergence of the next-token distribution from the original's, nats",
+        "kl": "mean divergence of the predicted distribution (next token, class) from the original's, nats",
         "perplexity": "of the result, on text that was not calibrated on",
         "perplexity_original": "the same of the original",
         "perplexity_increase": "perplexity / perplexity_original - 1",
@@ -34,15 +34,23 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "class_agreement_drop": "class_agreement_original - class_agreement",
         "fid": "Frechet distance of the result's samples to the reference data's features",
         "fid_original": "the same distance for the original's samples",
+        "accuracy": "share of the images of which the result names the class, 0 to 1",
+        "accuracy_original": "the same share of the original",
+        "accuracy_drop": "accuracy_original - accuracy",
+        "top1_agreement": "share of the images that the result and the original give the same class, 0 to 1",
         "max_abs_error": "largest difference between the reopened folder's outputs and the model's in memory",
     }
 )
 
-LANGUAGE_ONLY = ("kl", "perplexity", "perplexity_original", "perplexity_increase")
+LANGUAGE_ONLY = ("perplexity", "perplexity_original", "perplexity_increase")
+"""Metrics of language models alone; `kl` is measured of classifiers as well."""
+_ACCURACY = ("accuracy", "accuracy_original", "accuracy_drop")
+CLASSIFIER_ONLY = (*_ACCURACY, "top1_agreement")
 _IMAGES_ONLY = ("sqnr_db_worst_step", "psnr_db", "ssim")
-_FIDELITY = ("sqnr_db", *_IMAGES_ONLY, *LANGUAGE_ONLY)
-_QUALITY = ("class_agreement", "class_agreement_original", "class_agreement_drop", "fid", "fid_original")
-DENOISER_ONLY = (*_IMAGES_ONLY, *_QUALITY)
+_FIDELITY = ("sqnr_db", "kl", *_IMAGES_ONLY, *LANGUAGE_ONLY, "top1_agreement")
+_SAMPLES = ("class_agreement", "class_agreement_original", "class_agreement_drop", "fid", "fid_original")
+_QUALITY = (*_SAMPLES, *_ACCURACY)
+DENOISER_ONLY = (*_IMAGES_ONLY, *_SAMPLES)
 NEEDS: Mapping[str, str] = MappingProxyType(
     {**dict.fromkeys(_FIDELITY, "fidelity"), **dict.fromkeys(_QUALITY, "quality")}
 )

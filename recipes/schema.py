@@ -69,10 +69,13 @@ class ModelRef(_Settings):
 
 
 class CalibrationSettings(_Settings):
-    """What the methods may look at: a denoiser's sampling trajectories, or a text's token sequences."""
+    """What the methods may look at: a denoiser's sampling trajectories, a text's sequences, or images."""
 
     samples: int = Field(
-        32, ge=1, description="Samples whose trajectories are recorded; of a language model: sequences."
+        32,
+        ge=1,
+        description="Samples whose trajectories are recorded; of a language model: sequences; of a "
+        "classifier: images.",
     )
     steps: int = Field(20, ge=1, le=1000, description="Sampling steps of each of them.")
     guidance_scale: float = Field(
@@ -102,10 +105,19 @@ class CalibrationSettings(_Settings):
         "`text` a line; looked up as prompts are. null: the text that comes with the model, if one does.",
     )
     length: int = Field(256, ge=8, le=2**20, description="Tokens of a sequence, for language models.")
+    images: Path | None = Field(
+        None,
+        description="Images for a classifier: a folder with a folder per class, or with a metadata.csv or "
+        "metadata.jsonl (file_name, label), perhaps below train/ and validation/ or test/; or a safetensors "
+        "file (pixels uint8, labels); looked up as prompts are. null: those that come with the model.",
+    )
+    strict: bool = Field(
+        False, description="Refuse a folder with images that cannot be read, instead of leaving them out."
+    )
 
     @model_validator(mode="after")
     def _one_condition(self) -> CalibrationSettings:
-        sources = ("classes", "prompts", "embeddings", "text")
+        sources = ("classes", "prompts", "embeddings", "text", "images")
         given = [name for name in sources if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other; keep one of them")
@@ -119,7 +131,7 @@ class FidelitySettings(_Settings):
         16,
         ge=1,
         description="Samples that both models draw from equal noise; of a language model: sequences of the "
-        "text that are not calibrated on.",
+        "text that are not calibrated on; of a classifier: images that nothing is calibrated or trained on.",
     )
     steps: int = Field(20, ge=1, le=1000, description="Sampling steps.")
     guidance_scale: float = Field(4.0, ge=0.0, allow_inf_nan=False, description="Classifier-free guidance.")
@@ -127,9 +139,9 @@ class FidelitySettings(_Settings):
 
 
 class QualitySettings(_Settings):
-    """Quality of the samples by themselves; for models with a shipped scorer."""
+    """Quality by itself: of a denoiser's samples, where a scorer is shipped; of a classifier, accuracy."""
 
-    samples: int = Field(500, ge=2, description="Samples that are scored.")
+    samples: int = Field(500, ge=2, description="Samples that are scored; of a classifier: labelled images.")
     steps: int = Field(10, ge=1, le=1000, description="Sampling steps.")
     guidance_scale: float = Field(1.5, ge=0.0, allow_inf_nan=False, description="Classifier-free guidance.")
     batch_size: int = Field(100, ge=1, description="Samples that are computed together.")
@@ -142,7 +154,8 @@ class EvaluateSettings(_Settings):
         FidelitySettings.model_validate({}), description="Closeness to the original; null: not measured."
     )
     quality: QualitySettings | None = Field(
-        None, description="Class agreement and Frechet distance; null: not measured."
+        None,
+        description="Class agreement and Frechet distance, or a classifier's accuracy; null: not measured.",
     )
     layers: bool = Field(True, description="Measure the error of every compressed layer for the report.")
 

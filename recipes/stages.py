@@ -9,8 +9,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -19,19 +17,14 @@ from pydantic import (
 )
 
 from .allocation import AllocationSettings, BudgetSettings
+from .pruning import IsomorphicSettings
+from .recovery import FinetuneSettings
+from .stage_base import PHASES, Phase, StageSettings
 
 WeightBits = Literal[2, 3, 4, 6, 8]
 ActivationBits = Literal[4, 6, 8, 16]
-Phase = Literal["prune", "recover", "quantize", "plan"]
 
-
-class StageSettings(BaseModel):
-    """Base of all settings: unknown keys are refused, values are never changed after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    method: ClassVar[str]
-    phase: ClassVar[Phase]
-    families: ClassVar[frozenset[str]]
+__all__ = ["PHASES", "STAGES", "Phase", "StageSettings"]
 
 
 class BitsSettings(StageSettings):
@@ -287,6 +280,8 @@ QuantizeSettings = UniformSettings | MixdqSettings
 
 STAGES: dict[str, type[StageSettings]] = {
     settings.method: settings
-    for settings in (RtnSettings, SmoothQuantSettings, ViditQSettings, MixdqSettings)
-}
-PHASES: tuple[Phase, ...] = ("prune", "recover", "quantize", "plan")
+    for settings in (
+        IsomorphicSettings, FinetuneSettings,
+        RtnSettings, SmoothQuantSettings, ViditQSettings, MixdqSettings,
+    )
+}  # fmt: skip

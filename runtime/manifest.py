@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import SourceError
 from .strict_json import parse_object
@@ -24,6 +24,12 @@ Width = Annotated[int, Field(ge=1, le=2**20)]
 Window = Annotated[int, Field(ge=1, le=64)]
 Padding = Annotated[int, Field(ge=0, le=64)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+AttributeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$", max_length=128)]
+SurgeryAttribute = Literal[
+    "num_attention_heads", "head_dim", "scaling",  # of transformers
+    "heads", "inner_dim", "inner_kv_dim", "cross_attention_dim", "query_dim", "out_dim", "scale",  # diffusers
+]  # fmt: skip
+Scale = Annotated[float, Field(gt=0.0, le=2.0**20, allow_inf_nan=False)]
 FilePath = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=256)
 ]
@@ -173,6 +179,25 @@ def _largest_level(bits: int, symmetric: bool) -> int:
     return 1 << (bits - 1) if symmetric else 128
 
 
+class ModuleSurgery(_Strict):
+    """What a module has otherwise than the stock class builds it from the config.
+
+    Attributes:
+        shapes: own parameter or stored buffer ("weight", "bias", "cls_token", ...) -> shape.
+        attributes: what the module computes with: numbers of heads, channels of a head, scales.
+    """
+
+    shapes: dict[AttributeName, tuple[Width, ...]] = Field(default_factory=dict, max_length=64)
+    attributes: dict[SurgeryAttribute, Width | Scale] = Field(default_factory=dict)
+
+    @field_validator("shapes", mode="before")
+    @classmethod
+    def _tuples(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: tuple(shape) if isinstance(shape, list) else shape for name, shape in value.items()}
+
+
 class HistoryEntry(_Strict):
     """One finished stage: what was done, with what, and what came out."""
 
@@ -188,11 +213,13 @@ class Manifest(_Strict):
     """The whole file.
 
     Attributes:
+        surgery: module name -> what the config does not say of it; applied before layers are quantized.
         shared: name of a tensor that is not stored -> name of the stored tensor with equal content.
     """
 
     format: Literal["compress"] = "compress"
     version: Literal[1] = 1
+    surgery: dict[Name, ModuleSurgery] = Field(default_factory=dict)
     quantization: dict[Name, QuantizedModule] = Field(default_factory=dict)
     shared: dict[Name, Name] = Field(default_factory=dict)
     history: tuple[HistoryEntry, ...] = Field((), strict=False)

@@ -56,7 +56,7 @@ ALLOCATED = [
     ("mixdq: null", "mixdq.budget: this key is required"),
     ("mixdq: {budget: 4.0}", "mixdq.budget: 4.0 is not a mapping"),
     ("mixdq: {budget: {}}", "mixdq.budget: the budget is empty; give mean_bits, bytes or ratio"),
-    ("mixdq: {budget: {bytes: 1.5 XB}}", "mixdq.budget.bytes: '1.5 XB' is no number of bytes"),
+    ("mixdq: {budget: {bytes: 1.5 XB}}", "mixdq.budget.bytes: '1.5 XB' is not a size"),
     ("mixdq: {budget: {bytes: 0}}", "mixdq.budget.bytes: 0 is not at least 1"),
     ("mixdq: {budget: {ratio: 1.1}}", "mixdq.budget.ratio: 1.1 is not at most 1"),
     ("mixdq: {budget: {mean_bits: 17}}", "mixdq.budget.mean_bits: 17 is not at most 16"),

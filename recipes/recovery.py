@@ -1,0 +1,83 @@
+"""Settings of the recovery stages: training after something was removed. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .stage_base import Phase, StageSettings
+
+
+class DistillSettings(BaseModel):
+    """Learning from the original's answers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weight: float = Field(1.0, gt=0.0, le=1.0, description="Share of this loss; the rest is the labels'.")
+    temperature: float = Field(1.0, gt=0.0, le=100.0, description="Of the softened distributions.")
+    mode: Literal["soft", "hard"] = Field(
+        "soft", description="soft: the whole distribution; hard: the original's best class, as DeiT."
+    )
+
+
+class TrainingSettings(StageSettings):
+    """AdamW with a warm-up and a cosine; what all recovery stages share."""
+
+    phase: ClassVar[Phase] = "recover"
+
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; null: from `epochs`.")
+    epochs: float | None = Field(
+        None, gt=0.0, le=10000.0, description="Passes over the data, instead of steps."
+    )
+    batch_size: int = Field(64, ge=1, le=65536, description="Items of an optimizer step, on all devices.")
+    accumulate: int = Field(1, ge=1, le=4096, description="Parts that a batch is computed in, one by one.")
+    lr: float = Field(5e-4, gt=0.0, le=10.0, description="Largest learning rate.")
+    min_lr: float = Field(0.0, ge=0.0, description="Learning rate at the end of the cosine.")
+    warmup: float = Field(
+        0.05, ge=0.0, lt=1.0, description="Share of the steps in which the learning rate rises linearly."
+    )
+    weight_decay: float = Field(
+        0.05, ge=0.0, le=1.0, description="Of matrices; biases, norms and single parameters have none."
+    )
+    beta2: float = Field(0.999, gt=0.0, lt=1.0, description="Second moment of AdamW.")
+    clip_norm: float | None = Field(1.0, gt=0.0, description="Largest norm of the gradient; null: any.")
+    ema: float | None = Field(
+        None, gt=0.0, lt=1.0, description="Keep the moving average of the weights with this decay."
+    )
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Of the arithmetic (autocast); weights are trained in float32."
+    )
+    checkpoint_every: int = Field(
+        200, ge=1, description="Steps between states on disk, from which a killed run goes on."
+    )
+
+    @model_validator(mode="after")
+    def _how_long(self) -> TrainingSettings:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("say how long: write either steps or epochs")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}")
+        return self
+
+
+class FinetuneSettings(TrainingSettings):
+    """Train a classifier on labels, on the original's answers, or on both."""
+
+    method: ClassVar[str] = "finetune"
+    families: ClassVar[frozenset[str]] = frozenset({"vit", "convnext", "swin"})
+
+    images: Path | None = Field(
+        None, description="What to train on, laid out as calibration.images; null: the images of that."
+    )
+    distill: DistillSettings | None = Field(
+        None, description="Learn from the original as well; null: from labels alone."
+    )
+    label_smoothing: float = Field(0.1, ge=0.0, lt=1.0, description="Of the labels' loss.")
+    mixup: float = Field(0.0, ge=0.0, le=10.0, description="Alpha of mixup (arXiv 1710.09412); 0: none.")
+    augment: tuple[Literal["flip", "shift"], ...] = Field(
+        ("flip",), description="flip: mirrored half of the time; shift: moved by up to an eighth."
+    )

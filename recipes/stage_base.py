@@ -1,0 +1,20 @@
+"""What the settings of all stages have in common."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Phase = Literal["prune", "recover", "quantize", "plan"]
+PHASES: tuple[Phase, ...] = ("prune", "recover", "quantize", "plan")
+"""The order in which stages may follow each other."""
+
+
+class StageSettings(BaseModel):
+    """Base of all settings: unknown keys are refused, values are never changed after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    method: ClassVar[str]
+    phase: ClassVar[Phase]
+    families: ClassVar[frozenset[str]]
