@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,20 +15,10 @@ from compress.calibration.sensitivity import Table
 from compress.compressors.base import Workspace
 from compress.compressors.quantization.mixed.activations import in_floating_point
 from compress.compressors.quantization.mixed.bank import Bank
-from compress.compressors.quantization.mixed.candidates import (
-    AllocatingSettings,
-    Candidates,
-    LayerChoices,
-    Settle,
-    bytes_outside,
-    find_candidates,
-)
-from compress.compressors.quantization.mixed.filling import Filling, likely_bits
+from compress.compressors.quantization.mixed.candidates import AllocatingSettings, LayerChoices
 from compress.compressors.quantization.mixed.problem import Assignment, spread
-from compress.compressors.quantization.mixed.scoring import Installer, Scorer
-from compress.compressors.quantization.mixed.sensing import sense
-from compress.compressors.quantization.mixed.stage import split_calls
-from compress.compressors.quantization.scheme import survey_linears
+from compress.compressors.quantization.mixed.scoring import Scorer
+from compress.compressors.quantization.mixed.stage import MixedStage, split_calls
 from compress.models.open import open_model
 from compress.progress import SilentProgress
 from compress.recipes.schema import CalibrationSettings, ModelRef
@@ -90,40 +79,21 @@ def prepared(
     recorded = record(model, calibration, seed=seed, cache=folder / "calibration", progress=silent)
     fresh = calibration.model_copy(update={"samples": unseen[0]})
     other = record(model, fresh, seed=seed + _OTHER_SEED, cache=folder / "calibration", progress=silent)
-    original_bytes = model.size().bytes
-    survey = survey_linears(model.family, model.module, settings, model.quantization)
-
-    def candidates(settle: Settle | None = None) -> Candidates:
-        dtype, shared = model.spec.dtype, model.spec.shared
-        return find_candidates(model.family, survey, settings, dtype, shared, settle=settle)
-
-    planned = candidates()
-    fixed_bytes = bytes_outside(model.spec.tensors, model.spec.shared, planned.names)
-    measured, _ = split_calls(recorded, settings)
-    filling = Filling(model, survey, settings, recorded, folder / "stage", silent)
     workspace = Workspace(folder / "stage", folder / "measured")
     workspace.shared.mkdir(exist_ok=True)
+    stage = MixedStage(model, settings, recorded, workspace, silent)
     with torch.no_grad(), computing_in(model.module, torch.float32):
-        filling.gather(planned.layers)
-        likely = likely_bits(planned.layers, settings, fixed_bytes, original_bytes)
-        filling.transforms(planned.layers, likely)
-        found = candidates(filling.settle)
-        layers = found.layers
-        bank = filling.bank(layers)
-        began = time.perf_counter()
-        table = sense(filling, found, bank, measured, workspace)
-        seconds = time.perf_counter() - began
-        installer = Installer(filling, bank, layers)
-        errors = _weight_errors(model.module, layers, bank)
+        ready = stage.prepare(*split_calls(recorded, settings))
+        layers = ready.candidates.layers
         calls = calls_of(other, steps=unseen[1], samples=unseen[0])
         yield Prepared(
             layers,
-            table,
-            fixed_bytes,
-            original_bytes,
-            errors,
-            Scorer(model, calls, installer),
-            seconds,
+            ready.table,
+            stage.fixed_bytes,
+            stage.original_bytes,
+            _weight_errors(model.module, layers, ready.installer.bank),
+            Scorer(model, calls, ready.installer),
+            ready.seconds,
         )
 
 

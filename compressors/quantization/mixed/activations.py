@@ -13,7 +13,7 @@ from ....progress import Progress, step
 from ....recipes.allocation import FLOAT_BITS, AllocationSettings
 from ...allocation import Allocation
 from ...allocation_problem import Choice, InfeasibleBudget, Item
-from .offers import label_of_weight, nominal_bits
+from .offers import FLOAT_LABEL, nominal_bits
 from .problem import Assignment, activation_budget, activation_program
 from .sweep import points_of, proof, sharing, solve
 
@@ -63,9 +63,8 @@ def decide_activations(
         StageError: a sensitivity is missing.
         PlanError: the budget cannot be kept.
     """
-    floating = label_of_weight(FLOAT_BITS)
     quantized = [
-        entry for entry in choices if weights[entry.site.name] != floating and len(entry.activations) > 0
+        entry for entry in choices if weights[entry.site.name] != FLOAT_LABEL and len(entry.activations) > 0
     ]
     bits = in_floating_point(choices)
     bits |= {

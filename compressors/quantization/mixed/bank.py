@@ -109,12 +109,6 @@ class Bank:
             described = json.loads(file.metadata()[_DESCRIPTION])
         return tuple(label for label in described if label != _CHECKSUM)
 
-    def facts(self, name: str, label: str) -> Mapping[str, Any]:
-        """Return what is told about a candidate."""
-        with safe_open(self._path(name), framework="pt") as file:
-            found: Mapping[str, Any] = json.loads(file.metadata()[_DESCRIPTION])[label]["facts"]
-        return found
-
     def layer(
         self, name: str, label: str, original: nn.Module, changes: Mapping[str, Any] | None = None
     ) -> QuantizedLinear:
@@ -126,7 +120,12 @@ class Bank:
             original: the layer in floating point; its bias is taken over, in the model's dtype.
             changes: of the scheme: `activation`, `decided_by`.
         """
-        found = self.read(name, label)
+        return self.made(self.read(name, label), original, changes)
+
+    def made(
+        self, found: Candidate, original: nn.Module, changes: Mapping[str, Any] | None = None
+    ) -> QuantizedLinear:
+        """Return what `read` found as a layer; the other arguments are those of `layer`."""
         scheme = found.scheme.model_copy(update=dict(changes or {}))
         weight, bias = original.weight, original.bias
         assert isinstance(weight, Tensor)

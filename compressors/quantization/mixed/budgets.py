@@ -9,6 +9,7 @@ from ....errors import PlanError
 from ....recipes.allocation import FLOAT_BITS, AllocationSettings
 from ...allocation import allocate, feasible_interval
 from ...allocation_problem import Budget, InfeasibleBudget, Interval, Item
+from .offers import FLOAT_LABEL
 from .problem import (
     REST,
     Assignment,
@@ -162,7 +163,7 @@ def plan_assignment(
     found = allocate([*nominal_program(choices).items, rest_item(fixed_bytes)], budgets)
     weights = spread(choices, {name: label for name, label in found.choices.items() if name != REST})
     activations = {
-        name: FLOAT_BITS if label == f"w{FLOAT_BITS}" else min(offered)
+        name: FLOAT_BITS if label == FLOAT_LABEL else min(offered)
         for entry in choices
         for offered in [entry.activations or (FLOAT_BITS,)]
         for name, label in ((name, weights[name]) for name in entry.names)

@@ -13,18 +13,15 @@ from ....models.base import Family, LinearSite, TensorSpec
 from ....recipes.allocation import FLOAT_BITS, AllocationSettings
 from ....recipes.patterns import select
 from ....recipes.stages import MixdqSettings, ViditQSettings
-from ....runtime.manifest import QuantizedModule
+from ....runtime.manifest import ActivationScheme, QuantizedModule
 from ..details import scheme_bytes
 from ..scheme import Survey, linear_scheme, modulation_scheme, options_of
 from .fixing import Fixed, by_pattern, refuse_twice_decided
 from .groups import MetricGroup, group_layers
-from .offers import label_of_weight
+from .offers import FLOAT_LABEL, label_of_weight
 
 AllocatingSettings = MixdqSettings | ViditQSettings
 """Settings of the methods that choose bits per layer; of ViDiT-Q where `bits` is given."""
-
-FLOAT_LABEL = label_of_weight(FLOAT_BITS)
-"""Label of the choice that leaves a layer in floating point."""
 
 Settle = Callable[[str, QuantizedModule], QuantizedModule]
 """Called with a layer's name and its planned scheme; returns the one with the transforms decided on data."""
@@ -196,6 +193,16 @@ def _without_activations(roles: Mapping[str, str], fixed: Fixed) -> dict[str, st
         for name, role in roles.items()
         if role == "adaln" or (name in fixed and fixed[name][0] == FLOAT_BITS)
     }
+
+
+def activation_of(
+    entry: LayerChoices, survey: Survey, settings: AllocatingSettings, bits: int
+) -> ActivationScheme | None:
+    """Return how the input of a layer is quantized at some bits; None where it stays in floating point."""
+    if entry.site.role == "adaln" or not entry.schemes:
+        return None
+    number = next(iter(entry.schemes.values())).bits
+    return linear_scheme(survey, entry.site, settings, number, bits, "").activation
 
 
 def _offered_bits(

@@ -7,6 +7,7 @@ from typing import Any
 from ....calibration.sensitivity import Table
 from ....recipes.allocation import FLOAT_BITS
 from .candidates import Candidates
+from .offers import FLOAT_LABEL
 from .problem import Assignment, mean_bits
 
 
@@ -17,7 +18,7 @@ def stage_label(candidates: Candidates, assignment: Assignment) -> str:
         assignment.activations[name]
         for layer in candidates.layers
         for name in layer.names
-        if layer.activations != (FLOAT_BITS,) and assignment.weights[name] != f"w{FLOAT_BITS}"
+        if layer.activations != (FLOAT_BITS,) and assignment.weights[name] != FLOAT_LABEL
     }
     inputs = "/".join(str(bits) for bits in sorted(used)) or str(FLOAT_BITS)
     return f"W{weights:.4g}A{inputs} mixed"

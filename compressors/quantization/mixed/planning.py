@@ -24,7 +24,6 @@ from ..planning import (
 )
 from ..scheme import Choice, options_of, survey_linears
 from .candidates import (
-    FLOAT_LABEL,
     AllocatingSettings,
     Candidates,
     allocation_of,
@@ -32,7 +31,7 @@ from .candidates import (
     find_candidates,
 )
 from .decision import plan_assignment
-from .offers import nominal_bits
+from .offers import FLOAT_LABEL, nominal_bits
 from .sensing import targets_of
 
 # Of a weight while allocations are compared: as an integer, and in the layout of the fastest product.

@@ -16,13 +16,12 @@ from ....errors import StageError
 from ....models.base import OpenModel
 from ....recipes.allocation import ALLOCATED
 from ....runtime.linear import QuantizedLinear
-from ....runtime.manifest import ActivationScheme
 from ..building import put
 from ..ranges import calibrate_ranges
-from ..scheme import linear_scheme
 from .bank import Bank
-from .candidates import FLOAT_LABEL, LayerChoices
+from .candidates import LayerChoices, activation_of, allocation_of
 from .filling import Filling
+from .offers import FLOAT_LABEL
 from .problem import Assignment
 
 
@@ -43,7 +42,7 @@ class Installer:
     """
 
     def __init__(self, filling: Filling, bank: Bank, choices: Sequence[LayerChoices]) -> None:
-        self._filling, self._bank, self._choices = filling, bank, choices
+        self._filling, self.bank, self._choices = filling, bank, choices
         self._model, self._settings = filling.model, filling.settings
 
     def layer(self, entry: LayerChoices, name: str, assignment: Assignment) -> Made | None:
@@ -51,19 +50,17 @@ class Installer:
         label = assignment.weights[name]
         if label == FLOAT_LABEL:
             return None
-        activation = self._activation(entry, assignment.activations[name])
+        activation = activation_of(entry, self._filling.survey, self._settings, assignment.activations[name])
         changes = {"activation": activation, "decided_by": self.rule(entry)}
         original = self._model.module.get_submodule(name)
-        layer = self._bank.layer(entry.site.name, label, original, changes)
-        return Made(layer, self._bank.facts(entry.site.name, label))
+        found = self.bank.read(entry.site.name, label)
+        return Made(self.bank.made(found, original, changes), found.facts)
 
     def rule(self, entry: LayerChoices) -> str:
         """Return what decided a layer's bits."""
         if len(entry.costs) == 1:
             return entry.decided_by
-        allocation = self._settings.allocation
-        assert allocation is not None
-        limits = allocation.budget.model_dump(exclude_none=True)
+        limits = allocation_of(self._settings).budget.model_dump(exclude_none=True)
         return ALLOCATED + ", ".join(f"{name} {value:.12g}" for name, value in limits.items())
 
     @contextmanager
@@ -88,12 +85,6 @@ class Installer:
         """Find the static grids of the layers that are installed; see `ranges.calibrate_ranges`."""
         average = self._settings.activation_range or "minmax"
         return calibrate_ranges(self._model, self._filling.calibration, average, self._filling.progress)
-
-    def _activation(self, entry: LayerChoices, bits: int) -> ActivationScheme | None:
-        if entry.site.role == "adaln":
-            return None
-        number = next(iter(entry.schemes.values())).bits
-        return linear_scheme(self._filling.survey, entry.site, self._settings, number, bits, "").activation
 
 
 class Scorer:

@@ -16,11 +16,10 @@ from ....calibration.sensitivity_calls import Calls
 from ....models.base import OpenModel
 from ....recipes.stages import GridSettings
 from ....runtime.hashes import digest, file_sha256
-from ....runtime.manifest import ActivationScheme
 from ...base import Workspace
-from ..scheme import Survey, linear_scheme, options_of, survey_linears
+from ..scheme import Survey, options_of, survey_linears
 from .bank import Bank
-from .candidates import FLOAT_LABEL, AllocatingSettings, Candidates, LayerChoices, allocation_of
+from .candidates import AllocatingSettings, Candidates, activation_of, allocation_of
 from .filling import Filling
 from .folding import fold_all, read_transforms
 from .offers import label_of_activation, nominal_bits
@@ -66,7 +65,7 @@ def targets_of(candidates: Candidates, survey: Survey, settings: AllocatingSetti
         weights = sorted(layer.schemes, key=nominal_bits) if len(layer.costs) > 1 else []
         tried = [Candidate("weight", label, nominal_bits(label)) for label in weights]
         for bits in layer.activations if len(layer.activations) > 1 else ():
-            scheme = _activation(layer, survey, settings, bits)
+            scheme = activation_of(layer, survey, settings, bits)
             if scheme is not None:
                 described = scheme.model_dump(mode="json")
                 tried.append(Candidate("activation", label_of_activation(bits), bits, described))
@@ -74,15 +73,6 @@ def targets_of(candidates: Candidates, survey: Survey, settings: AllocatingSetti
             metric = candidates.metrics[layer.metric_group]
             targets.append(Target(layer.site.name, tuple(tried), metric))
     return targets
-
-
-def _activation(
-    layer: LayerChoices, survey: Survey, settings: AllocatingSettings, bits: int
-) -> ActivationScheme | None:
-    if set(layer.costs) == {FLOAT_LABEL}:
-        return None
-    number = next(iter(layer.schemes.values())).bits
-    return linear_scheme(survey, layer.site, settings, number, bits, "").activation
 
 
 def check_named_table(settings: AllocatingSettings) -> None:

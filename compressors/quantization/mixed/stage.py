@@ -12,6 +12,8 @@ part of no figure of this stage; the evaluation sees it.
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ import torch
 from ....calibration.base import Calibration
 from ....calibration.precision import computing_in
 from ....calibration.recording import calls_of
+from ....calibration.sensitivity import Table
 from ....calibration.sensitivity_calls import Calls
 from ....errors import StageError
 from ....models.base import OpenModel, TensorSpec
@@ -67,11 +70,30 @@ def apply_mixed(
         SourceError: the sensitivities that the recipe names are those of something else.
     """
     with torch.no_grad():
-        return _MixedStage(model, settings, calibration, workspace, progress).run()
+        return MixedStage(model, settings, calibration, workspace, progress).run()
 
 
-class _MixedStage:
-    """State of one run of the stage."""
+@dataclass(frozen=True)
+class Prepared:
+    """What an allocation is decided from.
+
+    Attributes:
+        candidates: layers with what may be chosen for them, settled on data.
+        transforms: absorbed or kept.
+        table: sensitivities.
+        installer: turns an assignment into the rounded layers.
+        seconds: what measuring the sensitivities took; 0 or nearly where they were there.
+    """
+
+    candidates: Candidates
+    transforms: Transforms
+    table: Table
+    installer: Installer
+    seconds: float
+
+
+class MixedStage:
+    """State of one run of the stage; the arguments are those of `apply_mixed`."""
 
     def __init__(
         self,
@@ -99,55 +121,65 @@ class _MixedStage:
         check_budget(layers, self.allocation, self.fixed_bytes, self.original_bytes)
         measured, compared = split_calls(self.calibration, self.settings)
         self._tell_samples()
-        filling = Filling(
-            self.model, self.survey, self.settings, self.calibration, self.workspace.folder, self.progress
-        )
         with computing_in(self.model.module, torch.float32):
-            self._note_few()
-            filling.gather(layers)
-            likely = likely_bits(layers, self.settings, self.fixed_bytes, self.original_bytes)
-            transforms = filling.transforms(layers, likely)
-            candidates = self._candidates(filling.settle, compared)
-            check_activation_budget(candidates.layers, self.allocation)  # inputs are known by now
-            bank = filling.bank(candidates.layers)
-            table = sense(filling, candidates, bank, measured, self.workspace)
-            installer = Installer(filling, bank, candidates.layers)
+            ready = self.prepare(measured, compared)
+            candidates, installer = ready.candidates, ready.installer
             decision = decide(
                 candidates.layers,
-                table,
+                ready.table,
                 self.allocation,
                 fixed_bytes=self.fixed_bytes,
                 original_bytes=self.original_bytes,
                 score=Scorer(self.model, compared, installer),
                 progress=self.progress,
             )
-            rows = self._install(candidates, installer, decision.assignment, transforms)
+            rows = self._install(candidates, installer, decision.assignment, ready.transforms)
         self._count_as_stored(decision.details)
         return_freed_memory()
         label = stage_label(candidates, decision.assignment)
         return {
             **averages(rows, label, self.model.spec.shared),
             "allocation": decision.details,
-            "sensitivity": compact(table),
+            "sensitivity": compact(ready.table),
             "layers": rows,
         }
 
-    def _tell_samples(self) -> None:
-        """Say so where fewer samples are measured on than was asked for."""
-        asked, have = self.allocation.sensitivity.samples, self.calibration.samples
-        if asked > have // 2:
-            self.progress.note(
-                f"sensitivities are measured on {have // 2} of {have} calibration samples instead of {asked},"
-                f" allocations compared on {min(asked, have - have // 2)}"
-            )
+    def prepare(self, measured: Calls, compared: Calls) -> Prepared:
+        """Gather, decide on transforms, round all layers at all bits and measure their sensitivities.
 
-    def _note_few(self) -> None:
-        """Say where allocations are compared on few samples."""
+        The model computes in float32 (`precision.computing_in`), and is left behind its transforms.
+
+        Args:
+            measured: calls to measure sensitivities on.
+            compared: others, of which the first tells the sizes of inputs.
+        """
+        layers = self.planned.layers
+        filling = Filling(
+            self.model, self.survey, self.settings, self.calibration, self.workspace.folder, self.progress
+        )
+        filling.gather(layers)
+        likely = likely_bits(layers, self.settings, self.fixed_bytes, self.original_bytes)
+        transforms = filling.transforms(layers, likely)
+        candidates = self._candidates(filling.settle, compared)
+        check_activation_budget(candidates.layers, self.allocation)  # inputs are known by now
+        bank = filling.bank(candidates.layers)
+        began = time.perf_counter()
+        table = sense(filling, candidates, bank, measured, self.workspace)
+        seconds = time.perf_counter() - began
+        return Prepared(candidates, transforms, table, Installer(filling, bank, candidates.layers), seconds)
+
+    def _tell_samples(self) -> None:
+        """Say so where fewer samples are measured on than was asked for, or compared on than is sound."""
         asked, have = self.allocation.sensitivity.samples, self.calibration.samples
-        count = samples_of(asked, have)[1]
-        if count < _FEW_SAMPLES:
+        measured, compared = samples_of(asked, have)
+        if measured < asked:
             self.progress.note(
-                f"allocations are compared on {count} sample{'s' if count > 1 else ''} only: chance"
+                f"sensitivities are measured on {measured} of {have} calibration samples instead of {asked},"
+                f" allocations compared on {compared}"
+            )
+        if compared < _FEW_SAMPLES:
+            self.progress.note(
+                f"allocations are compared on {compared} sample{'s' if compared > 1 else ''} only: chance"
                 f" has a say; {2 * _FEW_SAMPLES} calibration.samples and sensitivity.samples: {_FEW_SAMPLES}"
                 " are better"
             )

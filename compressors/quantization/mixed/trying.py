@@ -14,7 +14,7 @@ from ....recipes.allocation import FLOAT_BITS
 from ...allocation import Allocation, feasible_interval
 from ...allocation_problem import Budget, InfeasibleBudget, Item
 from .activations import in_floating_point
-from .offers import label_of_weight, nominal_bits
+from .offers import FLOAT_LABEL, nominal_bits
 from .problem import (
     REST,
     Assignment,
@@ -131,7 +131,7 @@ class Trial:
 def uniform(choices: Sequence[LayerChoices]) -> dict[str, dict[str, str]]:
     """Return the assignments with one label for all layers that have a choice, floating point aside."""
     open_ = [entry for entry in choices if has_choice(entry)]
-    common = set.intersection(*(set(entry.costs) for entry in open_)) - {label_of_weight(FLOAT_BITS)}
+    common = set.intersection(*(set(entry.costs) for entry in open_)) - {FLOAT_LABEL}
     return {
         label: {entry.site.name: label if has_choice(entry) else next(iter(entry.costs)) for entry in choices}
         for label in sorted(common, key=nominal_bits)
