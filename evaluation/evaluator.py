@@ -27,17 +27,17 @@ from ..models.builtin.data import CLASS_NAMES
 from ..progress import Progress, step, track
 from ..recipes.schema import CalibrationSettings, EvaluateSettings, FidelitySettings, QualitySettings
 from .call_store import CallWriter, take, to_device
-from .layers import Powers, compare_layers, layer_rows, record_layers
+from .layers import Powers
 from .metrics import powers, psnr_db, ssim
 from .quality import balanced_classes, judge, why_not
-from .reference import CALLS, IMAGES_FILE, LAYERS, VERSION, Reference, recorded
+from .reference import CALLS, IMAGES_FILE, VERSION, Reference, recorded
 from .size import linear_inventory
+from .watched import compare_watched, device_of, record_watched
 
 FIDELITY_SEED = 1_000_000
 QUALITY_SEED = 2_000_000
 """Added to the recipe's seed: nothing is measured on the noise that a method was calibrated on."""
 
-_LAYER_CALLS = 4  # evenly spaced over the trajectory
 _LAYER_ITEMS = 2  # samples whose layers are recorded; both guidance branches of each
 
 
@@ -137,7 +137,7 @@ class Evaluator:
             result.images = {"original": images, "compressed": drawn}
         if self._settings.layers and self._settings.fidelity is not None:
             with step(progress, "error per layer"):
-                result.details["layers"] = _layer_rows(model, reference)
+                result.details["layers"] = compare_watched(model, reference, _first_items)
         if self._settings.quality is not None:
             with step(progress, "quality of samples"):
                 self._compare_quality(model, self._settings.quality, reference, result, progress)
@@ -154,7 +154,7 @@ class Evaluator:
             images["fidelity"] = self._draw_fidelity(model, settings, progress, on_call=writer.add)
             index["labels"] = _label_names(model, self._fidelity_conditions(model, settings))
             if self._settings.layers:
-                _record_layers(model, folder)
+                record_watched(model, folder, _first_items)
         if self._settings.quality is not None and scorer is not None:
             index["quality_skipped"] = why_not(model, scorer)
             if index["quality_skipped"] is None:
@@ -203,7 +203,7 @@ class Evaluator:
     def _compare_calls(
         self, model: OpenModel, reference: Reference, result: Evaluation, progress: Progress
     ) -> None:
-        device = next(model.module.parameters()).device
+        device = device_of(model)
         total = Powers()
         steps: dict[float, Powers] = {}
         calls = reference.calls()
@@ -283,23 +283,6 @@ def _layer_items(batch: int) -> Tensor:
 
 
 def _first_items(model: OpenModel, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    batch, device = kwargs[model.family.latents].shape[0], next(model.module.parameters()).device
+    batch, device = kwargs[model.family.latents].shape[0], device_of(model)
     chosen: dict[str, Any] = to_device(take(kwargs, batch, _layer_items(batch)), device)
     return chosen
-
-
-def _record_layers(model: OpenModel, folder: Path) -> None:
-    """Record the layers of a few calls among those that `folder` holds."""
-    reference = Reference(folder, {})
-    calls = reference.calls()
-    for index in sorted({int(place) for place in torch.linspace(0, len(calls) - 1, _LAYER_CALLS).round()}):
-        record_layers(model, _first_items(model, calls[index][0]), folder / LAYERS / f"{index:05d}")
-
-
-def _layer_rows(model: OpenModel, reference: Reference) -> list[dict[str, Any]]:
-    """Return one row per block and watched linear, in forward order."""
-    sums: dict[str, Powers] = {}
-    calls = reference.calls()
-    for index, path in reference.layers().items():
-        compare_layers(model, _first_items(model, calls[index][0]), path, sums)
-    return layer_rows(model, sums)

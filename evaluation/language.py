@@ -8,9 +8,7 @@ and is comparable within one report only.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +22,14 @@ from ..calibration.tokens import sequences_of
 from ..models.base import OpenModel
 from ..progress import Progress, step, track
 from ..recipes.schema import CalibrationSettings, EvaluateSettings, FidelitySettings
-from .call_store import CallWriter, to_device
+from ..runtime.hashes import digest
+from .call_store import CallWriter
 from .evaluator import Evaluation
-from .layers import Powers, compare_layers, layer_rows, record_layers
+from .layers import Powers
 from .metrics import powers
-from .reference import CALLS, LAYERS, VERSION, Reference, recorded
+from .reference import CALLS, VERSION, Reference, recorded
 from .size import linear_inventory
-
-_LAYER_CALLS = 4
+from .watched import compare_watched, record_watched, whole_call
 
 
 @dataclass
@@ -112,8 +110,8 @@ class LanguageEvaluator:
 
         # Of the calibration, how the text is cut and what is left for measuring; not how it is batched.
         key = text_key(model, settings, self._seed)
-        chosen = f"{VERSION} {self._settings.model_dump_json()} {key}"
-        return recorded(cache, _digest(chosen), record, fresh=fresh)
+        chosen = {"version": VERSION, "settings": self._settings.model_dump(mode="json"), "text": key}
+        return recorded(cache, digest(chosen), record, fresh=fresh)
 
     def compare(self, model: OpenModel, reference: Reference, progress: Progress) -> Evaluation:
         """Measure the model as it is now against the recording.
@@ -130,7 +128,7 @@ class LanguageEvaluator:
             self._compare_logits(model, self._settings.fidelity, reference, result, progress)
         if self._settings.layers:
             with step(progress, "error per layer"):
-                result.details["layers"] = _layer_rows(model, reference)
+                result.details["layers"] = compare_watched(model, reference)
         return result
 
     def _record(self, model: OpenModel, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -145,10 +143,7 @@ class LanguageEvaluator:
             call = {"input_ids": rows, "use_cache": False}
             writer.add(call, _logits(model, call))
         if self._settings.layers:
-            recording = Reference(folder, {})
-            for index in _watched(len(calls)):
-                kwargs = to_device(recording.calls()[index][0], _device(model))
-                record_layers(model, kwargs, folder / LAYERS / f"{index:05d}")
+            record_watched(model, folder)
         return {"prefix": sequences.prefix}
 
     def _compare_logits(
@@ -182,28 +177,7 @@ def _perplexity(nats: float, tokens: int) -> float:
     return math.exp(mean) if mean < math.log(1e300) else math.inf
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _device(model: OpenModel) -> torch.device:
-    return next(model.module.parameters()).device
-
-
 @torch.no_grad()
 def _logits(model: OpenModel, call: dict[str, Any]) -> Tensor:
-    logits: Tensor = model.module(**to_device(call, _device(model)), return_dict=False)[0]
+    logits: Tensor = model.module(**whole_call(model, call), return_dict=False)[0]
     return logits
-
-
-def _watched(calls: int) -> Iterator[int]:
-    """Yield the calls whose layers are recorded, evenly spread."""
-    return iter(sorted({int(place) for place in torch.linspace(0, calls - 1, _LAYER_CALLS).round()}))
-
-
-def _layer_rows(model: OpenModel, reference: Reference) -> list[dict[str, Any]]:
-    sums: dict[str, Powers] = {}
-    calls = reference.calls()
-    for index, path in reference.layers().items():
-        compare_layers(model, to_device(calls[index][0], _device(model)), path, sums)
-    return layer_rows(model, sums)
