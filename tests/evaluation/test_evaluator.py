@@ -180,7 +180,7 @@ def test_a_fresh_reference_replaces_the_kept_one(open_tiny, tmp_path, monkeypatc
 
 
 def test_no_partial_recording_stays_behind(open_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("compress.evaluation.evaluator.record_layers", lambda *_: 1 / 0)
+    monkeypatch.setattr("compress.evaluation.watched.record_layers", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         _evaluator().reference(open_tiny(), tmp_path / "cache", SILENT)
     assert list((tmp_path / "cache").iterdir()) == []
