@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from .base import AS_CONFIGURED, FoldGroup, Shapes
+from .diffusion_structure import attention_width, diffusion_structure, inner_width
 from .shapes import TIMESTEP_CHANNELS
+from .structure import PrunableStructure
 from .transformer import (
     DiffusionTransformer,
     RoleRule,
@@ -87,14 +89,24 @@ class DiTFamily(DiffusionTransformer):
         self, config: Mapping[str, Any], *, attention_products: bool = True, shapes: Shapes = AS_CONFIGURED
     ) -> int:
         """Count one forward; the embedder runs once per block and once for the head."""
-        width, tokens, layers = width_of(config), image_tokens(config), int(config["num_layers"])
-        block = 4 * tokens * width * width
-        block += feed_forward_macs(tokens, width, gated=config["activation_fn"] == "geglu")
-        block += 6 * width * width + mlp_macs(TIMESTEP_CHANNELS, width)
-        if attention_products:
-            block += product_macs(tokens, tokens, width)
-        head = mlp_macs(TIMESTEP_CHANNELS, width) + 2 * width * width + unpatch_macs(config)
-        return patch_macs(config) + layers * block + head
+        width, tokens = width_of(config), image_tokens(config)
+        gated = config["activation_fn"] == "geglu"
+        total = patch_macs(config) + unpatch_macs(config)
+        total += mlp_macs(TIMESTEP_CHANNELS, width) + 2 * width * width
+        for index in range(int(config["num_layers"])):
+            name = f"transformer_blocks.{index}"
+            heads = attention_width(shapes, f"{name}.attn1", width)
+            total += 4 * tokens * width * heads
+            if attention_products:
+                total += product_macs(tokens, tokens, heads)
+            inner = inner_width(shapes, f"{name}.ff", 4 * width)
+            total += feed_forward_macs(tokens, width, gated=gated, inner=inner)
+            total += 6 * width * width + mlp_macs(TIMESTEP_CHANNELS, width)
+        return total
+
+    def structure(self, module: nn.Module) -> PrunableStructure:
+        """Heads, their channels, and the inner channels of the feed-forward networks."""
+        return diffusion_structure(self.blocks(module), self.attentions(module))
 
     def replicas(self, config: Mapping[str, Any]) -> list[tuple[str, ...]]:
         """Every block holds a copy of the one embedder; the head reads block 0's."""

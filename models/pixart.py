@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from .base import AS_CONFIGURED, FoldGroup, Shapes
+from .diffusion_structure import attention_width, diffusion_structure, inner_width
 from .shapes import TIMESTEP_CHANNELS, uses_additional_conditions
+from .structure import PrunableStructure
 from .transformer import (
     TEXT_BLOCK_ROLES,
     DiffusionTransformer,
@@ -79,17 +81,10 @@ class PixArtFamily(DiffusionTransformer):
         self, config: Mapping[str, Any], *, attention_products: bool = True, shapes: Shapes = AS_CONFIGURED
     ) -> int:
         """Count one forward, caption projection and size embedders included."""
-        width, tokens = width_of(config), image_tokens(config)
-        block = 4 * tokens * width * width
-        block += feed_forward_macs(tokens, width, gated=config["activation_fn"] == "geglu")
-        if attention_products:
-            block += product_macs(tokens, tokens, width)
-        if config["cross_attention_dim"] is not None:
-            source = int(config["cross_attention_dim"])
-            block += 2 * tokens * width * width + 2 * CAPTION_TOKENS * source * width
-            if attention_products:
-                block += product_macs(tokens, CAPTION_TOKENS, width)
-        total = patch_macs(config) + int(config["num_layers"]) * block + unpatch_macs(config)
+        width = width_of(config)
+        total = patch_macs(config) + unpatch_macs(config)
+        for index in range(int(config["num_layers"])):
+            total += _block_macs(config, f"transformer_blocks.{index}", attention_products, shapes)
         total += mlp_macs(TIMESTEP_CHANNELS, width) + 6 * width * width
         if uses_additional_conditions(config):
             total += 3 * mlp_macs(TIMESTEP_CHANNELS, width // 3)  # height, width and aspect ratio
@@ -97,9 +92,31 @@ class PixArtFamily(DiffusionTransformer):
             total += CAPTION_TOKENS * mlp_macs(int(config["caption_channels"]), width)
         return total
 
+    def structure(self, module: nn.Module) -> PrunableStructure:
+        """Heads of both attentions, their channels, and the inner channels of the feed-forward networks."""
+        return diffusion_structure(self.blocks(module), self.attentions(module))
+
     def default_keep(self) -> tuple[str, ...]:
         """Embedders, caption projection and head."""
         return ("adaln_single.emb.*", "caption_projection.*", "proj_out")
+
+
+def _block_macs(config: Mapping[str, Any], name: str, attention_products: bool, shapes: Shapes) -> int:
+    """MACs of one block: attention to the image, to the caption, feed-forward."""
+    width, tokens = width_of(config), image_tokens(config)
+    heads = attention_width(shapes, f"{name}.attn1", width)
+    inner = inner_width(shapes, f"{name}.ff", 4 * width)
+    macs = 4 * tokens * width * heads
+    macs += feed_forward_macs(tokens, width, gated=config["activation_fn"] == "geglu", inner=inner)
+    if attention_products:
+        macs += product_macs(tokens, tokens, heads)
+    if config["cross_attention_dim"] is not None:
+        source = int(config["cross_attention_dim"])
+        heads = attention_width(shapes, f"{name}.attn2", width)
+        macs += 2 * tokens * width * heads + 2 * CAPTION_TOKENS * source * heads
+        if attention_products:
+            macs += product_macs(tokens, CAPTION_TOKENS, heads)
+    return macs
 
 
 def size_conditions(pixels: int, batch: int, like: torch.Tensor) -> dict[str, torch.Tensor]:

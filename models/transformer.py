@@ -239,9 +239,10 @@ def mlp_macs(in_features: int, width: int) -> int:
     return in_features * width + width * width
 
 
-def feed_forward_macs(tokens: int, width: int, *, gated: bool = False) -> int:
-    """MACs of a feed-forward network of inner width 4 * `width`."""
-    return tokens * width * width * (12 if gated else 8)
+def feed_forward_macs(tokens: int, width: int, *, gated: bool = False, inner: int | None = None) -> int:
+    """MACs of a feed-forward network with `inner` channels inside, 4 * `width` unless told otherwise."""
+    inner = 4 * width if inner is None else inner
+    return tokens * width * inner * (3 if gated else 2)
 
 
 def product_macs(queries: int, keys: int, width: int) -> int:
