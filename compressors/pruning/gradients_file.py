@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -108,6 +109,6 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(values)
+def _bytes_of(tensor: Tensor) -> Any:
+    """Return the values as a buffer; arrays are buffers, which their annotations do not say."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
