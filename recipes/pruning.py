@@ -127,12 +127,15 @@ class IsomorphicSettings(StageSettings):
     @model_validator(mode="before")
     @classmethod
     def _explain_ranking(cls, value: Any) -> Any:
-        if isinstance(value, dict) and "global_pruning" in value:
+        if not isinstance(value, dict):
+            return value
+        if "global_pruning" in value:
             raise ValueError(
                 "global_pruning: isomorphic sub-structures are ranked over all layers by definition, and "
                 "pruning them layer by layer is `ranking: local`; leave the key out"
             )
-        return value
+        # What is validated from here on is Python, where a list is no tuple; in JSON it is.
+        return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
 
     @model_validator(mode="after")
     def _removes_something(self) -> IsomorphicSettings:
