@@ -13,6 +13,8 @@ from .base import Compressor
 
 ENTRY_POINT_GROUP = "compress.compressors"
 METHODS: Mapping[str, tuple[str, str]] = {
+    "isomorphic": (".pruning.isomorphic", "Isomorphic"),
+    "finetune": (".recovery.finetune", "Finetune"),
     "rtn": (".quantization.rtn", "Rtn"),
     "smoothquant": (".quantization.smoothquant", "SmoothQuant"),
     "vidit_q": (".quantization.vidit_q", "ViditQ"),

@@ -1,0 +1,39 @@
+"""How much stays of every sub-structure: numbers alone, without saying which channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .groups import Group
+from .heads import heads_of
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Sizes of all groups of a model.
+
+    Attributes:
+        channels: name of a group that is no attention -> channels.
+        heads: name of an attention -> heads.
+        head_dims: name of an attention -> channels of each head.
+    """
+
+    channels: Mapping[str, int]
+    heads: Mapping[str, int]
+    head_dims: Mapping[str, int]
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> Widths:
+        """Return the sizes as they are now."""
+        attentions = [group for group in groups if group.kind == "attention"]
+        return cls(
+            {group.name: group.size for group in groups if group.kind != "attention"},
+            {group.name: heads_of(group)[0] for group in attentions},
+            {group.name: heads_of(group)[1] for group in attentions},
+        )
+
+    def flat(self) -> dict[str, int]:
+        """Return group -> channels, of all heads together where it is an attention."""
+        products = {name: heads * self.head_dims[name] for name, heads in self.heads.items()}
+        return {**self.channels, **products}
