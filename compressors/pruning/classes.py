@@ -1,0 +1,51 @@
+"""Who competes with whom.
+
+Isomorphic Pruning (arXiv 2407.04616) ranks sub-structures of one form among themselves. Two are of one form
+when their operations are the same in the same order; sizes do not matter. Only operations with parameters
+count here, where torch-pruning counts views and sums as well: its shifted and unshifted windows of a Swin
+are two classes, and the paper's definition gives one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from .groups import Group
+
+Ranking = Literal["isomorphic", "global", "local"]
+
+
+def classes(
+    groups: Sequence[Group], ranking: Ranking, shares: Mapping[str, float] | None = None
+) -> dict[str, list[Group]]:
+    """Divide the groups into those that are ranked together.
+
+    Args:
+        groups: in forward order.
+        ranking: isomorphic: of one form; local: every group by itself; global: all of a kind.
+        shares: group name -> removed share, for the global ranking: kinds that lose the same share compete
+            as well, which is what ranking without classes means. None: kinds stay apart.
+
+    Returns:
+        Name of the class -> its members in forward order; classes in the order of their first members. A
+        class is called by its kind, numbered from 0 where there are several of a kind; in the local
+        ranking, by its group.
+    """
+    if ranking == "local":
+        return {group.name: [group] for group in groups}
+    members: dict[tuple[object, ...], list[Group]] = {}
+    for group in groups:
+        members.setdefault(_key(group, ranking, shares), []).append(group)
+    kinds = ["+".join(dict.fromkeys(group.kind for group in found)) for found in members.values()]
+    names = [
+        kind if kinds.count(kind) == 1 else f"{kind}.{kinds[:index].count(kind)}"
+        for index, kind in enumerate(kinds)
+    ]
+    return dict(zip(names, members.values(), strict=True))
+
+
+def _key(group: Group, ranking: Ranking, shares: Mapping[str, float] | None) -> tuple[object, ...]:
+    if ranking == "isomorphic":
+        return group.kind, group.label
+    return (group.kind,) if shares is None else (shares[group.name],)
