@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..models.base import Family
-from ..runtime.language import AUTO_CLASS
-from ..runtime.language_config import implied_copies, is_language_class
+from ..runtime.language_config import implied_copies
+from ..runtime.transformers_config import auto_class_of, is_transformers_class
 from ..runtime.validate import LANGUAGE_WEIGHTS_NAME, WEIGHTS_NAME
 
 
 def library_of(class_name: str) -> str:
     """Return the library whose class a config names."""
-    return "transformers" if is_language_class(class_name) else "diffusers"
+    return "transformers" if is_transformers_class(class_name) else "diffusers"
 
 
 def loader_of(class_name: str) -> str:
     """Return the class that loads the folder: the stock class itself, or transformers' automatic one."""
-    return AUTO_CLASS if is_language_class(class_name) else class_name
+    return auto_class_of(class_name) if is_transformers_class(class_name) else class_name
 
 
 def stock_way(class_name: str, dtype: str) -> str:
@@ -29,7 +29,7 @@ def stock_way(class_name: str, dtype: str) -> str:
         dtype: "float32", "float16" or "bfloat16". transformers finds it in the config.
     """
     call = f"{library_of(class_name)}.{loader_of(class_name)}.from_pretrained(path"
-    return f"{call})" if is_language_class(class_name) else f"{call}, torch_dtype=torch.{dtype})"
+    return f"{call})" if is_transformers_class(class_name) else f"{call}, torch_dtype=torch.{dtype})"
 
 
 def registered_way(class_name: str) -> str:

@@ -18,6 +18,7 @@ from ..runtime.fetch import DENOISERS
 from ..runtime.hashes import file_sha256
 from ..runtime.language_config import class_name_of, implied_copies
 from ..runtime.strict_json import parse_object
+from ..runtime.transformers_config import named_as_modules
 from . import scan
 from .headers import TensorHeader, merge_headers
 from .hub import fetch_configs, fetch_weights
@@ -92,13 +93,14 @@ def locate(ref: ModelRef, *, weights: bool = True) -> Checkpoint:
     if weights and revision is not None:
         fetch_weights(ref.id, revision, folder.relative_to(root).as_posix())
     files = _weight_files(folder, required=weights)
-    headers = merge_headers(files)
+    stored = merge_headers(files)
+    _check_index(folder, stored)
+    headers = named_as_modules(class_name, stored, str(folder))
     checkpoint = Checkpoint(
         id=ref.id, folder=folder, pipeline=pipeline, revision=revision, class_name=class_name, config=config,
         files=files, headers=headers, scheduler=_scheduler(folder, pipeline),
         card=_card(ref.id, revision, (folder, pipeline, root)),
     )  # fmt: skip
-    _check_index(checkpoint)
     check_shapes(checkpoint)
     return checkpoint
 
@@ -297,18 +299,19 @@ def _shards(index: Path, *, required: bool) -> tuple[Path, ...]:
     return files
 
 
-def _check_index(checkpoint: Checkpoint) -> None:
-    if len(checkpoint.files) == 0:
+def _check_index(folder: Path, headers: Mapping[str, TensorHeader]) -> None:
+    """Hold the index against the tensors of the files, under the names that they have there."""
+    if not headers:
         return
     for stem in WEIGHTS_STEMS:
-        index = checkpoint.folder / f"{stem}.safetensors.index.json"
+        index = folder / f"{stem}.safetensors.index.json"
         if not index.is_file():
             continue
         for name, file in _weight_map(index).items():
-            header = checkpoint.headers.get(name)
+            header = headers.get(name)
             if header is None or header.file.name != file:
                 raise SourceError(
-                    f"{checkpoint.folder / file}: tensor {name!r} is missing; {index.name} says it is here"
+                    f"{folder / file}: tensor {name!r} is missing; {index.name} says it is here"
                 )
         return
 

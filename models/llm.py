@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..runtime.language import build_language_model
 from ..runtime.language_config import LANGUAGE_CLASSES, implied_copies, language_shape
+from ..runtime.transformers_model import build_transformers_model
 from .base import AS_CONFIGURED, Family, FoldGroup, LinearSite, Role, Shapes
 from .transformer import (
     config_of,
@@ -53,7 +53,7 @@ class LanguageFamily(Family):
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
         """Build the stock module."""
-        return build_language_model(config)
+        return build_transformers_model(config)
 
     def linears(self, module: nn.Module) -> list[LinearSite]:
         """Every linear in forward order with its role, quantized ones included; the head last.

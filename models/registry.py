@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import SourceError
 from ..runtime.language_config import LANGUAGE_CLASSES
+from ..runtime.vision_config import VISION_CLASSES, VISION_KINDS
 
 if TYPE_CHECKING:
     from .base import Family
@@ -18,6 +19,7 @@ FAMILY_NAMES: Mapping[str, str] = {
     "SD3Transformer2DModel": "sd3",
     "UNet2DConditionModel": "unet",
     **dict.fromkeys(LANGUAGE_CLASSES, "llm"),
+    **{name: VISION_KINDS[model_type] for name, (model_type, _) in VISION_CLASSES.items()},
 }
 _ADAPTERS: Mapping[str, str] = {
     "dit": "DiTFamily",
@@ -25,6 +27,14 @@ _ADAPTERS: Mapping[str, str] = {
     "sd3": "SD3Family",
     "unet": "UNetFamily",
     "llm": "LanguageFamily",
+    "vit": "ViTFamily",
+    "convnext": "ConvNextFamily",
+    "swin": "SwinFamily",
+}
+Task = Literal["denoise", "language", "classify"]
+_TASKS: Mapping[str, Task] = {
+    "llm": "language",
+    **dict.fromkeys(VISION_KINDS.values(), "classify"),
 }
 
 # Before diffusers 0.30 one class served several models; their configs still say so on the Hub.
@@ -35,9 +45,14 @@ _FORMER_BY_NORM: Mapping[str, str] = {
 }
 
 
+def task_of(family_name: str) -> Task:
+    """Return what models of a family do: they denoise images, continue texts, or classify images."""
+    return _TASKS.get(family_name, "denoise")
+
+
 def is_language_family(name: str) -> bool:
-    """Tell whether a family is one of language models; the others are denoisers."""
-    return name == FAMILY_NAMES["LlamaForCausalLM"]
+    """Tell whether a family is one of language models."""
+    return task_of(name) == "language"
 
 
 def stock_class_name(given: Any, config: Mapping[str, Any]) -> str | None:

@@ -12,8 +12,10 @@ from typing import Any
 
 from ..runtime.config import DEFAULTS, complete_config, model_width
 from ..runtime.language_config import LANGUAGE_CLASSES
+from ..runtime.vision_config import VISION_CLASSES, VISION_KINDS
 from .llm_shapes import language_tensors
 from .unet_shapes import unet_tensors
+from .vision_shapes import convnext_tensors, swin_tensors, vit_tensors
 
 __all__ = [
     "DEFAULTS",
@@ -163,10 +165,16 @@ def _sd3_block(config: Mapping[str, Any], index: int, width: int) -> Named:
         yield from _feed_forward(f"{block}.ff_context", width)
 
 
+_VISION: Mapping[str, Callable[[Mapping[str, Any]], Named]] = {
+    "vit": vit_tensors,
+    "convnext": convnext_tensors,
+    "swin": swin_tensors,
+}
 _BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], Named]] = {
     "DiTTransformer2DModel": _dit,
     "PixArtTransformer2DModel": _pixart,
     "SD3Transformer2DModel": _sd3,
     "UNet2DConditionModel": unet_tensors,
     **dict.fromkeys(LANGUAGE_CLASSES, language_tensors),
+    **{name: _VISION[VISION_KINDS[model_type]] for name, (model_type, _) in VISION_CLASSES.items()},
 }

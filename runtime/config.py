@@ -12,7 +12,8 @@ from typing import Any
 from ..errors import SourceError
 from . import config_unet
 from .config_values import check_integer, check_numbers, is_integer
-from .language_config import class_name_of, complete_language_config, is_language_class
+from .language_config import class_name_of
+from .transformers_config import complete_transformers_config, is_transformers_class
 
 MAX_WIDTH = 2**20
 MAX_LAYERS = 2**12
@@ -61,8 +62,8 @@ def complete_config(class_name: str, config: Mapping[str, Any], where: str) -> d
     Raises:
         SourceError: naming `where` and the first value that is wrong or not supported.
     """
-    if is_language_class(class_name):
-        return complete_language_config(class_name, config, where)
+    if is_transformers_class(class_name):
+        return complete_transformers_config(class_name, config, where)
     defaults = DEFAULTS[class_name]
     full = {key: config.get(key, default) for key, default in defaults.items()}
     if class_name == config_unet.CLASS_NAME:

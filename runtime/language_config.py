@@ -42,7 +42,7 @@ _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 # They choose code instead of a structure: kernels, classes of the repository's own.
 _CODE = frozenset({"attn_implementation", "auto_map", "experts_implementation"})
 _INTERNAL = "_internal"  # behind a leading underscore: how stock code keeps its choice
-_NOT_STRUCTURE = _CODE | {"architectures", "quantization_config"}
+_NOT_STRUCTURE = _CODE | {"architectures", "quantization_config", "per_layer_config"}
 
 
 @dataclass(frozen=True)
@@ -160,13 +160,11 @@ def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def stock_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the stock config class is built from; nothing that makes it fetch or run other code."""
-    arguments = {
+def structural_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the stock config class may be given; nothing that makes it fetch or run other code."""
+    return {
         key: value for key, value in config.items() if not key.startswith("_") and key not in _NOT_STRUCTURE
     }
-    arguments["model_type"] = LANGUAGE_CLASSES[str(class_name_of(config))][0]
-    return arguments
 
 
 def check_language_config(config: Mapping[str, Any], tensors: int, where: str) -> None:

@@ -14,10 +14,11 @@ from ..errors import SourceError
 from .config import DEFAULTS, SPARE_TABLE_BYTES
 from .encoders import check_encoders
 from .fetch import fetch
-from .language import build_language_model
 from .language_config import implied_copies, is_language_class
 from .manifest import Manifest
 from .modules import dtype_of, exact_names, name_of, swap_linears
+from .transformers_config import is_transformers_class
+from .transformers_model import build_transformers_model
 from .validate import CONFIG_NAME, QUANT_METHOD, StoredCheckpoint, TensorEntry, open_folder, read_json
 
 _TORCH_DTYPES = {
@@ -56,7 +57,7 @@ def load(
     folder = fetch(path_or_repo, revision=revision, subfolder=subfolder)
     stored = open_folder(folder)
     if stored.quant_method not in (None, QUANT_METHOD):
-        _refuse_other_language_formats(stored)
+        _refuse_other_formats(stored)
         module = _load_stock(stored, dtype)
     else:
         module = _build(stored, dtype)
@@ -92,11 +93,11 @@ def model_class(stored: StoredCheckpoint) -> Any:
     return found
 
 
-def _refuse_other_language_formats(stored: StoredCheckpoint) -> None:
-    if is_language_class(stored.class_name):
+def _refuse_other_formats(stored: StoredCheckpoint) -> None:
+    if is_transformers_class(stored.class_name):
         raise SourceError(
-            f"{stored.folder} is in {stored.quant_method} format, which compress does not write for language"
-            " models",
+            f"{stored.folder} is in {stored.quant_method} format, which compress does not write for models of"
+            " transformers",
             hint="load it with transformers and the package of that format",
         )
 
@@ -142,9 +143,9 @@ def skeleton(stored: StoredCheckpoint, dtype: torch.dtype) -> nn.Module:
 
 
 def _from_config(stored: StoredCheckpoint, dtype: torch.dtype) -> nn.Module:
-    if is_language_class(stored.class_name):
+    if is_transformers_class(stored.class_name):
         with _default_dtype(dtype):
-            return build_language_model(stored.config, str(stored.folder / CONFIG_NAME))
+            return build_transformers_model(stored.config, str(stored.folder / CONFIG_NAME))
     config = {key: value for key, value in stored.config.items() if key != "quantization_config"}
     cls = model_class(stored)
     try:
@@ -303,7 +304,7 @@ def _place(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _attach(module: nn.Module, manifest: Manifest, dtype: str) -> None:
     """Give the module what the stock loader would have: `save_pretrained` then writes a whole folder."""
-    if is_language_class(type(module).__name__):
+    if is_transformers_class(type(module).__name__):
         from .transformers_quantizer import attach
 
         attach(module, manifest, dtype)

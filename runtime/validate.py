@@ -17,10 +17,11 @@ from typing import Any
 from ..errors import SourceError
 from .config import check_config
 from .headers import ITEM_BYTES, TensorEntry, read_header
-from .language_config import check_language_config, class_name_of, is_language_class
+from .language_config import class_name_of
 from .manifest import FILE_NAME, MAX_BYTES, VERSION, Manifest, QuantizedModule
 from .stored_values import check_values
 from .strict_json import parse_object
+from .transformers_config import check_transformers_config, is_transformers_class, named_as_modules
 
 __all__ = ["ITEM_BYTES", "TensorEntry", "read_header"]
 
@@ -273,6 +274,7 @@ def open_folder(folder: Path) -> StoredCheckpoint:
             hint="give the folder of the model itself",
         )
     tensors, metadata = read_headers(folder)
+    tensors = named_as_modules(class_name_of(config), tensors, str(folder))
     _check_config(config, tensors, folder / CONFIG_NAME)
     manifest = Manifest.read(folder)
     section = config.get("quantization_config")
@@ -298,7 +300,7 @@ def guard_name(class_name: str | None, manifest: Manifest) -> str | None:
     it does not find with random numbers. A tensor of length 0 under the name of such a weight makes it
     stop instead: it refuses a tensor of another shape.
     """
-    if not is_language_class(class_name) or not manifest.quantization:
+    if not is_transformers_class(class_name) or not manifest.quantization:
         return None
     return f"{min(manifest.quantization)}.weight"
 
@@ -337,7 +339,8 @@ def _check_same(manifest: Manifest, stated: Manifest, folder: Path) -> None:
 
 def _check_config(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], where: Path) -> None:
     """Refuse sizes that this checkpoint cannot have before a module of that size is built."""
-    if is_language_class(class_name_of(config)):
-        check_language_config(config, len(tensors), str(where))
+    size = sum(entry.bytes for entry in tensors.values())
+    if is_transformers_class(class_name_of(config)):
+        check_transformers_config(config, len(tensors), size, str(where))
         return
-    check_config(config, sum(entry.bytes for entry in tensors.values()), str(where), tensors=len(tensors))
+    check_config(config, size, str(where), tensors=len(tensors))

@@ -19,8 +19,8 @@ from compress.runtime.language_config import (
     LANGUAGE_CLASSES,
     implied_copies,
     language_shape,
-    stock_arguments,
 )
+from compress.runtime.transformers_config import stock_arguments
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

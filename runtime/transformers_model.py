@@ -1,4 +1,4 @@
-"""Building a language model's stock module from its config; no code but that of transformers runs."""
+"""Building a stock module of transformers from its config; no code but that library's own runs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from typing import Any
 from torch import nn
 
 from ..errors import SourceError
-from .language_config import class_name_of, stock_arguments
-
-AUTO_CLASS = "AutoModelForCausalLM"
-"""What users of transformers load any of these models with."""
+from .language_config import class_name_of
+from .transformers_config import stock_arguments
 
 
-def build_language_model(config: Mapping[str, Any], where: str = "config.json") -> nn.Module:
+def build_transformers_model(config: Mapping[str, Any], where: str = "config.json") -> nn.Module:
     """Build the stock module on the current default device, in the current default dtype.
 
     Args:
-        config: as `language_config.complete_language_config` accepts it, `_class_name` or not.
+        config: as `transformers_config.complete_transformers_config` accepts it, `_class_name` or not.
         where: for the message.
 
     Raises:

@@ -1,0 +1,59 @@
+"""ConvNeXt (arXiv 2201.03545), `ConvNextForImageClassification`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..runtime.vision_config import convnext_shape
+from .base import FoldGroup
+from .classifier import ImageClassifier
+from .structure import PrunableStructure
+from .transformer import fold_into_norm
+
+_STAGES = "convnext.encoder.stages"
+
+
+class ConvNextFamily(ImageClassifier):
+    """Adapter."""
+
+    name = "convnext"
+    class_names = ("ConvNextForImageClassification",)
+    roles = (("pwconv1", "ff.in"), ("pwconv2", "ff.out"))
+    inner = "pwconv1"
+
+    def blocks(self, module: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The blocks of all stages in forward order."""
+        return [
+            (f"{_STAGES}.{stage}.layers.{name}", block)
+            for stage, child in module.get_submodule(_STAGES).named_children()
+            for name, block in child.get_submodule("layers").named_children()
+        ]
+
+    def folds(self, module: nn.Module) -> list[FoldGroup]:
+        """Fold into the norm of every block; the input of pwconv2 comes from a GELU."""
+        return [
+            fold_into_norm([f"{block}.pwconv1"], f"{block}.layernorm") for block, _ in self.blocks(module)
+        ]
+
+    def positions(self, config: Mapping[str, Any]) -> Callable[[str], int]:
+        """Pixels of the stage that a layer writes to, one for the classifier."""
+        shape = convnext_shape(config)
+        # A convolution without padding drops what does not fill its window.
+        pixels = [
+            (shape.images.grid[0] // 2**stage) * (shape.images.grid[1] // 2**stage)
+            for stage in range(len(shape.depths))
+        ]
+
+        def count(name: str) -> int:
+            if name.startswith(_STAGES):
+                return pixels[int(name.removeprefix(f"{_STAGES}.").split(".")[0])]
+            return pixels[0] if name.startswith("convnext.embeddings.") else 1
+
+        return count
+
+    def structure(self, module: nn.Module) -> PrunableStructure:
+        """Width of every stage, and inner channels of every block."""
+        return PrunableStructure((), self.inner_linears(module), tuple(self.classifiers(module)))

@@ -1,0 +1,163 @@
+"""Swin Transformer (arXiv 2103.14030), `SwinForImageClassification`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.vision_config import SwinShape, swin_shape
+from .base import FoldGroup, Role, Shapes
+from .classifier import ATTENTION_ROLES, ImageClassifier
+from .structure import PrunableStructure
+from .transformer import fold_into_norm, fold_into_rows
+
+_STAGES = "swin.encoder.layers"
+_TABLE = "relative_position_bias.relative_position_bias_table"
+
+
+class SwinFamily(ImageClassifier):
+    """Adapter."""
+
+    name = "swin"
+    class_names = ("SwinForImageClassification",)
+    roles = ATTENTION_ROLES
+    inner = "mlp.fc1"
+
+    def blocks(self, module: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The blocks of all stages in forward order."""
+        return [
+            (f"{_STAGES}.{stage}.blocks.{name}", block)
+            for stage, child in module.get_submodule(_STAGES).named_children()
+            for name, block in child.get_submodule("blocks").named_children()
+        ]
+
+    def folds(self, module: nn.Module) -> list[FoldGroup]:
+        """Fold into the norms before attention, feed-forward network and merging, and into V."""
+        groups = []
+        for block, _ in self.blocks(module):
+            qkv = [f"{block}.attention.{letter}_proj" for letter in "qkv"]
+            groups += [
+                fold_into_norm(qkv, f"{block}.layernorm_before"),
+                fold_into_rows([f"{block}.attention.o_proj"], [f"{block}.attention.v_proj"]),
+                fold_into_norm([f"{block}.mlp.fc1"], f"{block}.layernorm_after"),
+            ]
+        groups += [fold_into_norm([f"{name}.reduction"], f"{name}.norm") for name, _ in merges(module)]
+        return groups
+
+    def positions(self, config: Mapping[str, Any]) -> Callable[[str], int]:
+        """Tokens of the stage; of its windows, padding included, inside attentions."""
+        shape = swin_shape(config)
+        grids = list(_grids(shape))
+
+        def count(name: str) -> int:
+            if name.startswith("swin.embeddings."):
+                return grids[0][0] * grids[0][1]
+            if not name.startswith(_STAGES):
+                return 1
+            stage = int(name.removeprefix(f"{_STAGES}.").split(".")[0])
+            if ".downsample." in name:
+                return grids[stage + 1][0] * grids[stage + 1][1]
+            if ".attention." in name:
+                return _window_count(shape, grids[stage]) * shape.window**2
+            return grids[stage][0] * grids[stage][1]
+
+        return count
+
+    def product_macs(self, config: Mapping[str, Any], sizes: Shapes) -> int:
+        """Count within every window of every block."""
+        shape = swin_shape(config)
+        grids = list(_grids(shape))
+        return sum(
+            _window_count(shape, grids[stage])
+            * 2
+            * shape.window**4
+            * sizes[f"{block}.attention.q_proj.weight"][0]
+            for stage, depth in enumerate(shape.depths)
+            for block in (f"{_STAGES}.{stage}.blocks.{index}" for index in range(depth))
+        )
+
+    def structure(self, module: nn.Module) -> PrunableStructure:
+        """Width of the stages, heads, their channels, and inner channels of the feed-forward networks.
+
+        Nothing is removed from the tables of position biases but the columns of heads that go.
+        """
+        sites = self.attention_sites(module, _TABLE)
+        tables = tuple(site.table for site in sites if site.table is not None)
+        return PrunableStructure(sites, self.inner_linears(module), (*self.classifiers(module), *tables))
+
+    @contextmanager
+    def traceable(self, module: nn.Module) -> Iterator[None]:
+        """Let the merging of patches pick from cells of two by two instead of slicing with strides.
+
+        A trace takes axis 1 of the slices for channels, and they are rows.
+        """
+        changed = [child for _, child in merges(module)]
+        for child in changed:
+            child.forward = partial(_merge, child)
+        try:
+            yield
+        finally:
+            for child in changed:
+                del child.forward  # the class's own method again
+
+    def _places(self, module: nn.Module) -> list[tuple[str, Role, int | None]]:
+        """Put the merging of patches behind the blocks of its stage."""
+        places: list[tuple[str, Role, int | None]] = []
+        last = None
+        for name, role, index in super()._places(module):
+            stage = name.removeprefix(f"{_STAGES}.").split(".")[0]
+            if last is not None and stage != last:
+                places.append((f"{_STAGES}.{last}.downsample.reduction", "projection", None))
+            last = stage
+            places.append((name, role, index))
+        return places
+
+
+def merges(module: nn.Module) -> list[tuple[str, Any]]:
+    """Return the modules that merge patches between stages, with their names."""
+    return [
+        (f"{_STAGES}.{stage}.downsample", child.downsample)
+        for stage, child in module.get_submodule(_STAGES).named_children()
+        if child.downsample is not None
+    ]
+
+
+def _merge(merging: Any, input_feature: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
+    """Compute what SwinPatchMerging computes, without strided slices.
+
+    Args:
+        merging: the stock module.
+        input_feature: [batch, height * width, channels].
+        input_dimensions: (height, width); odd ones are padded with zeros.
+
+    Returns:
+        [batch, ceil(height / 2) * ceil(width / 2), 2 * channels].
+    """
+    height, width = input_dimensions
+    batch, _, channels = input_feature.shape
+    image = merging.maybe_pad(input_feature.view(batch, height, width, channels), height, width)
+    rows, columns = image.shape[1] // 2, image.shape[2] // 2
+    # The slices are stacked column by column, and row by row inside a column.
+    cells = image.view(batch, rows, 2, columns, 2, channels)
+    stacked = torch.cat([cells[:, :, row, :, column] for column in (0, 1) for row in (0, 1)], dim=-1)
+    result: Tensor = merging.reduction(merging.norm(stacked.view(batch, rows * columns, 4 * channels)))
+    return result
+
+
+def _grids(shape: SwinShape) -> Iterator[tuple[int, int]]:
+    """Yield the (height, width) of every stage in tokens; the image is padded to whole patches."""
+    height, width = (
+        -(-side // patch) for side, patch in zip(shape.images.size, shape.images.patch, strict=True)
+    )
+    for _ in shape.depths:
+        yield height, width
+        height, width = -(-height // 2), -(-width // 2)
+
+
+def _window_count(shape: SwinShape, grid: tuple[int, int]) -> int:
+    return -(-grid[0] // shape.window) * -(-grid[1] // shape.window)

@@ -1,0 +1,376 @@
+"""What the config of an image classifier of transformers may say, and what follows from it. Torch-free.
+
+As for language models, a config is kept as it stands: labels, means and anything else that stock code
+understands reaches the exported folder unchanged. What decides shapes, or how much memory a constructor
+takes, is read here and held against limits, because a config is untrusted input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import SourceError
+from .config_values import check_integer, check_numbers, is_integer
+
+MAX_WIDTH = 2**20
+MAX_LAYERS = 2**12
+MAX_STAGES = 16
+MAX_LABELS = 2**20
+MAX_CHANNELS = 2**12
+MAX_SIDE = 2**14  # pixels of an image
+MAX_TOKENS = 2**18
+MAX_WINDOW = 32  # a table of window^4 indices is computed for every block
+MAX_NUMBER = 2.0**40
+SPARE_TABLE_BYTES = 16 * 2**20
+
+_COMMON: dict[str, Any] = {"image_size": 224, "num_channels": 3}
+_VIT: dict[str, Any] = {
+    **_COMMON, "patch_size": 16, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "intermediate_size": 3072, "qkv_bias": True,
+}  # fmt: skip
+_CONVNEXT: dict[str, Any] = {
+    **_COMMON, "patch_size": 4, "num_stages": 4, "hidden_sizes": (96, 192, 384, 768), "depths": (3, 3, 9, 3),
+    "layer_scale_init_value": 1e-6,
+}  # fmt: skip
+_SWIN: dict[str, Any] = {
+    **_COMMON, "patch_size": 4, "embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24),
+    "window_size": 7, "mlp_ratio": 4.0, "qkv_bias": True, "use_absolute_embeddings": False,
+}  # fmt: skip
+VISION_CLASSES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "ViTForImageClassification": ("vit", _VIT),
+    "DeiTForImageClassification": ("deit", _VIT),
+    "DeiTForImageClassificationWithTeacher": ("deit", _VIT),
+    "ConvNextForImageClassification": ("convnext", _CONVNEXT),
+    "SwinForImageClassification": ("swin", _SWIN),
+}
+"""Of every class: its model_type, and the stock defaults of what decides shapes."""
+
+_INTEGERS: Mapping[str, int] = {
+    "hidden_size": MAX_WIDTH, "num_hidden_layers": MAX_LAYERS, "num_attention_heads": MAX_WIDTH,
+    "intermediate_size": MAX_WIDTH, "num_channels": MAX_CHANNELS, "num_stages": MAX_STAGES,
+    "embed_dim": MAX_WIDTH, "window_size": MAX_WINDOW,
+}  # fmt: skip
+_LISTS: Mapping[str, int] = {"hidden_sizes": MAX_WIDTH, "depths": MAX_LAYERS, "num_heads": MAX_WIDTH}
+_FLAGS = ("qkv_bias", "use_absolute_embeddings")
+_PAIRS = ("image_size", "patch_size")
+VISION_KINDS: Mapping[str, str] = {"vit": "vit", "deit": "vit", "convnext": "convnext", "swin": "swin"}
+"""model_type -> the kind of structure, which one adapter serves."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """What a classifier reads and answers.
+
+    Attributes:
+        channels: of an image.
+        size: (height, width) of an image in pixels.
+        patch: (height, width) of a patch in pixels.
+        labels: how many classes.
+    """
+
+    channels: int
+    size: tuple[int, int]
+    patch: tuple[int, int]
+    labels: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches in (height, width)."""
+        return self.size[0] // self.patch[0], self.size[1] // self.patch[1]
+
+
+@dataclass(frozen=True)
+class VitShape:
+    """The sizes of a ViT or DeiT.
+
+    Attributes:
+        root: name of the module that holds everything but the classifiers.
+        head_dim: channels of a head; heads * head_dim need not be `width`.
+        special_tokens: tokens that are no patches.
+        classifiers: names of the last linears.
+    """
+
+    images: Images
+    root: str
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    head_dim: int
+    qkv_bias: bool
+    special_tokens: int
+    classifiers: tuple[str, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one image."""
+        height, width = self.images.grid
+        return height * width + self.special_tokens
+
+
+@dataclass(frozen=True)
+class ConvNextShape:
+    """The sizes of a ConvNeXt; the inner width of a block is four times its stage's width."""
+
+    images: Images
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    layer_scale: bool
+
+
+@dataclass(frozen=True)
+class SwinShape:
+    """The sizes of a Swin Transformer.
+
+    Attributes:
+        widths: channels of every stage, each twice the one before.
+        inner: inner width of the feed-forward networks of every stage.
+        heads: of every stage.
+    """
+
+    images: Images
+    widths: tuple[int, ...]
+    inner: tuple[int, ...]
+    depths: tuple[int, ...]
+    heads: tuple[int, ...]
+    window: int
+    qkv_bias: bool
+    positions: bool
+
+
+def is_vision_class(class_name: object) -> bool:
+    """Tell whether a stock class is an image classifier that is supported."""
+    return isinstance(class_name, str) and class_name in VISION_CLASSES
+
+
+def complete_vision_config(class_name: str, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Check a config and return it as it stands, with `_class_name` as all other configs have it.
+
+    Raises:
+        SourceError: naming `where` and the first value that is wrong or not supported.
+    """
+    model_type = VISION_CLASSES[class_name][0]
+    if config.get("model_type", model_type) != model_type:
+        raise SourceError(f"{where}: model_type {config['model_type']!r} is not {model_type!r}")
+    for key, value in config.items():
+        check_numbers(key, value, MAX_NUMBER, where)
+    for key, value in _structural(class_name, config).items():
+        _check_value(key, value, where)
+    if config.get("head_dim") is not None:
+        check_integer("head_dim", config["head_dim"], MAX_WIDTH, where)
+    _check_labels(config, where)
+    full = {**config, "_class_name": class_name}
+    _check_images(full, where)
+    _CHECKS[VISION_KINDS[model_type]](full, where)
+    return full
+
+
+def check_vision_config(
+    class_name: str, config: Mapping[str, Any], tensors: int, size: int, where: str
+) -> None:
+    """Refuse a config that its checkpoint cannot belong to, before anything of its sizes is built.
+
+    Args:
+        config: config.json of a folder.
+        tensors: how many the folder stores.
+        size: bytes of all tensors.
+        where: for the message.
+
+    Raises:
+        SourceError: naming the first value that is wrong.
+    """
+    full = complete_vision_config(class_name, config, where)
+    layers = layer_count(full)
+    if layers > tensors:
+        raise SourceError(f"{where}: {layers} layers with only {tensors} stored tensors")
+    if VISION_KINDS[VISION_CLASSES[class_name][0]] == "swin":
+        shape = swin_shape(full)
+        table = 8 * shape.window**4 * sum(shape.depths)
+        if table > size + SPARE_TABLE_BYTES:
+            raise SourceError(
+                f"{where}: window_size {shape.window} gives tables of {table} bytes for positions, but the"
+                f" weights have only {size}",
+                hint="the config was changed by hand, or belongs to other weights",
+            )
+
+
+def layer_count(config: Mapping[str, Any]) -> int:
+    """Return how many repeated blocks a checked config asks for."""
+    keys = _structural(config["_class_name"], config)
+    return int(sum(keys["depths"]) if "depths" in keys else keys["num_hidden_layers"])
+
+
+def image_shape(config: Mapping[str, Any]) -> Images:
+    """Return what the classifier of a checked config reads and answers."""
+    keys = _structural(config["_class_name"], config)
+    return Images(
+        int(keys["num_channels"]), _pair(keys["image_size"]), _pair(keys["patch_size"]), _labels(config)
+    )
+
+
+def vit_shape(config: Mapping[str, Any]) -> VitShape:
+    """Return the sizes of a ViT or DeiT.
+
+    Args:
+        config: of `complete_vision_config`.
+    """
+    name = config["_class_name"]
+    keys = _structural(name, config)
+    teacher = name == "DeiTForImageClassificationWithTeacher"
+    heads, width = int(keys["num_attention_heads"]), int(keys["hidden_size"])
+    root = VISION_CLASSES[name][0]
+    return VitShape(
+        images=image_shape(config), root=root, width=width, inner=int(keys["intermediate_size"]),
+        layers=int(keys["num_hidden_layers"]), heads=heads,
+        head_dim=int(config.get("head_dim") or width // heads), qkv_bias=bool(keys["qkv_bias"]),
+        special_tokens=2 if root == "deit" else 1,
+        classifiers=("cls_classifier", "distillation_classifier") if teacher else ("classifier",),
+    )  # fmt: skip
+
+
+def convnext_shape(config: Mapping[str, Any]) -> ConvNextShape:
+    """Return the sizes of a ConvNeXt.
+
+    Args:
+        config: of `complete_vision_config`.
+    """
+    keys = _structural(config["_class_name"], config)
+    return ConvNextShape(
+        image_shape(config), tuple(map(int, keys["hidden_sizes"])), tuple(map(int, keys["depths"])),
+        bool(keys["layer_scale_init_value"] > 0),
+    )  # fmt: skip
+
+
+def swin_shape(config: Mapping[str, Any]) -> SwinShape:
+    """Return the sizes of a Swin Transformer.
+
+    Args:
+        config: of `complete_vision_config`.
+    """
+    keys = _structural(config["_class_name"], config)
+    depths = tuple(map(int, keys["depths"]))
+    widths = tuple(int(keys["embed_dim"]) * 2**stage for stage in range(len(depths)))
+    return SwinShape(
+        images=image_shape(config), widths=widths, depths=depths, heads=tuple(map(int, keys["num_heads"])),
+        inner=tuple(int(keys["mlp_ratio"] * width) for width in widths), window=int(keys["window_size"]),
+        qkv_bias=bool(keys["qkv_bias"]), positions=bool(keys["use_absolute_embeddings"]),
+    )  # fmt: skip
+
+
+def _structural(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: config.get(key, default) for key, default in VISION_CLASSES[class_name][1].items()}
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, Sequence):
+        return int(value[0]), int(value[1])
+    return int(value), int(value)
+
+
+def _labels(config: Mapping[str, Any]) -> int:
+    names = config.get("id2label")
+    return len(names) if isinstance(names, Mapping) else int(config.get("num_labels") or 2)
+
+
+def _check_value(key: str, value: Any, where: str) -> None:
+    if key in _INTEGERS:
+        check_integer(key, value, _INTEGERS[key], where)
+    elif key in _LISTS:
+        _check_list(key, value, where)
+    elif key in _FLAGS:
+        if not isinstance(value, bool):
+            raise SourceError(f"{where}: {key}: {value!r} is not true or false")
+    elif key in _PAIRS:
+        sides = value if isinstance(value, list | tuple) else (value, value)
+        if len(sides) != 2 or not all(is_integer(side, 1, MAX_SIDE) for side in sides):
+            raise SourceError(f"{where}: {key}: {value!r} is not one or two integers from 1 to {MAX_SIDE}")
+    elif isinstance(value, bool) or not isinstance(value, int | float):  # mlp_ratio, layer_scale_init_value
+        raise SourceError(f"{where}: {key}: {value!r} is not a number")
+
+
+def _check_list(key: str, value: Any, where: str) -> None:
+    limit = _LISTS[key]
+    good = isinstance(value, list | tuple) and 1 <= len(value) <= MAX_STAGES
+    if not good or not all(is_integer(item, 1, limit) for item in value):
+        raise SourceError(
+            f"{where}: {key}: {value!r} is not a list of 1 to {MAX_STAGES} integers from 1 to {limit}"
+        )
+
+
+def _check_labels(config: Mapping[str, Any], where: str) -> None:
+    """Hold the number of classes against limits; stock code counts the names of the labels."""
+    names, count = config.get("id2label"), config.get("num_labels")
+    if names is not None and not isinstance(names, dict):
+        raise SourceError(f"{where}: id2label: {type(names).__name__} is not a mapping of classes to names")
+    if count is not None:
+        check_integer("num_labels", count, MAX_LABELS, where)
+    if names is None:
+        return
+    if not 1 <= len(names) <= MAX_LABELS:
+        raise SourceError(f"{where}: id2label names {len(names)} classes; 1 to {MAX_LABELS} are supported")
+    if count is not None and count != len(names):
+        raise SourceError(f"{where}: num_labels {count}, but id2label names {len(names)} classes")
+
+
+def _check_images(config: Mapping[str, Any], where: str) -> None:
+    images = image_shape(config)
+    tokens = images.grid[0] * images.grid[1]
+    if not 1 <= tokens <= MAX_TOKENS:
+        raise SourceError(
+            f"{where}: image_size {images.size} and patch_size {images.patch} make {tokens} patches;"
+            f" 1 to {MAX_TOKENS} are supported"
+        )
+
+
+def _check_vit(config: Mapping[str, Any], where: str) -> None:
+    shape = vit_shape(config)
+    if config.get("head_dim") is None and shape.width % shape.heads:
+        raise SourceError(
+            f"{where}: num_attention_heads {shape.heads} does not divide hidden_size {shape.width}"
+        )
+    if shape.heads * shape.head_dim > MAX_WIDTH:
+        raise SourceError(
+            f"{where}: num_attention_heads * head_dim = {shape.heads * shape.head_dim}; at most {MAX_WIDTH}"
+        )
+
+
+def _check_convnext(config: Mapping[str, Any], where: str) -> None:
+    keys = _structural(config["_class_name"], config)
+    stages = {key: len(keys[key]) for key in ("hidden_sizes", "depths")}
+    _check_stages(stages, int(keys["num_stages"]), "num_stages", where)
+    if max(keys["hidden_sizes"]) * 4 > MAX_WIDTH:
+        raise SourceError(f"{where}: hidden_sizes: 4 * {max(keys['hidden_sizes'])} is over {MAX_WIDTH}")
+    _check_depth(keys["depths"], where)
+
+
+def _check_swin(config: Mapping[str, Any], where: str) -> None:
+    keys = _structural(config["_class_name"], config)
+    _check_stages({"num_heads": len(keys["num_heads"])}, len(keys["depths"]), "depths", where)
+    _check_depth(keys["depths"], where)
+    if not 0 < keys["mlp_ratio"] <= 1024:
+        raise SourceError(f"{where}: mlp_ratio {keys['mlp_ratio']} is not over 0 and at most 1024")
+    shape = swin_shape(config)
+    if 4 * shape.widths[-1] > MAX_WIDTH or shape.inner[-1] > MAX_WIDTH or shape.inner[0] < 1:
+        raise SourceError(
+            f"{where}: embed_dim {shape.widths[0]} and mlp_ratio {keys['mlp_ratio']} make widths of"
+            f" {shape.widths[-1]} and {shape.inner[-1]}; at most {MAX_WIDTH}"
+        )
+    for stage, (heads, width) in enumerate(zip(shape.heads, shape.widths, strict=True)):
+        if width % heads:
+            raise SourceError(f"{where}: num_heads[{stage}] {heads} does not divide its width {width}")
+
+
+def _check_stages(lengths: Mapping[str, int], stages: int, key: str, where: str) -> None:
+    for name, length in lengths.items():
+        if length != stages:
+            raise SourceError(f"{where}: {name} has {length} entries, but {key} says {stages} stages")
+
+
+def _check_depth(depths: Sequence[int], where: str) -> None:
+    if sum(depths) > MAX_LAYERS:
+        raise SourceError(f"{where}: depths: {sum(depths)} blocks; at most {MAX_LAYERS}")
+
+
+_CHECKS = {"vit": _check_vit, "convnext": _check_convnext, "swin": _check_swin}
