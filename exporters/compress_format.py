@@ -1,12 +1,13 @@
 """The default format: weights packed to their real bits, equal copies stored once.
 
-A model without quantized layers is written as a plain stock folder (copies included), which loads
-without this package; the manifest then holds history alone.
+A model without quantized layers, whose sizes a stock config can say, is written as a plain stock folder
+(copies included), which loads without this package; the manifest then holds history alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..runtime.manifest import FILE_NAME, Manifest, QuantizedModule
 from ..runtime.modules import name_of, quantized_layers
 from ..runtime.validate import expected_tensors, guard_name, quantization_section
 from .bits_file import bits_files
+from .form import stored_form
 from .formats import Layout
 from .stock import left_out, registered_way, stock_way
 from .writer import StoredTensor, dtype_code
@@ -33,17 +35,20 @@ def layout(model: OpenModel) -> Layout:
         raise ValueError("the model's quantized layers are not the ones that its record lists")
     state = {name: tensor for name, tensor in state.items() if name not in left_out(model.config)}
     shared = equal_copies(state, model.spec.shared, quantization) if quantization else {}
-    manifest = Manifest(quantization=quantization, shared=shared, history=tuple(model.history))
-    config, dtype = stock_config(model), name_of(model.spec.dtype)
+    form = stored_form(model.family, model.config, model.surgery)
+    manifest = Manifest(
+        surgery=form.surgery, quantization=quantization, shared=shared, history=tuple(model.history)
+    )
+    config, dtype = stock_config(replace(model, config=form.config)), name_of(model.spec.dtype)
     name = str(model.config.get("_class_name") or type(model.module).__name__)
-    if quantization:
+    if quantization or form.surgery:
         config["quantization_config"] = quantization_section(manifest, dtype)
         loads_with = ["compress.load(path)", registered_way(name)]
     else:
         loads_with = ["compress.load(path)", stock_way(name, dtype)]
     tensors = [StoredTensor.of(name, tensor) for name, tensor in state.items() if name not in shared]
     tensors += _guard(name, quantization)
-    extra = {FILE_NAME: manifest.to_json(), **bits_files(model)}
+    extra = {FILE_NAME: manifest.to_json(), **bits_files(model), **model.attachments}
     return Layout(tensors, config, METADATA, loads_with, extra)
 
 

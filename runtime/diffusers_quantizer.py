@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ..errors import SourceError
 from .encoders import check_encoders
 from .modules import ALIGNMENT, dtype_of, exact_names, name_of, swap_linears
-from .stored_section import StoredSection, check_layers, refuse_empty
+from .stored_section import StoredSection, check_cut, check_layers, check_stored_shapes, refuse_empty
+from .surgery import apply_surgery
 from .validate import (
     QUANT_METHOD,
     check_quantized,
@@ -48,7 +49,7 @@ class CompressConfig(StoredSection, QuantizationConfigMixin):
 
 
 class CompressQuantizer(DiffusersQuantizer):
-    """Builds the quantized layers before the weights arrive, and places their tensors."""
+    """Cuts the module and builds its quantized layers before the weights arrive, and places their tensors."""
 
     requires_calibration = True
     use_keep_in_fp32_modules = False
@@ -59,6 +60,7 @@ class CompressQuantizer(DiffusersQuantizer):
         self._dtype = dtype_of(quantization_config.dtype)
         self._packed: dict[str, torch.dtype] = {}
         self._loaded: list[str] = []
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         """Use the checkpoint's own dtype where the caller names none (diffusers would use float32)."""
@@ -73,10 +75,12 @@ class CompressQuantizer(DiffusersQuantizer):
         where = str(Path(checkpoint_files[0]).parent)
         check_quantized(self._manifest, self.quantization_config.dtype, tensors, where)
         check_encoders(self._manifest.quantization, Path(where))
+        self._shapes = {name: entry.shape for name, entry in tensors.items()}
         self._loaded = [*loaded_keys, *self._manifest.shared]
         return self._loaded
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        apply_surgery(model, self._manifest.surgery)
         swap_linears(model, self._manifest.quantization, self._dtype)
         self._packed = exact_names(model)
         model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
@@ -86,6 +90,8 @@ class CompressQuantizer(DiffusersQuantizer):
             # diffusers only warns and initialises what is missing; a damaged file must not load.
             what = f"{min(missing)} is missing" if missing else f"{min(unexpected)} is not part of the model"
             raise SourceError(f"the checkpoint does not fit its config: tensor {what}")
+        if self._manifest.surgery:
+            check_stored_shapes(model, self._shapes)
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add the copies that are not stored, and disguise what must not be cast."""
@@ -137,6 +143,7 @@ class CompressQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         refuse_empty(model)
+        model.is_quantized = bool(self._manifest.quantization)  # type: ignore[assignment]
         self.quantization_config.dtype = name_of(self._dtype)
         return model
 
@@ -151,6 +158,7 @@ class CompressQuantizer(DiffusersQuantizer):
         if not safe_serialization:
             raise SourceError("compress checkpoints are written as safetensors only")
         check_layers(self._manifest, self.quantization_config.dtype, state_dict)
+        check_cut(self._manifest, state_dict)
         for copy, canonical in self._manifest.shared.items():
             if not torch.equal(state_dict[copy], state_dict[canonical]):
                 raise SourceError(f"tensor {copy} no longer equals {canonical}, so it cannot be left out")
@@ -164,8 +172,8 @@ class CompressQuantizer(DiffusersQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Integer weights have no gradients."""
-        return False
+        """Integer weights have no gradients; a model that was only cut is trained like any other."""
+        return not self._manifest.quantization
 
     @property
     def is_compileable(self) -> bool:

@@ -225,8 +225,14 @@ class Manifest(_Strict):
     history: tuple[HistoryEntry, ...] = Field((), strict=False)
 
     def to_json(self) -> str:
-        """Return the file's text: sorted keys, so that equal manifests are equal bytes."""
-        return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+        """Return the file's text: sorted keys, so that equal manifests are equal bytes.
+
+        Where nothing is cut there is no key `surgery`, as in manifests of before there was pruning.
+        """
+        document = self.model_dump(mode="json")
+        if not self.surgery:
+            del document["surgery"]
+        return json.dumps(document, indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def parse(cls, data: bytes, where: str) -> Manifest:

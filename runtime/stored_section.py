@@ -1,4 +1,4 @@
-"""What the quantizers of diffusers and of transformers share: config.json's section, and checks of layers."""
+"""What both libraries' quantizers share: config.json's section, and checks of layers and sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class StoredSection:
     """config.json's `quantization_config`, strictly parsed; each library adds its own base class.
 
     Args:
-        section: keys `version`, `dtype`, `modules`, `shared`; see `validate.quantization_section`.
+        section: keys `version`, `dtype`, `modules`, `shared`, `surgery`; see
+            `validate.quantization_section`.
 
     Raises:
         SourceError: a key is unknown, or a value out of its bounds.
@@ -32,7 +33,8 @@ class StoredSection:
         return quantization_section(self.manifest, self.dtype)
 
     def __repr__(self) -> str:
-        return f"CompressConfig({len(self.manifest.quantization)} layers, {self.dtype})"
+        cut = f", {len(self.manifest.surgery)} cut" if self.manifest.surgery else ""
+        return f"CompressConfig({len(self.manifest.quantization)} layers{cut}, {self.dtype})"
 
 
 def refuse_empty(model: nn.Module) -> None:
@@ -44,6 +46,38 @@ def refuse_empty(model: nn.Module) -> None:
     empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if empty:
         raise SourceError(f"tensor {empty[0]} was not loaded")
+
+
+def check_stored_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Hold the headers' shapes against the module that was built, before anything is allocated.
+
+    Raises:
+        SourceError: naming the first tensor of another shape.
+    """
+    for name, tensor in model.state_dict().items():
+        stored = shapes.get(name)
+        if stored is not None and stored != tuple(tensor.shape):
+            raise SourceError(
+                f"tensor {name} has shape {list(stored)}; config and manifest imply {list(tensor.shape)}",
+                hint="config and weights do not belong together",
+            )
+
+
+def check_cut(manifest: Manifest, state: Mapping[str, Tensor]) -> None:
+    """Refuse to write a model of which more was cut since it was loaded.
+
+    Raises:
+        SourceError: naming the tensor.
+    """
+    for module, cut in manifest.surgery.items():
+        for parameter, shape in cut.shapes.items():
+            tensor = state.get(f"{module}.{parameter}")
+            is_quantized = module in manifest.quantization  # whose shapes `check_layers` knows
+            if not is_quantized and (tensor is None or tuple(tensor.shape) != tuple(shape)):
+                raise SourceError(
+                    f"{module}.{parameter} is not what was loaded, so the config does not describe it",
+                    hint="export with compress instead of save_pretrained",
+                )
 
 
 def check_layers(manifest: Manifest, dtype: str, state: Mapping[str, Tensor]) -> None:

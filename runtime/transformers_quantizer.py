@@ -20,7 +20,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import SourceError
 from .manifest import Manifest
 from .modules import ALIGNMENT, name_of, quantized_layers, swap_linears
-from .stored_section import StoredSection, check_layers, refuse_empty
+from .stored_section import StoredSection, check_cut, check_layers, refuse_empty
+from .surgery import apply_surgery
 from .validate import (
     QUANT_METHOD,
     check_quantized,
@@ -40,7 +41,7 @@ class CompressConfig(StoredSection, QuantizationConfigMixin):
 
 
 class CompressQuantizer(HfQuantizer):
-    """Builds the quantized layers before the weights arrive, and checks what arrived."""
+    """Cuts the module and builds its quantized layers before the weights arrive; checks what arrived."""
 
     requires_calibration = True
 
@@ -63,6 +64,7 @@ class CompressQuantizer(HfQuantizer):
         take_guard(class_name, self._manifest, tensors, where)
         check_quantized(self._manifest, self.quantization_config.dtype, tensors, where)
         target = next(item.dtype for item in model.parameters() if item.is_floating_point())
+        apply_surgery(model, self._manifest.surgery)
         swap_linears(model, self._manifest.quantization, target)
         self.quantization_config.dtype = name_of(target)
         _check_names(model, tensors, where)
@@ -75,6 +77,9 @@ class CompressQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Let every integer weight start where torch's CPU kernels want it."""
         refuse_empty(model)
+        if not self._manifest.quantization:  # what was only cut is trained and cast like any other model
+            model.is_quantized = False  # type: ignore[assignment]
+            model.config._is_quantized = False  # type: ignore[union-attr]
         for layer in quantized_layers(model).values():
             for name, tensor in layer.named_buffers():
                 # A file's memory may be mapped; a misaligned integer weight crashes torch's CPU kernels.
@@ -90,6 +95,7 @@ class CompressQuantizer(HfQuantizer):
         """
         state = model.state_dict()
         check_layers(self._manifest, self.quantization_config.dtype, state)
+        check_cut(self._manifest, state)
         guard = guard_name(type(model).__name__, self._manifest)
         return {**state, **({guard: torch.empty(0, dtype=torch.uint8)} if guard else {})}, {}
 
@@ -99,8 +105,8 @@ class CompressQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Integer weights have no gradients."""
-        return False
+        """Integer weights have no gradients; a model that was only cut is trained like any other."""
+        return not self._manifest.quantization
 
     @property
     def is_compileable(self) -> bool:
@@ -124,5 +130,5 @@ def attach(module: nn.Module, manifest: Manifest, dtype: str) -> None:
     quantizer = CompressQuantizer(config)
     module.hf_quantizer = quantizer
     module.quantization_method = config.quant_method
-    module.is_quantized = True  # type: ignore[assignment]
+    module.is_quantized = bool(manifest.quantization)  # type: ignore[assignment]
     quantizer.postprocess_model(module)

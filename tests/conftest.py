@@ -457,3 +457,20 @@ def open_quantized() -> Callable[..., Any]:
         return model
 
     return build
+
+
+@pytest.fixture
+def open_cut() -> Callable[..., Any]:
+    """Return `open_cut(folder, sizes, dtype=None)` -> OpenModel cut by `cut_models.cut_by_hand`."""
+
+    def build(folder: Path, sizes: list[tuple[int, int, int]], dtype: str | None = None) -> Any:
+        from compress.models.open import open_model
+        from compress.progress import SilentProgress
+        from compress.recipes.schema import ModelRef
+
+        from .cut_models import cut_by_hand
+
+        model = open_model(ModelRef(id=str(folder), dtype=dtype), progress=SilentProgress())
+        return cut_by_hand(model, sizes)
+
+    return build
