@@ -162,6 +162,7 @@ def _owner(op: Op, size: int, root: str) -> Tensor:
     counts = torch.bincount(owner[owner >= 0], minlength=size)
     if counts.numel() != size or int(counts.min()) != int(counts.max()) or int(counts.min()) == 0:
         raise StageError(
-            f"{where}: its {op.length} positions on axis {op.axis} do not follow the {size} channels of {root}"
+            f"{where}: its {op.length} positions on axis {op.axis} do not follow the {size} channels of"
+            f" {root}"
         )
     return owner

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import StageError
 from ...models.base import Family
-
 
 Side = Literal["out", "in"]
 
