@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..recipes.schema import CalibrationSettings
 
 FILE_KEYS = ("prompts", "embeddings", "text")
-"""Keys of `calibration` that name a file."""
+"""Keys of `calibration` that name a file of which a result keeps a copy."""
 
 
 OWN_TEXTS = ("calibration.jsonl", "calibration.txt")
@@ -31,6 +31,23 @@ def text_file(settings: CalibrationSettings, folder: Path) -> Path | None:
     return next((folder / name for name in OWN_TEXTS if (folder / name).is_file()), None)
 
 
+OWN_IMAGES = "images"
+"""Folder under which a classifier may come with images of its own."""
+
+
+def image_place(settings: CalibrationSettings, folder: Path) -> Path | None:
+    """Return the folder or file of images that a classifier is calibrated on: the recipe's, or its own.
+
+    Args:
+        settings: of the recipe.
+        folder: of the checkpoint.
+    """
+    if settings.images is not None:
+        return Path(settings.images)
+    own = folder / OWN_IMAGES
+    return own if own.is_dir() else None
+
+
 def condition_files(settings: CalibrationSettings) -> list[Path]:
     """Return the files with prompts, embeddings or text that the settings name, in the order of `FILE_KEYS`.
 
@@ -41,8 +58,9 @@ def condition_files(settings: CalibrationSettings) -> list[Path]:
 
 
 def missing_files(settings: CalibrationSettings) -> list[Path]:
-    """Return those of `condition_files` that are no files: to be refused before a model is read."""
-    return [path for path in condition_files(settings) if not path.is_file()]
+    """Return what the settings name and is not there: to be refused before a model is read."""
+    images = [] if settings.images is None or settings.images.exists() else [Path(settings.images)]
+    return [path for path in condition_files(settings) if not path.is_file()] + images
 
 
 def check_table(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Recording a model's calibration, by its kind: trajectories of a denoiser, sequences of a language model."""
+"""Recording a model's calibration, by its kind: trajectories, sequences of a text, or images."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from ..models.base import OpenModel
 from ..progress import Progress
 from . import diffusion
 from .base import Calibration
+from .classification import ClassificationCalibration, ImageCalls, record_images
 from .diffusion import DiffusionCalibration
 from .sensitivity_calls import Calls, RecordedCalls
 from .text import TextCalibration, TextCalls, record_text
@@ -25,10 +26,15 @@ def record(
     cache: Path | None,
     progress: Progress,
     fresh: bool = False,
-) -> DiffusionCalibration | TextCalibration:
-    """Record the original, or find what an earlier run recorded; see `diffusion.record`, `record_text`."""
+) -> DiffusionCalibration | TextCalibration | ClassificationCalibration:
+    """Record the original, or find what an earlier run recorded.
+
+    See `diffusion.record`, `record_text`, and `record_images`, which keeps nothing.
+    """
     if model.family.task == "language":
         return record_text(model, settings, seed=seed, cache=cache, progress=progress, fresh=fresh)
+    if model.family.task == "classify":
+        return record_images(model, settings, seed=seed, progress=progress)
     return diffusion.record(model, settings, seed=seed, cache=cache, progress=progress, fresh=fresh)
 
 
@@ -37,8 +43,8 @@ def calls_of(calibration: Calibration, *, steps: int, samples: int | None = None
 
     Args:
         calibration: of `record`.
-        steps: timesteps of each trajectory; sequences have none.
-        samples: trajectories or sequences; None: all from `start` on.
+        steps: timesteps of each trajectory; sequences and images have none.
+        samples: trajectories, sequences or images; None: all from `start` on.
         start: the first of them.
 
     Raises:
@@ -46,6 +52,8 @@ def calls_of(calibration: Calibration, *, steps: int, samples: int | None = None
     """
     if isinstance(calibration, TextCalibration):
         return TextCalls(calibration, samples, start)
+    if isinstance(calibration, ClassificationCalibration):
+        return ImageCalls(calibration, samples, start)
     if isinstance(calibration, DiffusionCalibration):
         return RecordedCalls(calibration, steps, samples, start)
     raise TypeError(f"{type(calibration).__name__} holds no recorded calls")

@@ -158,14 +158,19 @@ def _validate(tree: Tree) -> Recipe:
 def _find_beside(recipe: Recipe, file: Path | None) -> Recipe:
     """Let calibration data that is not where the recipe says be found beside the recipe.
 
-    By its path from there or by its base name alone: an exported folder has copies of both.
+    By its path from there or by its base name alone: an exported folder has copies of files. Of images
+    it has none, so those are found by their path alone.
     """
     moved = {}
-    for name in ("prompts", "embeddings", "text"):
+    for name in ("prompts", "embeddings", "text", "images"):
         path: Path | None = getattr(recipe.calibration, name)
         if file is None or path is None or path.exists():
             continue
-        beside = [found for found in (file.parent / path, file.parent / path.name) if found.is_file()]
+        places = [file.parent / path, file.parent / path.name]
+        if name == "images":
+            beside = [place for place in places[:1] if place.exists()]
+        else:
+            beside = [place for place in places if place.is_file()]
         if beside:
             moved[name] = beside[0]
     if not moved:
