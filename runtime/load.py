@@ -17,6 +17,7 @@ from .fetch import fetch
 from .language_config import implied_copies, is_language_class
 from .manifest import Manifest
 from .modules import dtype_of, exact_names, name_of, swap_linears
+from .surgery import apply_surgery
 from .transformers_config import is_transformers_class
 from .transformers_model import build_transformers_model
 from .validate import CONFIG_NAME, QUANT_METHOD, StoredCheckpoint, TensorEntry, open_folder, read_json
@@ -127,7 +128,9 @@ def _load_stock(stored: StoredCheckpoint, dtype: str | torch.dtype | None) -> nn
 
 
 def skeleton(stored: StoredCheckpoint, dtype: torch.dtype) -> nn.Module:
-    """Build the module without memory for its weights; the buffers that it computes are real.
+    """Build the module, cut as the manifest says, without memory for its weights.
+
+    The buffers that it computes are real.
 
     Raises:
         SourceError: the config does not build, asks for larger tables than its weights can need, or
@@ -138,6 +141,7 @@ def skeleton(stored: StoredCheckpoint, dtype: torch.dtype) -> nn.Module:
     _check_tables(stored, dtype)
     with init_empty_weights():
         module = _from_config(stored, dtype)
+    apply_surgery(module, stored.manifest.surgery)
     swap_linears(module, stored.manifest.quantization, dtype)
     return module
 
@@ -212,7 +216,7 @@ def _build(stored: StoredCheckpoint, dtype: str | torch.dtype | None) -> nn.Modu
     _tie(module, stored)
     if is_language_class(stored.class_name):
         _attach_generation(module, stored)
-    if stored.manifest.quantization:
+    if stored.quant_method == QUANT_METHOD:
         _attach(module, stored.manifest, name_of(target))
     return module.eval()
 
@@ -233,8 +237,13 @@ def _check_names(stored: StoredCheckpoint, module: nn.Module) -> None:
         if tuple(tensor.shape) != entry.shape:
             raise SourceError(
                 f"{stored.folder}: tensor {name} has shape {list(entry.shape)}; "
-                f"the config implies {list(tensor.shape)}"
+                f"{_source_of(stored)} {list(tensor.shape)}",
+                hint="config and weights do not belong together",
             )
+
+
+def _source_of(stored: StoredCheckpoint) -> str:
+    return "config and manifest imply" if stored.manifest.surgery else "the config implies"
 
 
 def _not_stored(stored: StoredCheckpoint) -> dict[str, str]:
@@ -315,5 +324,5 @@ def _attach(module: nn.Module, manifest: Manifest, dtype: str) -> None:
     config = CompressConfig.from_dict(quantization_section(manifest, dtype))
     module.register_to_config(quantization_config=config)  # type: ignore[operator]
     module.hf_quantizer = CompressQuantizer(config)
-    module.is_quantized = True  # type: ignore[assignment]
+    module.is_quantized = bool(manifest.quantization)  # type: ignore[assignment]
     module.quantization_method = config.quant_method

@@ -183,7 +183,11 @@ def expected_tensors(scheme: QuantizedModule, dtype: str) -> dict[str, tuple[str
 
 
 def quantization_section(manifest: Manifest, dtype: str) -> dict[str, Any]:
-    """Return config.json's `quantization_config`: the manifest without its history."""
+    """Return config.json's `quantization_config`: the manifest without its history.
+
+    It is the one key of a config that makes a library ask us before it fills a module, so what was cut
+    stands there too, also where no layer is quantized.
+    """
     data = manifest.model_dump(mode="json")
     return {
         "quant_method": QUANT_METHOD,
@@ -191,6 +195,7 @@ def quantization_section(manifest: Manifest, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         "modules": data["quantization"],
         "shared": data["shared"],
+        **({"surgery": data["surgery"]} if manifest.surgery else {}),
     }
 
 
@@ -200,7 +205,7 @@ def parse_section(section: Mapping[str, Any], where: str) -> Manifest:
     Raises:
         SourceError: naming the first thing that is wrong.
     """
-    known = {"quant_method", "version", "dtype", "modules", "shared"}
+    known = {"quant_method", "version", "dtype", "modules", "shared", "surgery"}
     unknown = sorted(set(section) - known)
     if unknown:
         raise SourceError(f"{where}: quantization_config has the unknown key {unknown[0]!r}")
@@ -214,6 +219,7 @@ def parse_section(section: Mapping[str, Any], where: str) -> Manifest:
         "version": section.get("version"),
         "quantization": section.get("modules", {}),
         "shared": section.get("shared", {}),
+        "surgery": section.get("surgery", {}),
     }
     return Manifest.check(document, f"{where}: quantization_config")
 
@@ -285,9 +291,10 @@ def open_folder(folder: Path) -> StoredCheckpoint:
         _check_same(manifest, stated, folder)
         take_guard(class_name_of(config), manifest, tensors, str(folder))
         check_quantized(manifest, str(section["dtype"]), tensors, str(folder))  # type: ignore[index]
-    elif manifest is not None and (manifest.quantization or manifest.shared) and method is None:
+    elif manifest is not None and method is None and _needs_section(manifest):
+        what = "quantized" if manifest.quantization else "cut" if manifest.surgery else "shared"
         raise SourceError(
-            f"{folder / FILE_NAME} lists quantized layers, but {CONFIG_NAME} has no quantization_config",
+            f"{folder / FILE_NAME} lists {what} layers, but {CONFIG_NAME} has no quantization_config",
             hint="one of the two files was changed; export again",
         )
     return StoredCheckpoint(folder, config, method, manifest or Manifest(history=()), tensors, metadata)
@@ -325,12 +332,25 @@ def take_guard(
         )
 
 
+def _needs_section(manifest: Manifest) -> bool:
+    """Tell whether a manifest says anything that the stock class has to be told of."""
+    return bool(manifest.quantization or manifest.shared or manifest.surgery)
+
+
 def _check_same(manifest: Manifest, stated: Manifest, folder: Path) -> None:
-    if manifest.shared == stated.shared and manifest.quantization == stated.quantization:
+    ours: Mapping[str, Any]
+    theirs: Mapping[str, Any]
+    for kind, ours, theirs in (
+        ("layer", manifest.quantization, stated.quantization),
+        ("the sizes of module", manifest.surgery, stated.surgery),
+        ("the shared tensor", manifest.shared, stated.shared),
+    ):
+        other = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        if other:
+            what = f"{kind} {other[0]}"
+            break
+    else:
         return
-    names = manifest.quantization.keys() | stated.quantization.keys()
-    other = sorted(name for name in names if manifest.quantization.get(name) != stated.quantization.get(name))
-    what = f"layer {other[0]}" if other else "the shared tensors"
     raise SourceError(
         f"{folder}: {FILE_NAME} and {CONFIG_NAME} disagree about {what}",
         hint="one of the two files was changed by hand; export again",
