@@ -1,0 +1,141 @@
+"""Train a classifier after something was removed: labels, the original's answers, or both.
+
+Distillation is soft (arXiv 1503.02531) or hard (DeiT, arXiv 2012.12877); the original that answers is the
+model as it was before any stage, not a larger network as in DeiT. Where DeiT's recipe adds CutMix,
+RandAugment, erasing and repeated augmentation, this stage has mirroring, small moves and mixup. The last
+step is the result (or the moving average of all): nothing is stopped early, and nothing that is only
+measured on is ever looked at.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from ...calibration.base import Calibration
+from ...errors import PlanError
+from ...models.base import ModelSpec, OpenModel
+from ...models.open import read_spec
+from ...progress import Progress
+from ...recipes.recovery import FinetuneSettings
+from ...recipes.schema import ModelRef
+from ...runtime.hashes import digest
+from ..base import StagePlan, Workspace
+from .classification import Classification, Images, Teacher, TrainingImages
+from .details import training_details
+from .loop import train
+from .memory import plan_training
+from .schedule import step_count
+
+
+class Finetune:
+    """Trains all parameters of a classifier; no shape changes."""
+
+    method: ClassVar[str] = FinetuneSettings.method
+    families: ClassVar[frozenset[str]] = FinetuneSettings.families
+    version: ClassVar[int] = 1
+
+    def plan(self, spec: ModelSpec, settings: FinetuneSettings) -> StagePlan:
+        """Predict memory and disk; the shapes stay.
+
+        Raises:
+            PlanError: the model is quantized.
+        """
+        _refuse_quantized(bool(spec.quantization))
+        teacher = _original_bytes(spec) if settings.distill is not None else 0
+        notes = (f"the original answers beside it: {teacher / 2**20:,.0f} MiB",) if teacher else ()
+        return plan_training(spec, settings, teacher_bytes=teacher, notes=notes)
+
+    def apply(
+        self,
+        model: OpenModel,
+        settings: FinetuneSettings,
+        calibration: Calibration,
+        workspace: Workspace,
+        progress: Progress,
+    ) -> dict[str, Any]:
+        """Train in place, going on from the state in the workspace; see `loop.train`.
+
+        Raises:
+            PlanError: the model is quantized, labels are missing or do not fit the model, or the original
+                is not at hand.
+            StageError: training did not stay finite.
+        """
+        _refuse_quantized(bool(model.quantization))
+        images = _images(model, settings, calibration)
+        _check_labels(images, settings, model)
+        steps = step_count(settings, len(images))
+        teacher = _teacher(settings, workspace)
+        if teacher is not None:
+            teacher.prepare(images, steps, progress)
+        seed = calibration.seed
+        trained = train(
+            Classification(model.module, settings, images, teacher, seed),
+            settings,
+            steps=steps,
+            seed=seed,
+            key=digest([settings.model_dump(mode="json"), seed, steps, calibration.key, model.source.hashes]),
+            folder=workspace.folder,
+            progress=progress,
+        )
+        return {**training_details(trained), "images": len(images)}
+
+
+def _refuse_quantized(quantized: bool) -> None:
+    """Refuse integer weights: they have no gradient.
+
+    Raises:
+        PlanError: there are some.
+    """
+    if quantized:
+        raise PlanError(
+            "finetune: the model is quantized, and rounded weights cannot be trained",
+            hint="put finetune before the quantizer",
+        )
+
+
+def _original_bytes(spec: ModelSpec) -> int:
+    """Return the tensor bytes of the model as it was before any stage."""
+    name = str(spec.dtype).removeprefix("torch.")
+    original = read_spec(ModelRef.model_validate({"id": str(spec.source.folder), "dtype": name}))
+    return original.size().bytes
+
+
+def _teacher(settings: FinetuneSettings, workspace: Workspace) -> Teacher | None:
+    if settings.distill is None:
+        return None
+    if workspace.original is None:
+        raise PlanError(
+            "finetune.distill: the original is not at hand",
+            hint="leave out distill, or give the workspace a way to open it",
+        )
+    return Teacher(workspace.original().module, settings)
+
+
+def _images(model: OpenModel, settings: FinetuneSettings, calibration: Calibration) -> Images:
+    if not isinstance(calibration, TrainingImages):
+        raise PlanError(
+            f"finetune: nothing to train a {model.family.name} on", hint="name images to train on"
+        )
+    return calibration.training()
+
+
+def _check_labels(images: Images, settings: FinetuneSettings, model: OpenModel) -> None:
+    """Refuse what the loss cannot be computed from.
+
+    Raises:
+        PlanError: no labels where they are needed, or labels that the model has no class for.
+    """
+    if settings.distill is not None and settings.distill.weight == 1.0:
+        return
+    if images.labels is None:
+        raise PlanError(
+            "finetune: the images have no labels, and the loss needs them",
+            hint="write distill: {weight: 1.0} to learn from the original's answers alone",
+        )
+    classes = len(model.config["id2label"])
+    unknown = images.labels[(images.labels < 0) | (images.labels >= classes)]
+    if len(unknown):
+        raise PlanError(
+            f"finetune: {len(unknown)} labels such as {int(unknown[0])} are none of the {classes} classes",
+            hint="use images of the classes that the model tells apart",
+        )

@@ -1,0 +1,281 @@
+"""The training loop of all recovery stages, on accelerate: several devices when it was launched so.
+
+Everything random in a step follows from (seed, step, part), and the state on disk is ours (accelerate's
+own is a pickle). So on a CPU with as many threads a killed run ends with the very bytes of one that was
+not. There is no early stopping: the last step is the result, or the moving average of all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
+from torch import Tensor, nn
+
+from ...calibration.seeds import generator_for
+from ...errors import PlanError, StageError
+from ...progress import Progress, step
+from ...recipes.recovery import TrainingSettings
+from .ema import MovingAverage
+from .optimizer import adamw
+from .schedule import learning_rate
+from .state import DamagedStateError, TrainingState, read_state, state_key, write_state
+from .weights import training
+
+_PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+# Every process has the whole model: what the state on disk and the moving average go by.
+_LAUNCHED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+class Trainable(Protocol):
+    """What is trained, on what, and towards what."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The module; its parameters are those that are trained, or more."""
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Return name -> parameter of those that are trained, in a fixed order."""
+
+    def batch(self, step: int, part: int, parts: int) -> Any:
+        """Return part `part` of `parts` equal parts of a step's batch; a pure function.
+
+        What is drawn for the whole batch must not depend on `parts`.
+        """
+
+    def loss(self, batch: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return (mean loss over the items of a part, with its graph; detached numbers to show)."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training did.
+
+    Attributes:
+        losses: mean loss of every step's batch, before the step.
+        rates: learning rate of every step.
+        resumed_at: finished steps that were found on disk.
+        seconds_per_step: mean over the steps of this process; 0 where there was none left.
+    """
+
+    losses: list[float]
+    rates: list[float]
+    resumed_at: int
+    seconds_per_step: float
+
+
+def train(
+    trainable: Trainable,
+    settings: TrainingSettings,
+    *,
+    steps: int,
+    seed: int,
+    key: str,
+    folder: Path,
+    progress: Progress,
+) -> Trained:
+    """Train in place; go on with the state in `folder` where there is one.
+
+    Args:
+        trainable: its parameters are float32 meanwhile and come back in their own type, rounded once.
+        settings: of the stage.
+        steps: optimizer steps in all.
+        seed: of the stage.
+        key: content hash of everything else that the result depends on.
+        folder: holds the state; of this training alone.
+        progress: gets one step with one unit per step that is left.
+
+    Raises:
+        PlanError: the device cannot compute in the precision, or the batch does not divide.
+        StageError: a loss or gradient is not finite; the last state stays on disk.
+    """
+    parameters = trainable.parameters()
+    if not parameters:
+        raise StageError("nothing to train: the model has no parameter left that is trained")
+    device = next(iter(parameters.values())).device
+    with training(trainable.module, parameters), _accelerator(settings, device) as accelerator:
+        run = _Loop(trainable, settings, steps, seed, accelerator)
+        return run.go(state_key(key, parameters), folder, progress)
+
+
+@contextmanager
+def _accelerator(settings: TrainingSettings, device: torch.device) -> Iterator[Accelerator]:
+    """Yield an accelerator; what it keeps for the whole process is forgotten afterwards if it was not there.
+
+    Raises:
+        PlanError: the device cannot compute in the precision, or it was launched in shards.
+    """
+    if settings.precision == "float16" and device.type == "cpu":
+        raise PlanError(
+            f"{settings.method}: precision float16 needs a GPU, and the model is on the CPU",
+            hint="write precision: bfloat16, or float32",
+        )
+    fresh = not PartialState._shared_state and not AcceleratorState._shared_state
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=_PRECISIONS[settings.precision],
+        # The plugin, not the number: the number yields to a variable of the environment.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=settings.accumulate, sync_with_dataloader=False
+        ),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    try:
+        if accelerator.distributed_type not in _LAUNCHED:
+            raise PlanError(
+                f"{settings.method}: cannot train when launched as {accelerator.distributed_type.value}",
+                hint="launch with one whole copy of the model per device (--multi_gpu or --cpu)",
+            )
+        yield accelerator
+    finally:
+        accelerator.free_memory()
+        GradientState._reset_state()
+        if fresh and accelerator.num_processes == 1:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class _Losses(nn.Module):
+    """The loss as a module: accelerate wraps this, so the model itself is never changed."""
+
+    def __init__(self, trainable: Trainable) -> None:
+        super().__init__()
+        self.module = trainable.module
+        self._loss = trainable.loss
+
+    def forward(self, batch: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Return what `Trainable.loss` returns."""
+        return self._loss(batch)
+
+
+class _Loop:
+    """One training; see `train`."""
+
+    def __init__(
+        self,
+        trainable: Trainable,
+        settings: TrainingSettings,
+        steps: int,
+        seed: int,
+        accelerator: Accelerator,
+    ) -> None:
+        self._trainable, self._settings, self._steps = trainable, settings, steps
+        self._seed, self._accelerator = seed, accelerator
+        self._parameters = trainable.parameters()
+        self._parts = settings.accumulate * accelerator.num_processes
+        if settings.batch_size % self._parts:
+            raise PlanError(
+                f"{settings.method}: batch_size {settings.batch_size} has not {self._parts} equal parts"
+                f" ({settings.accumulate} on each of {accelerator.num_processes} devices)",
+                hint="change batch_size or accumulate",
+            )
+        self._inner = adamw(self._parameters, settings)
+        self._losses = accelerator.prepare_model(_Losses(trainable))
+        self._optimizer = accelerator.prepare_optimizer(self._inner, device_placement=False)
+        self._average = MovingAverage(self._parameters, settings.ema) if settings.ema is not None else None
+
+    def go(self, key: str, folder: Path, progress: Progress) -> Trained:
+        """Take all steps that are left."""
+        state = TrainingState(key, self._parameters, self._inner, self._average, [], self._accelerator.scaler)
+        try:
+            start = read_state(folder, state)
+        except DamagedStateError as error:
+            progress.warn(f"{error.message}; the training starts over")
+            start = 0
+        if start:
+            progress.note(f"training goes on after step {start} of {self._steps}")
+        began = time.monotonic()
+        with step(progress, "training", self._steps - start) as steps:
+            for number in range(start, self._steps):
+                rate = learning_rate(self._settings, number, self._steps)
+                loss, shown = self._step(number, rate)
+                state.losses.append(loss)
+                done = number + 1
+                if done % self._settings.checkpoint_every == 0 and done < self._steps:
+                    self._keep(folder, state)
+                steps.advance(1, _shown(done, self._steps, loss, rate, shown))
+        seconds = time.monotonic() - began
+        if self._average is not None:
+            self._average.apply()
+        rates = [learning_rate(self._settings, number, self._steps) for number in range(self._steps)]
+        return Trained(state.losses, rates, start, seconds / max(1, self._steps - start))
+
+    def _step(self, number: int, rate: float) -> tuple[float, dict[str, float]]:
+        """Take one optimizer step; return its loss and what else is shown."""
+        accelerator = self._accelerator
+        for group in self._inner.param_groups:
+            group["lr"] = rate
+        total = torch.zeros((), device=accelerator.device)
+        sums: dict[str, Tensor] = {}
+        for turn in range(self._settings.accumulate):
+            part = turn * accelerator.num_processes + accelerator.process_index
+            with accelerator.accumulate(self._losses), _randomness(self._seed, number, part):
+                loss, numbers = self._losses(self._trainable.batch(number, part, self._parts))
+                total += loss.detach() / self._settings.accumulate
+                for name, value in numbers.items():
+                    sums[name] = sums.get(name, torch.zeros_like(total)) + value / self._settings.accumulate
+                self._refuse(float(loss.detach()), number, "loss")
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    self._clip(number)
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+        if self._average is not None:
+            self._average.update(number)
+        return self._mean(total), {name: self._mean(value) for name, value in sums.items()}
+
+    def _clip(self, number: int) -> None:
+        """Hold the gradient to its largest norm, and refuse one that is not finite."""
+        limit = self._settings.clip_norm
+        norm = self._accelerator.clip_grad_norm_(
+            list(self._parameters.values()), float("inf") if limit is None else limit
+        )
+        if (
+            self._accelerator.scaler is None
+        ):  # with one, a step that overflows is left out, with a lower scale
+            self._refuse(float(norm), number, "gradient")
+
+    def _refuse(self, value: float, number: int, what: str) -> None:
+        """Stop where a value is not finite.
+
+        Raises:
+            StageError: with the step.
+        """
+        if isfinite(value):
+            return
+        advice = "" if self._settings.precision == "float32" else ", or write precision: float32"
+        raise StageError(
+            f"{self._settings.method}: the {what} of step {number + 1} of {self._steps} is not finite",
+            hint=f"lower lr ({self._settings.lr:g}) or clip_norm{advice}",
+        )
+
+    def _mean(self, value: Tensor) -> float:
+        """Return the mean over all devices."""
+        return float(self._accelerator.reduce(value.detach().float(), reduction="mean"))
+
+    def _keep(self, folder: Path, state: TrainingState) -> None:
+        if self._accelerator.is_main_process:
+            write_state(folder, state)
+        self._accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _randomness(seed: int, number: int, part: int) -> Iterator[None]:
+    """Give dropout numbers of its own for one part of one step, and put back what was there."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(generator_for(seed, "dropout", number, part).initial_seed())
+        yield
+
+
+def _shown(done: int, steps: int, loss: float, rate: float, numbers: Mapping[str, float]) -> str:
+    others = "".join(f", {name} {value:.4g}" for name, value in numbers.items())
+    return f"step {done} of {steps}, loss {loss:.4g}{others}, lr {rate:.3g}"

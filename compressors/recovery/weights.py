@@ -1,0 +1,42 @@
+"""The weights of a model while it is trained: in float32, with gradients, in training mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def training(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Make a module one that can be trained; afterwards it is of the kind that it was before.
+
+    Trained are the named parameters and no others. They are float32 in between, whatever they are stored
+    in, and are rounded once, at the end; the parameter objects stay the same. What is not trained keeps
+    its type all the time. Gradients are gone afterwards.
+
+    Args:
+        module: of which the parameters are.
+        parameters: name -> what is trained.
+    """
+    dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+    wanted_before = {name: item.requires_grad for name, item in module.named_parameters()}
+    modes = {name: child.training for name, child in module.named_modules()}
+    trained = set(map(id, parameters.values()))
+    try:
+        for parameter in module.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+        for parameter in parameters.values():
+            parameter.data = parameter.data.to(torch.float32)
+        module.train()
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtypes[name])
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(wanted_before[name])
+        for name, child in module.named_modules():
+            child.training = modes[name]
