@@ -104,7 +104,7 @@ def _export(
         for path in condition_files(recipe.calibration):
             shutil.copyfile(path, folder / path.name)
         copy_licence(model.source, folder, state.progress)
-        for path in companion_files(model.source.folder) if model.family.task == "language" else ():
+        for path in companion_files(model.source.folder) if model.family.library == "transformers" else ():
             shutil.copyfile(path, folder / path.name)
     # What a format unpacks or rounds back takes more room than the module does in memory.
     stored = None if export.format == "compress" else info.bytes

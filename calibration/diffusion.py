@@ -34,10 +34,11 @@ from .sampler import denoise_batch, make_scheduler
 if TYPE_CHECKING:
     from ..recipes.schema import CalibrationSettings
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_FILE = "index.json"
 _INPUT_PREFIX = "inputs/"
 _STATES = "hidden_states"
+_CLEAN = "clean"
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class DiffusionCalibration:
     """Trajectories on disk. Implements `calibration.base.Calibration`.
 
     One file per batch of samples: `hidden_states` [steps, batch, C, H, W] (one half: guidance feeds
-    both halves the same), `timesteps` [steps], and the conditions of both halves. The latents are called
-    `hidden_states` there, whatever the model calls them.
+    both halves the same), `timesteps` [steps], the samples they end in, and the conditions of both halves.
+    The latents are called `hidden_states` there, whatever the model calls them.
 
     Attributes:
         seed: of the recording, and of the run.
@@ -76,6 +77,16 @@ class DiffusionCalibration:
                     half = states[index : index + 1][0]
                     rows = torch.cat([half, half]) if self.guided else half
                     yield {self.latents: rows, "timestep": time.expand(len(rows)), **inputs}
+
+    def clean(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Yield, batch by batch, the samples that the trajectories end in and what they were drawn for.
+
+        Samples are [batch, C, H, W] float32; the conditions are those of the conditional half.
+        """
+        for path in self.files:
+            with safe_open(path, framework="pt") as file:
+                samples, inputs = file.get_tensor(_CLEAN), _nested(file)
+            yield samples, _rows(inputs, len(samples)) if self.guided else inputs
 
     def count(self) -> int:
         """Return how many forwards are recorded."""
@@ -183,12 +194,14 @@ def _record_batch(
         states.append(kwargs[model.family.latents][: stop - start].cpu().clone())
         times.append(kwargs["timestep"][0].cpu().clone())
 
-    denoise_batch(
+    clean = denoise_batch(
         model, scheduler, conditions, (start, stop), steps=settings.steps,
         guidance_scale=settings.guidance_scale, seed=seed, on_call=keep, progress=progress,
     )  # fmt: skip
     inputs = _flat(conditions.inputs(start, stop, guided=guided), _INPUT_PREFIX)
-    tensors = {_STATES: torch.stack(states), "timesteps": torch.stack(times), **inputs}
+    tensors = {
+        _STATES: torch.stack(states), "timesteps": torch.stack(times), _CLEAN: clean.cpu(), **inputs
+    }  # fmt: skip
     with atomic_file(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
         return file_sha256(temporary)
@@ -202,6 +215,16 @@ def _flat(inputs: dict[str, Any], prefix: str) -> dict[str, Tensor]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def _rows(inputs: dict[str, Any], count: int) -> dict[str, Any]:
+    """Return the first `count` rows of conditions that stand twice, nested ones included."""
+    return {
+        name: _rows(value, count)
+        if isinstance(value, dict)
+        else (value[:count] if value.ndim and len(value) == 2 * count else value)
+        for name, value in inputs.items()
+    }
 
 
 def _nested(file: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The small files beside a language model's weights: tokenizer, defaults for generating. Torch-free.
+"""The small files beside weights of transformers: tokenizer, defaults, preprocessing of images. Torch-free.
 
 They belong to the model and go with it, byte by byte, into whatever is made of it.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 NAMES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
-    "chat_template.json",
+    "chat_template.json", "preprocessor_config.json",
 )  # fmt: skip
 
 
