@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from ..runtime.manifest import ModuleSurgery
 from ..runtime.vision_config import convnext_shape
 from .base import FoldGroup
 from .classifier import ImageClassifier
+from .native_config import PrunedSizes
 from .structure import PrunableStructure
 from .transformer import fold_into_norm
 
@@ -53,6 +55,18 @@ class ConvNextFamily(ImageClassifier):
             return pixels[0] if name.startswith("convnext.embeddings.") else 1
 
         return count
+
+    def native_config(
+        self, config: Mapping[str, Any], surgery: Mapping[str, ModuleSurgery]
+    ) -> dict[str, Any] | None:
+        """Say the widths of the stages, where all inner widths are four times theirs."""
+        sizes = PrunedSizes.of(config, surgery, {})
+        widths = [
+            sizes.shapes[f"{_STAGES}.{stage}.layers.0.dwconv.weight"][0]
+            for stage in range(len(convnext_shape(config).depths))
+        ]
+        native = {**config, "hidden_sizes": widths}
+        return native if sizes.are_said_by(native, {}) else None
 
     def structure(self, module: nn.Module) -> PrunableStructure:
         """Width of every stage, and inner channels of every block."""

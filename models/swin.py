@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from math import inf, nextafter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..runtime.manifest import ModuleSurgery
 from ..runtime.vision_config import SwinShape, swin_shape
 from .base import FoldGroup, Role, Shapes
 from .classifier import ATTENTION_ROLES, ImageClassifier
+from .native_config import Attributes, PrunedSizes, attention_attributes
 from .structure import PrunableStructure
 from .transformer import fold_into_norm, fold_into_rows
 
@@ -81,6 +84,29 @@ class SwinFamily(ImageClassifier):
             for block in (f"{_STAGES}.{stage}.blocks.{index}" for index in range(depth))
         )
 
+    def native_config(
+        self, config: Mapping[str, Any], surgery: Mapping[str, ModuleSurgery]
+    ) -> dict[str, Any] | None:
+        """Say the first stage's width, heads per stage and a ratio of inner widths, where these say all."""
+        sizes = PrunedSizes.of(config, surgery, _attributes(config))
+        names = [f"{_STAGES}.{stage}.blocks.0" for stage in range(len(swin_shape(config).depths))]
+        width = sizes.shapes["swin.embeddings.norm.weight"][0]
+        ratio = sizes.shapes[f"{names[0]}.mlp.fc1.weight"][0] / width
+        native = {
+            **config,
+            "embed_dim": width,
+            "num_heads": [
+                int(sizes.attributes[f"{name}.attention"]["num_attention_heads"]) for name in names
+            ],
+            "hidden_size": width * 2 ** (len(names) - 1),
+        }
+        # Stock code rounds the product of ratio and width down, and a quotient may be a little too small.
+        for mlp_ratio in (ratio, nextafter(ratio, inf)):
+            found = {**native, "mlp_ratio": mlp_ratio}
+            if sizes.are_said_by(found, _attributes(found)):
+                return found
+        return None
+
     def structure(self, module: nn.Module) -> PrunableStructure:
         """Width of the stages, heads, their channels, and inner channels of the feed-forward networks.
 
@@ -116,6 +142,16 @@ class SwinFamily(ImageClassifier):
             last = stage
             places.append((name, role, index))
         return places
+
+
+def _attributes(config: Mapping[str, Any]) -> Attributes:
+    """Return what the stock attentions of a config compute with."""
+    shape = swin_shape(config)
+    return {
+        f"{_STAGES}.{stage}.blocks.{index}.attention": attention_attributes(heads, width // heads)
+        for stage, (heads, width) in enumerate(zip(shape.heads, shape.widths, strict=True))
+        for index in range(shape.depths[stage])
+    }
 
 
 def merges(module: nn.Module) -> list[tuple[str, Any]]:
