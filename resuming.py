@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from .exporters.attachments import read_attachments
+from .exporters.form import stored_surgery
 from .models.base import OpenModel
 from .models.open import open_model
 from .progress import SilentProgress
@@ -15,6 +17,8 @@ from .runtime.load import read_checkpoint
 def resume(model: OpenModel, folder: Path) -> None:
     """Put the checkpoint of a finished stage in the place of the module that was opened."""
     module, manifest = read_checkpoint(folder)
+    model.surgery = stored_surgery(folder, model.family, model.config)
+    model.attachments = read_attachments(folder)
     model.module = module.to(next(model.module.parameters()).device)
     model.quantization = dict(manifest.quantization)
     model.history = list(manifest.history)

@@ -20,6 +20,7 @@ from .evaluation.by_task import evaluator_for
 from .evaluation.evaluator import Evaluation
 from .evaluation.size import size_metrics
 from .execution import resolve_device
+from .exporters.form import stored_surgery
 from .exporters.fresh_process import verify_export
 from .exporters.inspection import foreign_schemes
 from .exporters.recorded_recipe import recorded_recipe, with_copies
@@ -114,23 +115,25 @@ def _strangers(exported: Mapping[str, Any], model: OpenModel) -> str:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A folder's module, its schemes, and its bytes where the module in memory has others."""
+    """A folder's module, its schemes and sizes, and its bytes where the module in memory has others."""
 
     module: nn.Module
     quantization: dict[str, Any]
+    surgery: dict[str, Any]
     stored_bytes: int | None
 
 
-def _load(folder: Path, format_: str) -> _Loaded:
+def _load(folder: Path, format_: str, model: OpenModel) -> _Loaded:
+    surgery = stored_surgery(folder, model.family, model.config)
     if format_ == "compress":
         module, manifest = read_checkpoint(folder)
-        return _Loaded(module, dict(manifest.quantization), None)
+        return _Loaded(module, dict(manifest.quantization), surgery, None)
     files = weight_files(folder)
     index = index_file(folder)
     if index is not None:
         files.append(index)
     size_bytes = sum(path.stat().st_size for path in files)
-    return _Loaded(load(folder), foreign_schemes(folder), size_bytes)
+    return _Loaded(load(folder), foreign_schemes(folder), surgery, size_bytes)
 
 
 def _measure(
@@ -140,8 +143,9 @@ def _measure(
     device = next(model.module.parameters()).device
     evaluator = evaluator_for(model, recipe.evaluate, recipe.seed, recipe.calibration)
     reference = evaluator.reference(model, None, progress)
-    loaded = _load(folder, exported["export"]["format"])
+    loaded = _load(folder, exported["export"]["format"], model)
     model.module, model.quantization = loaded.module.to(device), loaded.quantization
+    model.surgery = loaded.surgery
     evaluation = evaluator.compare(model, reference, progress)
     evaluation.metrics.update(size_metrics(model, loaded.stored_bytes))
     return evaluation

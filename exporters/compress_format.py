@@ -48,7 +48,7 @@ def layout(model: OpenModel) -> Layout:
         loads_with = ["compress.load(path)", stock_way(name, dtype)]
     tensors = [StoredTensor.of(name, tensor) for name, tensor in state.items() if name not in shared]
     tensors += _guard(name, quantization)
-    extra = {FILE_NAME: manifest.to_json(), **bits_files(model), **model.attachments}
+    extra = {FILE_NAME: manifest.to_json(), **bits_files(model)}
     return Layout(tensors, config, METADATA, loads_with, extra)
 
 

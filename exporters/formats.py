@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from ..errors import PlanError
 from ..models.base import Family, ModelSpec, OpenModel
 from ..runtime.validate import CONFIG_NAME
+from .attachments import attached
 from .stock import weights_name
 from .writer import DEFAULT_SHARD_BYTES, StoredTensor, file_bytes, write_tensors
 
@@ -115,7 +116,8 @@ def write(
         name=weights_name(model.family),
     )  # fmt: skip
     size = sum(path.stat().st_size for path in paths)
-    for name, text in {CONFIG_NAME: config_text(layout.config), **layout.extra}.items():
+    texts = {CONFIG_NAME: config_text(layout.config), **layout.extra, **attached(model.attachments)}
+    for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
         paths.append(folder / name)
     if model.scheduler is not None:

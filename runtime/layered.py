@@ -44,7 +44,7 @@ def check_layers_agree(module: nn.Module, config: Mapping[str, Any], where: str)
     found = {_LAYER.fullmatch(name): child for name, child in module.named_modules()}
     layers = {match[1]: child for match, child in found.items() if match is not None}
     for index, sizes in stated.items():
-        layer = layers.get(str(index))
+        layer = layers.get(str(index).lstrip("0") or "0")  # transformers writes indices of equal lengths
         if layer is None or not isinstance(sizes, Mapping):
             raise SourceError(f"{where}: {KEY}.{index}: the model has no such layer", hint=_HINT)
         real = dict(_sizes(layer))

@@ -15,6 +15,7 @@ from .config import DEFAULTS, SPARE_TABLE_BYTES
 from .encoders import check_encoders
 from .fetch import fetch
 from .language_config import implied_copies, is_language_class
+from .layered import check_layers_agree
 from .manifest import Manifest
 from .modules import dtype_of, exact_names, name_of, swap_linears
 from .surgery import apply_surgery
@@ -142,6 +143,7 @@ def skeleton(stored: StoredCheckpoint, dtype: torch.dtype) -> nn.Module:
     with init_empty_weights():
         module = _from_config(stored, dtype)
     apply_surgery(module, stored.manifest.surgery)
+    check_layers_agree(module, stored.config, str(stored.folder / CONFIG_NAME))
     swap_linears(module, stored.manifest.quantization, dtype)
     return module
 

@@ -80,7 +80,8 @@ def _set(child: nn.Module, name: str, attribute: str, value: int | float) -> Non
         raise SourceError(f"module {name} has no number {attribute}, which the manifest sets", hint=_HINT)
     if isinstance(old, int) and (not isinstance(value, int) or value > old):
         raise SourceError(
-            f"module {name}: the manifest sets {attribute} to {value}; pruning leaves an integer of at most {old}",
+            f"module {name}: the manifest sets {attribute} to {value}; pruning leaves an integer of at most"
+            f" {old}",
             hint=_HINT,
         )
     setattr(child, attribute, value)

@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import SourceError
+from .layered import KEY, check_layers_agree, homogeneous
 from .manifest import Manifest
 from .modules import ALIGNMENT, name_of, quantized_layers, swap_linears
 from .stored_section import StoredSection, check_cut, check_layers, refuse_empty
@@ -48,6 +49,21 @@ class CompressQuantizer(HfQuantizer):
     def __init__(self, quantization_config: CompressConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._manifest = quantization_config.manifest
+        self._layered: dict[str, Any] = {}
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Let the stock class build from the sizes that hold for the whole model.
+
+        The name is of the library, which asks here before the module is built and no sooner. A stock class
+        refuses to build from sizes per layer; they are held against the module once it is cut.
+        """
+        if not getattr(config, "is_heterogeneous", False):
+            return config
+        document = config.to_dict()
+        self._layered = {KEY: document.get(KEY)}
+        plain = type(config)(**homogeneous(document))
+        plain._attn_implementation = config._attn_implementation
+        return plain
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         """Hold the files' headers against the config, and put the empty quantized layers in their places."""
@@ -65,6 +81,7 @@ class CompressQuantizer(HfQuantizer):
         check_quantized(self._manifest, self.quantization_config.dtype, tensors, where)
         target = next(item.dtype for item in model.parameters() if item.is_floating_point())
         apply_surgery(model, self._manifest.surgery)
+        check_layers_agree(model, self._layered, where)
         swap_linears(model, self._manifest.quantization, target)
         self.quantization_config.dtype = name_of(target)
         _check_names(model, tensors, where)
