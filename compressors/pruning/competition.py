@@ -70,7 +70,8 @@ def check_shares(scopes: Sequence[Scope]) -> None:
             most = 1.0 - scope.least / scope.initial
             raise PlanError(
                 f"ratios.{scope.setting}: {scope.share:g} of the {scope.initial} {_units(scope)} of"
-                f" {scope.name} leaves {scope.wanted()}; {len(scope.members)} layers keep {scope.least} at least",
+                f" {scope.name} leaves {scope.wanted()}; its {len(scope.members)} layers keep at least"
+                f" {scope.least}",
                 hint=f"ask for at most {int(most * 1000) / 1000:g}, or lower round_to",
             )
 

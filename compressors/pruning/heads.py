@@ -1,4 +1,4 @@
-"""Scores of heads and of their channels, from the scores of an attention's channels, and what is kept of them.
+"""Scores of heads and of their channels, from those of an attention's channels, and what is kept.
 
 Both are read off the layout before the cut, as the official code does (arXiv 2407.04616).
 """

@@ -63,7 +63,7 @@ class Counter:
     def cost(self, widths: Widths) -> Cost:
         """Count."""
         spec = self._spec
-        shapes = cut_shapes(self._shapes, self._groups, widths.flat())
+        shapes = cut_shapes(self._shapes, self._groups, widths.flat(), widths.heads)
         stored = (name for name in shapes if name not in spec.shared)
         return Cost(
             spec.family.macs(spec.config, shapes=shapes),
@@ -135,13 +135,16 @@ class Search:
         self._count = count
         self._limits = limits
 
-    def find(self) -> Found:
+    def find(self, *, strict: bool = True) -> Found:
         """Search.
+
+        Args:
+            strict: refuse limits that the model keeps as it is; not so in later steps of a schedule.
 
         Raises:
             PlanError: nothing has to be removed, or the least widths still exceed a limit.
         """
-        self._refuse()
+        self._refuse(strict)
         highest = max(1.0 / scope.share for scope in self._scopes)
         fixed: dict[str, int] = {}
         scale = first = self._bisect(fixed, highest)
@@ -154,9 +157,9 @@ class Search:
         widths = self._fill(self._widths(fixed, scale))
         return Found(first, widths, self._count(widths))
 
-    def _refuse(self) -> None:
+    def _refuse(self, strict: bool) -> None:
         now = self._count(Widths.of(self._groups))
-        if now.load(self._limits) <= 1.0:
+        if strict and now.load(self._limits) <= 1.0:
             raise PlanError(
                 f"target: the model takes {self._told(now)} and keeps it already; nothing would be removed",
                 hint="ask for less",
@@ -195,7 +198,7 @@ class Search:
         return high
 
     def _fill(self, widths: Widths) -> Widths:
-        """Give what is left to single layers: the next ones in the order of their scores, finest kind first."""
+        """Give what is left to single layers: the next by their scores, finest kind first."""
         for unit in ("ff", "head_dim", "heads"):
             for scope in self._scopes:
                 if scope.unit == unit or (unit == "ff" and scope.unit == "width"):
