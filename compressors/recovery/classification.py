@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +31,6 @@ class Images(Protocol):
 
     def __len__(self) -> int:
         """How many there are."""
-
-
-@runtime_checkable
-class TrainingImages(Protocol):
-    """A calibration that has images to train on."""
-
-    def training(self) -> Images:
-        """All images that are not held out."""
 
 
 @dataclass(frozen=True)

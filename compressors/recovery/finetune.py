@@ -12,16 +12,20 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from ...calibration.base import Calibration
+from ...calibration.classification import ClassificationCalibration, warn_of_skipped
+from ...calibration.content import hash_weights
+from ...calibration.images import ImageSet, training_images
 from ...errors import PlanError
 from ...models.base import ModelSpec, OpenModel
 from ...models.open import read_spec
 from ...progress import Progress
 from ...recipes.recovery import FinetuneSettings
-from ...recipes.schema import ModelRef
+from ...recipes.schema import CalibrationSettings, ModelRef
 from ...runtime.hashes import digest
 from ..base import StagePlan, Workspace
-from .classification import Classification, Images, Teacher, TrainingImages
+from .classification import Classification, Images, Teacher
 from .details import training_details
+from .keeping import BUDGET_BYTES, KeptImages
 from .loop import train
 from .memory import plan_training
 from .schedule import step_count
@@ -43,7 +47,7 @@ class Finetune:
         _refuse_quantized(bool(spec.quantization))
         teacher = _original_bytes(spec) if settings.distill is not None else 0
         notes = (f"the original answers beside it: {teacher / 2**20:,.0f} MiB",) if teacher else ()
-        return plan_training(spec, settings, teacher_bytes=teacher, notes=notes)
+        return plan_training(spec, settings, teacher_bytes=teacher, data_bytes=BUDGET_BYTES, notes=notes)
 
     def apply(
         self,
@@ -63,17 +67,20 @@ class Finetune:
         _refuse_quantized(bool(model.quantization))
         images = _images(model, settings, calibration)
         _check_labels(images, settings, model)
+        if settings.images is not None:  # those of the calibration are told there
+            warn_of_skipped(images, str(settings.images), progress)
+        kept = KeptImages(images)
         steps = step_count(settings, len(images))
         teacher = _teacher(settings, workspace)
         if teacher is not None:
-            teacher.prepare(images, steps, progress)
+            teacher.prepare(kept, steps, progress)
         seed = calibration.seed
         trained = train(
-            Classification(model.module, settings, images, teacher, seed),
+            Classification(model.module, settings, kept, teacher, seed),
             settings,
             steps=steps,
             seed=seed,
-            key=digest([settings.model_dump(mode="json"), seed, steps, calibration.key, model.source.hashes]),
+            key=digest([settings.model_dump(mode="json"), steps, images.key, *_weights(model)]),
             folder=workspace.folder,
             progress=progress,
         )
@@ -88,9 +95,14 @@ def _refuse_quantized(quantized: bool) -> None:
     """
     if quantized:
         raise PlanError(
-            "finetune: the model is quantized, and rounded weights cannot be trained",
+            "the model is quantized, and rounded weights cannot be trained",
             hint="put finetune before the quantizer",
         )
+
+
+def _weights(model: OpenModel) -> tuple[str, list[tuple[str, str]]]:
+    """Return hashes of the weights that are trained, and of the original's."""
+    return hash_weights(model.module), sorted(model.source.hashes.items())
 
 
 def _original_bytes(spec: ModelSpec) -> int:
@@ -111,12 +123,20 @@ def _teacher(settings: FinetuneSettings, workspace: Workspace) -> Teacher | None
     return Teacher(workspace.original().module, settings)
 
 
-def _images(model: OpenModel, settings: FinetuneSettings, calibration: Calibration) -> Images:
-    if not isinstance(calibration, TrainingImages):
-        raise PlanError(
-            f"finetune: nothing to train a {model.family.name} on", hint="name images to train on"
-        )
-    return calibration.training()
+def _images(model: OpenModel, settings: FinetuneSettings, calibration: Calibration) -> ImageSet:
+    """Return what is trained on: images of the calibration that nothing is measured on, or others.
+
+    Raises:
+        PlanError: the calibration is none of images.
+        SourceError: images cannot be read.
+    """
+    if not isinstance(calibration, ClassificationCalibration):
+        raise PlanError("finetune: there are no images to train on", hint="it is for classifiers")
+    if settings.images is None:
+        return calibration.training()
+    pool = calibration.pools.train
+    place = CalibrationSettings.model_validate({"images": pool.path, "strict": pool.strict})
+    return training_images(model, settings.images, place, calibration.seed)
 
 
 def _check_labels(images: Images, settings: FinetuneSettings, model: OpenModel) -> None:
