@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import _allocation
+from . import _allocation, _pruning
 from ._tables import Section, Table
 from ._units import amount, duration, plain, size
 
@@ -78,6 +78,7 @@ def report(document: Document) -> list[Section]:
         ]
         sections.append(Table("stages", ["stage", "time", "peak memory", "bytes after"], rows))
         sections += [line for stage in stages for line in _allocation.lines(stage)]
+        sections += _pruning.sections(document)
         sections.append(before_after(stages[0]["before"], stages[-1]["after"]))
     for single in single_reports(document):
         sections += judgement(single)
@@ -144,6 +145,7 @@ def plan(document: Document) -> list[Section]:
     if stages:
         columns = ["stage", "bytes before", "bytes after", "bits per weight", "peak memory"]
         sections.append(Table("planned stages", columns, rows))
+        sections += _pruning.sections(document)
         sections.append(before_after(stages[0]["before"], stages[-1]["after"]))
     notes = [f"{stage['method']}: {note}" for stage in stages for note in stage["notes"]]
     sections += [f"note: {note}" for note in notes]

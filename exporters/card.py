@@ -18,6 +18,7 @@ from .card_layers import export_notes, layers, limits
 from .card_loading import loading
 from .card_metadata import front_matter, metadata
 from .card_provenance import licence, provenance
+from .card_pruning import pruning
 from .card_subject import Subject
 from .layer_table import average_bits, exceptions
 from .markdown import code, size
@@ -75,6 +76,7 @@ def render_card(
         export_notes(subject),
         measured(subject, figures),
         gates(subject),
+        pruning(subject),
         allocation(subject),
         layers(subject),
         limits(subject),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ _CAPTIONS = {
     "bits.png": "Bits and bytes of the linear layers inside the blocks.",
     "sensitivity.png": "Signal to error of the output with one layer's weight quantized, layer by layer.",
     "error_over_bytes.png": "Measured error over bytes: this checkpoint, other budgets, and equal bits.",
+    "widths.png": "Width of every layer before and after pruning.",
+    "scores.png": "Scores of the channels that competed with each other: kept and removed.",
+    "training_loss.png": "Loss of the training after pruning.",
 }
 _METRIC_ROWS = (
     ("sqnr_db", "denoiser SQNR, all steps", "{:.2f} dB"),
@@ -43,7 +47,11 @@ def measured(subject: Subject, figures: Sequence[str]) -> Iterator[str]:
 
 
 def _picture(name: str) -> Iterator[str]:
-    yield from (f"![{_CAPTIONS.get(name, name)}]({name})", "")
+    caption = _CAPTIONS.get(name, name)
+    later = re.fullmatch(r"(.+)_(\d+)\.png", name)
+    if later and f"{later[1]}.png" in _CAPTIONS:
+        caption = f"{_CAPTIONS[f'{later[1]}.png']} Stage {later[2]} of this kind."
+    yield from (f"![{caption}]({name})", "")
 
 
 def _rows(subject: Subject) -> list[tuple[str, str, str]]:

@@ -6,7 +6,8 @@ state nor a user's matplotlibrc has a say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,15 @@ from torch import Tensor
 from ..evaluation.evaluator import Evaluation
 from .drawing import BLUE, INK, MUTED, ORANGE, new_figure, plain_defaults, save, tidy
 from .figures_bits import draw_bits, draw_points, draw_sensitivity
+from .figures_pruning import draw_scores, draw_training, draw_widths
 from .layer_table import allocation_of, label_of, mixed_label_of
+from .pruning_table import numbered, prunings, recoveries, widths_of
 
 SAMPLES, TIMESTEPS, LAYERS, BITS = "samples.png", "sqnr_per_timestep.png", "layer_error.png", "bits.png"
 SENSITIVITY, POINTS = "sensitivity.png", "error_over_bytes.png"
+SCORES, WIDTHS, TRAINING = "scores.png", "widths.png", "training_loss.png"
+ORDER = (SAMPLES, TIMESTEPS, LAYERS, BITS, SENSITIVITY, POINTS, WIDTHS, SCORES, TRAINING)
+"""In which a card shows the pictures."""
 
 _COLUMNS = 8  # samples side by side
 _ROLE_STYLES = (
@@ -128,6 +134,32 @@ def draw_layers(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+Drawing = tuple[str, bool, Callable[[], Figure]]
+"""File name, whether there is something to draw, what draws it."""
+
+
+def _of_pruning(document: Mapping[str, Any]) -> Iterator[Drawing]:
+    """Yield the pictures of every stage that removed channels or trained; later ones are numbered."""
+    for number, stage in enumerate(prunings(document), 1):
+        details = stage["details"]
+        scored = any(entry.get("histogram") for entry in details["classes"])
+        yield numbered(WIDTHS, number), bool(widths_of(details)), partial(draw_widths, details)
+        yield numbered(SCORES, number), scored, partial(draw_scores, details)
+    for number, stage in enumerate(recoveries(document), 1):
+        yield numbered(TRAINING, number), True, partial(draw_training, stage["details"])
+
+
+def figures_in(folder: Path) -> list[str]:
+    """Return the names of the pictures that `write_figures` put into a folder, in the order of a card."""
+    found = []
+    for name in ORDER:
+        number = 1
+        while (folder / numbered(name, number)).is_file():
+            found.append(numbered(name, number))
+            number += 1
+    return found
+
+
 def write_figures(folder: Path, evaluation: Evaluation, document: Mapping[str, Any]) -> list[str]:
     """Write the pictures for which there are measurements.
 
@@ -143,7 +175,7 @@ def write_figures(folder: Path, evaluation: Evaluation, document: Mapping[str, A
     allocation = allocation_of(document) or {}
     mixed = mixed_label_of(document)
     label = f"{mixed} mixed" if mixed else label_of(document["evaluation"].get("linears", ())) or "compressed"
-    drawings: list[tuple[str, bool, Callable[[], Figure]]] = [
+    drawings: list[Drawing] = [
         (SAMPLES, bool(evaluation.images), lambda: draw_samples(evaluation, label)),
         (TIMESTEPS, bool(details.get("timesteps")), lambda: draw_timesteps(details, metrics)),
         (LAYERS, bool(details.get("layers")), lambda: draw_layers(details["layers"])),
@@ -152,6 +184,7 @@ def write_figures(folder: Path, evaluation: Evaluation, document: Mapping[str, A
         (SENSITIVITY, any(row["sensitivity"] for row in allocation.get("layers", ())),
          lambda: draw_sensitivity(allocation["layers"], details["linears"])),
         (POINTS, bool(allocation.get("points")), lambda: draw_points(allocation)),
+        *_of_pruning(document),
     ]  # fmt: skip
     written = []
     with plain_defaults():
@@ -159,4 +192,4 @@ def write_figures(folder: Path, evaluation: Evaluation, document: Mapping[str, A
             if measured:
                 save(draw(), folder / name)
                 written.append(name)
-    return written
+    return [name for name in figures_in(folder) if name in written]

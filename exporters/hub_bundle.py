@@ -180,9 +180,9 @@ def _card(folder: Path, document: dict[str, Any], settings: PushSettings) -> str
     """Render the card for the repository."""
     # Here, because they import torch, and a push that is refused should not wait for it.
     from .card import render_card
-    from .figures import BITS, LAYERS, SAMPLES, TIMESTEPS
+    from .figures import figures_in
 
-    figures = [name for name in (SAMPLES, TIMESTEPS, LAYERS, BITS) if (folder / name).is_file()]
+    figures = figures_in(folder)
     recipe_text = (folder / RECIPE_NAME).read_text(encoding="utf-8")
     try:
         return render_card(document, figures, recipe_text, place=settings.repo, revision=settings.revision)

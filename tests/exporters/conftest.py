@@ -135,3 +135,56 @@ def ways():
         "sdnq": [stock],
         "dequantized": ["compress.load(path)", stock],
     }
+
+
+def _member(name, block, before, after, heads=None, head_dim=None):
+    return {
+        "name": name, "block": block, "before": before, "after": after, "heads": heads, "head_dim": head_dim,
+    }  # fmt: skip
+
+
+def _histogram(removed, kept, low=0.2, high=3.0, bins=24):
+    """Scores as two overlapping hills: what is removed is the lower part, cut sharply."""
+    import numpy as np
+
+    edges = np.linspace(low, high, bins + 1)
+    hill = np.exp(-(((edges[:-1] - 0.9) / 0.5) ** 2))
+    counts = np.round(hill / hill.sum() * (removed + kept)).astype(int)
+    gone = np.where(np.cumsum(counts) <= removed, counts, 0)
+    return {"edges": edges.tolist(), "kept": (counts - gone).tolist(), "removed": gone.tolist()}
+
+
+@pytest.fixture
+def pruning_details():
+    """Return `pruning_details(blocks)` -> what a stage that removed channels of a classifier tells."""
+
+    def make(blocks: int = 4) -> dict[str, Any]:
+        ff = [_member(f"vit.layers.{i}.mlp.fc1", i, 512, 128 + 32 * (i % 6)) for i in range(blocks)]
+        attention = [
+            _member(f"vit.layers.{i}.attention.q_proj", i, 128, (4 - i % 2) * 24, [4, 4 - i % 2], [32, 24])
+            for i in range(blocks)
+        ]
+        classes = [
+            {"name": "width", "kind": "width", "members": [_member("vit.embeddings", None, 128, 96)]},
+            {"name": "ff", "kind": "ff", "members": ff},
+            {"name": "attention", "kind": "attention", "members": attention},
+        ]
+        for entry in classes:
+            before, after = (sum(member[key] for member in entry["members"]) for key in ("before", "after"))
+            entry |= {"channels": [before, after], "histogram": _histogram(before - after, after)}
+        return {
+            "classes": classes, "ranking": "isomorphic", "importance": "taylor", "samples": 64,
+            "macs": [1_000_000, 500_000], "parameters": [20000, 9000], "paper_macs": [990_000, 495_000],
+            "loss": {"name": "cross_entropy", "before": 0.5, "after": 1.25},
+            "baselines": {"global": {"loss": 1.75, "macs": 501_000}}, "target": None,
+            "ratios": {"width": 0.25}, "selection_file": "pruning.json",
+        }  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def training_details():
+    """What a stage that trained after pruning tells."""
+    loss = [[step, 0.4 + 1.2 / (1 + step / 20) + 0.05 * (step % 3)] for step in range(1, 400, 2)]
+    return {"steps": 400, "loss": loss, "lr": [5e-4] * len(loss), "images": 5000}

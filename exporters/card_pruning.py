@@ -1,0 +1,141 @@
+"""The card's account of pruning: what was removed, by which scores, at what cost, what trained it then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from .card_subject import Subject
+from .markdown import code, table
+from .pruning_table import (
+    Document,
+    change,
+    layers_of,
+    prunings,
+    recoveries,
+    shown_class,
+    span,
+    widths_of,
+)
+
+_SCORES = {
+    "taylor": "the size of weight times summed gradient (Taylor)",
+    "magnitude": "the squared size of the weights (magnitude)",
+}
+_RANKINGS = {
+    "isomorphic": "Isomorphic sub-structures of all layers compete among themselves (arXiv 2407.04616).",
+    "global": "All sub-structures of a kind compete, whatever their form (a baseline).",
+    "local": "Every layer competes with itself alone (a baseline).",
+}
+_LOSSES = {
+    "cross_entropy": "cross-entropy with the labels",
+    "pseudo_labels": "cross-entropy with the original's own answers",
+    "output_norm": "mean square of the outputs",
+    "denoising": "error of the denoiser on its own samples",
+}
+TRAIN_AFTERWARDS = "Nothing trained the model after it was pruned: fine-tuning is required before it is used."
+
+
+def pruning(subject: Subject) -> Iterator[str]:
+    """Yield the section on what was removed and trained, or nothing where nothing was."""
+    found, trained = prunings(subject.document), recoveries(subject.document)
+    if not found and not trained:
+        return
+    yield from ("## What was removed" if found else "## What was trained", "")
+    for stage in found:
+        yield from _stage(stage)
+    yield from _recovery(trained, bool(found))
+    yield from _accuracy(subject.document, found, trained)
+
+
+def _stage(stage: Document) -> Iterator[str]:
+    details = stage["details"]
+    yield f"By {code(stage['method'])}. {_RANKINGS.get(details['ranking'], details['ranking'])}"
+    yield f"A channel is scored by {_SCORES.get(details['importance'], details['importance'])}."
+    yield from _scored_on(details)
+    yield ""
+    header = ("what competed", "layers", "channels before", "after", "kept", "per layer, after")
+    yield from table(header, _classes(details))
+    yield from table(("width", "layers", "before", "after", "kept"), _widths(details))
+    yield from table(("", "before", "after", "kept"), _totals(details))
+    yield from _losses(details)
+
+
+def _scored_on(details: Document) -> Iterator[str]:
+    samples, loss = details.get("samples"), (details.get("loss") or {}).get("name")
+    if details["importance"] == "taylor" and samples:
+        what = f" of {_LOSSES.get(loss, loss)}" if loss else ""
+        yield f"The gradients{what} were summed over {samples:,} calibration samples."
+
+
+def _classes(details: Document) -> Iterator[tuple[object, ...]]:
+    for entry in details["classes"]:
+        before, after = entry["channels"]
+        widths = span([member["after"] for member in entry["members"]])
+        yield (
+            shown_class(entry), len(entry["members"]), f"{before:,}", f"{after:,}", f"{after / before:.1%}",
+            widths,
+        )  # fmt: skip
+
+
+def _widths(details: Document) -> Iterator[tuple[object, ...]]:
+    for kind in widths_of(details):
+        layers = layers_of(details, kind)
+        before, after = sum(layer.before for layer in layers), sum(layer.after for layer in layers)
+        yield (kind, len(layers), f"{before:,}", f"{after:,}", f"{after / before:.1%}")
+
+
+def _totals(details: Document) -> Iterator[tuple[object, ...]]:
+    rows = (
+        ("parameters", "parameters"),
+        ("macs", "multiply-accumulates of one forward, attention products included"),
+        ("paper_macs", "the same, counted as the papers on pruning do"),
+    )
+    for key, name in rows:
+        pair = details.get(key)
+        if pair:
+            yield (name, f"{pair[0]:,}", f"{pair[1]:,}", f"{pair[1] / pair[0]:.1%}")
+
+
+def _losses(details: Document) -> Iterator[str]:
+    """Tell what removing cost, beside what other rankings would have, at equal work."""
+    loss = details.get("loss") or {}
+    rows: list[tuple[object, ...]] = []
+    if loss.get("after") is not None:
+        before = "" if loss.get("before") is None else f"{loss['before']:.5g}"
+        rows.append((f"**{details['ranking']}**", before, f"{loss['after']:.5g}", f"{details['macs'][1]:,}"))
+    for name, other in (details.get("baselines") or {}).items():
+        rows.append((name, "", f"{other['loss']:.5g}", f"{other['macs']:,}"))
+    if rows:
+        yield "Loss on the calibration samples right after removing, nothing trained:"
+        yield ""
+        yield from table(("ranking", "loss before", "loss after", "multiply-accumulates"), rows)
+
+
+def _recovery(trained: Sequence[Document], pruned: bool) -> Iterator[str]:
+    for stage in trained:
+        details = stage["details"]
+        images = details.get("images")
+        on = f" on {images:,} images" if isinstance(images, int) else ""
+        first, last = change(details["loss"])
+        yield f"Trained afterwards by {code(stage['method'])}: {details['steps']:,} steps{on}; training loss"
+        yield f"{first:.4g} at the start, {last:.4g} at the end."
+        yield ""
+    if pruned and not trained:
+        yield f"**{TRAIN_AFTERWARDS}**"
+        yield ""
+
+
+def _accuracy(document: Document, found: Sequence[Document], trained: Sequence[Document]) -> Iterator[str]:
+    metrics: Mapping[str, Any] = document["evaluation"].get("metrics", {})
+    rows = []
+    if "accuracy_original" in metrics:
+        rows.append(("original", f"{metrics['accuracy_original']:.2%}"))
+    for stage in (*found, *trained):
+        value = (stage["details"].get("measured") or {}).get("accuracy")
+        if value is not None:
+            rows.append((f"after {code(stage['method'])}", f"{value:.2%}"))
+    if "accuracy" in metrics:
+        rows.append(("this checkpoint", f"{metrics['accuracy']:.2%}"))
+    if rows:
+        yield from table(("", "accuracy"), rows)
