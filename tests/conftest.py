@@ -474,3 +474,13 @@ def open_cut() -> Callable[..., Any]:
         return cut_by_hand(model, sizes)
 
     return build
+
+
+@pytest.fixture
+def make_vit(tmp_path: Path) -> Callable[..., Path]:
+    """Return `make_vit(class_name)` -> folder of a tiny random classifier, as the library saves it."""
+    from .tiny_classifiers import save_classifier
+
+    return lambda class_name="ViTForImageClassification", **changes: save_classifier(
+        class_name, tmp_path / f"{class_name}-{len(list(tmp_path.iterdir()))}", **changes
+    )
