@@ -21,7 +21,7 @@ from ..runtime.validate import expected_tensors, guard_name, quantization_sectio
 from .bits_file import bits_files
 from .form import stored_form
 from .formats import Layout
-from .stock import left_out, registered_way, stock_way
+from .stock import left_out, named_by_library, registered_way, stock_way
 from .writer import StoredTensor, dtype_code
 
 METADATA: Mapping[str, str] = {"format": "pt"}
@@ -48,6 +48,8 @@ def layout(model: OpenModel) -> Layout:
         loads_with = ["compress.load(path)", stock_way(name, dtype)]
     tensors = [StoredTensor.of(name, tensor) for name, tensor in state.items() if name not in shared]
     tensors += _guard(name, quantization)
+    if not (quantization or form.surgery):
+        tensors = named_by_library(name, tensors)
     extra = {FILE_NAME: manifest.to_json(), **bits_files(model)}
     return Layout(tensors, config, METADATA, loads_with, extra)
 
@@ -61,11 +63,20 @@ def predict(spec: ModelSpec) -> tuple[list[StoredTensor], Mapping[str, str]]:
         for copy, canonical in (_expand(spec.shared.items(), spec.quantization) if spec.quantization else ())
         if copy in tensors and canonical in tensors and tensors[copy] == tensors[canonical]
     }
-    return [
+    class_name = str(spec.config["_class_name"])
+    stored = [
         StoredTensor(name, dtype_code(tensor.dtype), tensor.shape)
         for name, tensor in tensors.items()
         if name not in shared
-    ] + _guard(str(spec.config["_class_name"]), spec.quantization), METADATA
+    ] + _guard(class_name, spec.quantization)
+    if not spec.quantization and _is_native(spec):
+        stored = named_by_library(class_name, stored)
+    return stored, METADATA
+
+
+def _is_native(spec: ModelSpec) -> bool:
+    """Tell whether a stock config says all sizes of a planned model."""
+    return not spec.surgery or spec.family.native_config(spec.config, spec.surgery) is not None
 
 
 def _guard(class_name: str, quantization: Mapping[str, QuantizedModule]) -> list[StoredTensor]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..models.base import Family
 from ..runtime.language_config import implied_copies
-from ..runtime.transformers_config import auto_class_of, is_transformers_class
+from ..runtime.transformers_config import auto_class_of, is_transformers_class, named_as_stored
 from ..runtime.validate import LANGUAGE_WEIGHTS_NAME, WEIGHTS_NAME
+from .writer import StoredTensor
 
 
 def library_of(class_name: str) -> str:
@@ -40,6 +42,15 @@ def registered_way(class_name: str) -> str:
 def weights_name(family: Family) -> str:
     """Return the name of the weight file where there is one."""
     return LANGUAGE_WEIGHTS_NAME if family.library == "transformers" else WEIGHTS_NAME
+
+
+def named_by_library(class_name: str, tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
+    """Return tensors of a folder that stock classes load, under the names that the library saves them by.
+
+    transformers still saves vision models under the names of its former modules, and reads those in every
+    release; names of modules are read by the releases that have such modules alone.
+    """
+    return [replace(tensor, name=named_as_stored(class_name, tensor.name)) for tensor in tensors]
 
 
 def left_out(config: Mapping[str, Any]) -> frozenset[str]:
