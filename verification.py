@@ -90,7 +90,10 @@ def verify_against(
     evaluation = _measure(recipe, model, folder, exported, progress)
     _check_outputs(result, recipe, model, folder, exported, evaluation, progress)
     agreement = compare_metrics(
-        exported["evaluation"]["metrics"], evaluation.metrics, quality_samples=_quality_samples(recipe)
+        exported["evaluation"]["metrics"],
+        evaluation.metrics,
+        quality_samples=_quality_samples(recipe),
+        fidelity_samples=recipe.evaluate.fidelity.samples if recipe.evaluate.fidelity else None,
     )
     _check_figures(result, agreement)
     _check_gates(result, recipe, evaluation)

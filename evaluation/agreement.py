@@ -78,16 +78,23 @@ class Agreement:
 
 
 def compare_metrics(
-    recorded: Mapping[str, Any], measured: Mapping[str, float], *, quality_samples: int | None
+    recorded: Mapping[str, Any],
+    measured: Mapping[str, float],
+    *,
+    quality_samples: int | None,
+    fidelity_samples: int | None = None,
 ) -> Agreement:
     """Hold figures against the recorded ones; what is only measured now says nothing about a record.
 
     Args:
         recorded: of a report.
         measured: now.
-        quality_samples: that class agreement was counted on, None where it was not measured.
+        quality_samples: that class agreement and accuracy were counted on, None where they were not
+            measured.
+        fidelity_samples: the same of equal answers of classifiers.
     """
-    return Agreement(tuple(_row(name, recorded[name], measured, quality_samples) for name in recorded))
+    counted = {name: fidelity_samples if name == "top1_agreement" else quality_samples for name in recorded}
+    return Agreement(tuple(_row(name, recorded[name], measured, counted[name]) for name in recorded))
 
 
 def _row(name: str, stated: Any, measured: Mapping[str, float], samples: int | None) -> Row:
@@ -112,7 +119,7 @@ def _allowed(name: str, recorded: float, samples: int | None) -> float:
         return _SSIM
     if name.startswith("perplexity") or name == "kl":
         return _of_text(name, recorded)
-    if name.startswith("class_agreement"):
+    if name.startswith(("class_agreement", "accuracy", "top1_agreement")):
         # A handful of samples near a decision's border; a drop is a difference of two such counts.
         least = max(_AGREEMENT, 3.0 / samples if samples else 0.0)
         return 2 * least if name.endswith("_drop") else least

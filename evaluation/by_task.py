@@ -1,4 +1,4 @@
-"""Which evaluation fits a model: samples of a denoiser, next tokens of a language model."""
+"""Which evaluation fits a model: samples of a denoiser, next tokens, or classes of images."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Protocol
 from ..models.base import OpenModel
 from ..progress import Progress
 from ..recipes.schema import CalibrationSettings, EvaluateSettings
+from .classification import ClassificationEvaluator
 from .evaluator import Evaluation, Evaluator
 from .language import LanguageEvaluator
 from .reference import Reference
@@ -34,8 +35,10 @@ def evaluator_for(
         model: the original.
         settings: what to measure.
         seed: of the run.
-        calibration: where class labels, prompts or text come from.
+        calibration: where class labels, prompts, text or images come from.
     """
+    if model.family.task == "classify":
+        return ClassificationEvaluator(settings, seed, calibration)
     if model.family.task == "language":
         return LanguageEvaluator(settings, seed, calibration)
     return Evaluator(settings, seed, calibration)

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from ..models.base import OpenModel
 from .metrics import decibels, powers
 
-STREAMS = ("hidden_states", "encoder_hidden_states")
+STREAMS = ("hidden_states", "encoder_hidden_states", "features")
+"""Arguments of blocks: tokens or pixels, the text beside them, what ConvNeXt calls its pixels."""
 SKIPS = "res_hidden_states_tuple"
 """Argument of a U-Net's blocks on the way up: what the way down has left for them."""
+_RESIDUAL = (f"in|{STREAMS[0]}", f"in|{STREAMS[2]}")
 ROLES = frozenset(
     {
         *("attention.q", "attention.k", "attention.out", "cross.q", "cross.k", "cross.out"),
@@ -165,18 +167,27 @@ class _Recorder:
 
 
 class _Comparer:
-    """Replaces block inputs by the original's and adds up signal and noise, reading block by block."""
+    """Replaces block inputs by the original's and adds up signal and noise, reading block by block.
+
+    A block whose stream was pruned to another width cannot be fed the original's input, and a layer
+    that lost outputs cannot be compared: these get no figure.
+    """
 
     def __init__(self, folder: Path, sums: dict[str, Powers]) -> None:
         self._folder = folder
         self._recorded: dict[str, Tensor] = {}
         self._sums = sums
+        self._comparable = True
 
     def block_input(self, name: str, arguments: dict[str, Any]) -> None:
         self._recorded = load_file(_file(self._folder, name))
-        for stream in STREAMS:
-            original = self._recorded.get(f"in|{stream}")
-            if original is not None:
+        inputs = {stream: self._recorded.get(f"in|{stream}") for stream in STREAMS}
+        self._comparable = all(
+            original is None or original.shape == arguments[stream].shape
+            for stream, original in inputs.items()
+        )
+        for stream, original in inputs.items():
+            if original is not None and self._comparable:
                 arguments[stream] = original.to(arguments[stream])
         if SKIPS in arguments:
             arguments[SKIPS] = tuple(
@@ -184,8 +195,11 @@ class _Comparer:
             )
 
     def block_output(self, name: str, output: Output) -> None:
+        if not self._comparable:
+            return
         found = self._sums.setdefault(name, Powers())
-        wanted, entered = self._recorded["out"], self._recorded[f"in|{STREAMS[0]}"]
+        wanted = self._recorded["out"]
+        entered = next(self._recorded[key] for key in _RESIDUAL if key in self._recorded)
         # Item by item: in double precision a whole batch of a large image would be most of the memory.
         for item, before, after in zip(wanted, entered, _image_stream(output).cpu(), strict=True):
             update = item.double() - before.double() if item.shape == before.shape else item.double()
@@ -193,8 +207,9 @@ class _Comparer:
         self._recorded = {}
 
     def linear_output(self, name: str, output: Tensor) -> None:
-        pair = powers(self._recorded[f"rows|{name}"], _rows(output).cpu())
-        self._sums.setdefault(name, Powers()).add(*pair)
+        before, after = self._recorded[f"rows|{name}"], _rows(output).cpu()
+        if self._comparable and before.shape == after.shape:
+            self._sums.setdefault(name, Powers()).add(*powers(before, after))
 
 
 @torch.no_grad()
