@@ -45,9 +45,9 @@ from .workdir import WorkDirectory, digest
 # Room for what is neither weights nor statistics: the interpreter and the libraries.
 _PROCESS_BYTES = 600 * 2**20
 _PLAN_SLACK = 0.02
-# Of a stage's details: rows per layer, per measured sensitivity, per allocation that was tried; and times,
-# with which equal runs would write different files.
-_REPORT_ALONE = frozenset({"layers", "sensitivity", "points", "seconds"})
+# Of a stage's details: rows per layer, per measured sensitivity, per allocation that was tried; how scores
+# spread; and times, with which equal runs would write different files.
+_REPORT_ALONE = frozenset({"layers", "sensitivity", "points", "seconds", "histogram"})
 
 
 def resolve_device(name: str) -> str:
@@ -103,7 +103,7 @@ def check_plan(loaded: LoadedRecipe, targets: Sequence[Path], work_root: Path, *
         if export.push is not None and export.push.verify_remote
     ]
     _check_disks(plans, writes, work_root, downloads)
-    _check_memory(plans, workers)
+    check_memory(plans, workers)
 
 
 def _check_disks(
@@ -143,7 +143,7 @@ def _check_disks(
             )
 
 
-def _check_memory(plans: Sequence[StagePlan], workers: int) -> None:
+def check_memory(plans: Sequence[StagePlan], workers: int) -> None:
     """Refuse a stage whose processes together need more memory than the machine has."""
     total = preflight.total_memory_bytes()
     for item in plans:
@@ -192,8 +192,9 @@ def _variant(
 ) -> Variant:
     """Measure and export one variant; `measured` keeps what variants that compute the same share."""
     # What is measured is what is shipped: some formats compute otherwise than our own runtime.
-    shipped = as_shipped(product.model, export.format)
-    same = "the model itself" if shipped is product.model else export.format
+    shipped = as_shipped(product.model, export.format, padded=export.padded)
+    own = f"{export.format}{' padded' if export.padded else ''}"
+    same = "the model itself" if shipped is product.model else own
     if same not in measured:
         measured[same] = evaluator.compare(shipped, reference, state.progress)
     evaluation = replace(measured[same], metrics=dict(measured[same].metrics))

@@ -1,4 +1,4 @@
-"""The public face of a run: `plan`, `run`, `evaluate`. Refuses first, imports torch after.
+"""The public face of a run: `plan`, `preview`, `run`, `evaluate`. Refuses first, imports torch after.
 
 A wrong recipe, an unusable output folder or a damaged checkpoint is answered before the heavy
 half (`execution`) is imported; see `preflight`.
@@ -45,6 +45,31 @@ def plan(recipe: RecipeSource, *, progress: Progress | None = None) -> dict[str,
     from .execution import plan_document
 
     return plan_document(loaded, progress or SilentProgress())
+
+
+def preview(recipe: RecipeSource, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Predict a run, and compute what its first stage would remove; nothing is cut, and nothing is written.
+
+    Weights are read and calibration is recorded, which takes as long as the first half of the stage.
+
+    Args:
+        recipe: as of `plan`, with a model that has its weights.
+        progress: told what is happening.
+
+    Returns:
+        The plan document; `stages[0].details` is what the stage would report, with its `selection`.
+
+    Raises:
+        UsageError: the first stage removes nothing by scores.
+        RecipeError, PlanError, SourceError, StageError: as `run` would.
+    """
+    loaded = _as_loaded(recipe)
+    preflight.check_calibration(loaded)
+    preflight.check_stages(loaded, checkpoints.locate(loaded.recipe.model, weights=False))
+    checkpoints.preflight(loaded.recipe.model)
+    from .previewing import preview_document
+
+    return preview_document(loaded, progress or SilentProgress())
 
 
 def run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from ..calibration.base import Calibration
 from ..models.base import ModelSpec, OpenModel, Size
@@ -86,3 +86,18 @@ class Compressor(Protocol[S_contra]):
         progress: Progress,
     ) -> dict[str, Any]:
         """Change `model` in place and return the details for the report (JSON values)."""
+
+
+@runtime_checkable
+class Previewing(Protocol):
+    """A method that can say what it would do without doing it."""
+
+    def preview(
+        self,
+        model: OpenModel,
+        settings: Any,
+        calibration: Calibration,
+        workspace: Workspace,
+        progress: Progress,
+    ) -> dict[str, Any]:
+        """Return the details that `apply` would, as far as they are known before; `model` stays as it is."""

@@ -90,7 +90,7 @@ class Isomorphic:
         once = settings.model_copy(update={"steps": 1, "baselines": ()})
         run = _Run(model, once, calibration, workspace, progress)
         decision = run.decide(0, run.groups)
-        return run.told(decision, decision.selection)
+        return {**run.told(decision, decision.selection), "selection": decision.selection.to_json()}
 
 
 class _Run:
@@ -184,7 +184,7 @@ class _Run:
             "paper_macs": paper_pair(self.before, self.model),
             "loss": loss,
             "baselines": self._baselines(size.macs),
-            "steps": [
+            "schedule": [
                 {"channels": sum(widths_after(self.groups, whole).flat().values()), "loss": decision.loss}
                 for decision, whole in done
             ],
@@ -214,6 +214,7 @@ class _Run:
             "classes": class_rows(self.groups, after, settings, decision.histograms),
             "macs": [self.before.size().macs, cost.macs],
             "parameters": [self.before.parameters, cost.parameters],
+            "bytes": [self.before.size().bytes, cost.bytes],
             "samples": decision.samples,
             "loss": None
             if decision.loss is None

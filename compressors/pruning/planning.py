@@ -21,7 +21,6 @@ from .scores import scored_tensors
 from .selection import even_scores, ranked, realise
 from .widths import Widths
 
-
 _BATCH = CalibrationSettings().batch_size
 """Samples of one backward pass, unless the recipe says otherwise."""
 
