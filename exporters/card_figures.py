@@ -71,10 +71,11 @@ def _rows(subject: Subject) -> list[tuple[str, str, str]]:
     if "linear_bytes_ratio" in metrics:
         what = "quantized layers of the blocks, share of bfloat16"
         rows.append((what, "1", f"{metrics['linear_bytes_ratio']:.4f}"))
+    of_logits = "perplexity" in metrics or "top1_agreement" in metrics
     for name, text, form in _METRIC_ROWS:
         if name in metrics:
-            shown = "SQNR of the logits" if "perplexity" in metrics else text
-            rows.append((shown, "", form.format(metrics[name])))
+            rows.append(("SQNR of the logits" if of_logits else text, "", form.format(metrics[name])))
+    rows += _classifier_rows(metrics)
     if "perplexity" in metrics:
         before, after = f"{metrics['perplexity_original']:.4f}", f"{metrics['perplexity']:.4f}"
         rows.append(("perplexity on text that was not calibrated on", before, after))
@@ -86,9 +87,25 @@ def _rows(subject: Subject) -> list[tuple[str, str, str]]:
     return rows
 
 
+def _classifier_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    rows = []
+    if "accuracy" in metrics:
+        before, after = f"{metrics['accuracy_original']:.2%}", f"{metrics['accuracy']:.2%}"
+        rows.append(("accuracy on images that were not trained on", before, after))
+    if "top1_agreement" in metrics:
+        rows.append(
+            ("images answered as the original answers them", "100 %", f"{metrics['top1_agreement']:.2%}")
+        )
+        rows.append(("divergence of the distribution of classes, nats", "0", f"{metrics['kl']:.5f}"))
+    return rows
+
+
 def _notes(details: Mapping[str, Any]) -> Iterator[str]:
     """Say how the figures of the table were measured."""
     fidelity, quality, text = details.get("fidelity"), details.get("quality"), details.get("text")
+    if details.get("images"):
+        yield from _image_notes(details)
+        return
     if text:
         yield (
             f"- Fidelity: {text['samples']} sequences of {text['length']} tokens of the recipe's text, chosen"
@@ -114,6 +131,22 @@ def _notes(details: Mapping[str, Any]) -> Iterator[str]:
         )
     if fidelity or quality or text:
         yield ""
+
+
+def _image_notes(details: Mapping[str, Any]) -> Iterator[str]:
+    """Say on which images a classifier was measured."""
+    held_out, seed = details["images"]["held_out"], details["images"]["seed"]
+    counts = [
+        f"{name} on {details[part]['samples']:,}"
+        for part, name in (("fidelity", "agreement with the original"), ("quality", "accuracy"))
+        if details.get(part)
+    ]
+    chosen = f"chosen with seed {seed} from {held_out:,} that were neither calibrated nor trained on"
+    yield f"- Measured on images {chosen}: {', '.join(counts)}."
+    skipped = details["images"].get("skipped")
+    if skipped:
+        yield f"- {skipped:,} image files could not be read and were left out."
+    yield ""
 
 
 def _commands(subject: Subject) -> Iterator[str]:

@@ -8,6 +8,7 @@ from .card_subject import Subject
 from .fresh_process import NOT_EXECUTED
 from .layer_table import grouped
 from .markdown import code, sentence, table
+from .pruning_table import prunings
 
 
 def export_notes(subject: Subject) -> Iterator[str]:
@@ -60,7 +61,13 @@ def limits(subject: Subject) -> Iterator[str]:
         )
     if any(row["activation_bits"] is None for row in linears):
         yield "- Quantized layers without activation bits are weight-only: their product is floating point."
-    yield "- Attention products, softmax, normalisation and the layers listed as floating point run as in the"
-    yield "  original."
+    if prunings(subject.document):
+        yield "- Narrower layers have fewer multiply-accumulates, by the share stated above. Time falls less"
+        yield "  where a layer was small already, or its width is no multiple of what the processor works in."
+    products = "- Attention products, softmax, normalisation and the layers listed as floating point run"
+    if linears and prunings(subject.document):
+        yield from (products, "  in floating point.")
+    elif not prunings(subject.document):
+        yield from (f"{products} as in the", "  original.")
     yield "- No speed was measured in this run; small widths and small batches gain little or lose."
     yield ""

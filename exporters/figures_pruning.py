@@ -60,9 +60,9 @@ def _draw_histogram(axes: Axes, entry: Mapping[str, Any]) -> None:
     edges: Floats = np.asarray(entry["histogram"]["edges"], dtype=float)
     kept: Floats = np.asarray(entry["histogram"]["kept"], dtype=float)
     removed: Floats = np.asarray(entry["histogram"]["removed"], dtype=float)
-    style = {"width": np.diff(edges), "align": "edge", "linewidth": 0}
-    axes.bar(edges[:-1], kept, color=BLUE, label="kept", **style)
-    axes.bar(edges[:-1], removed, bottom=kept, color=ORANGE, label="removed", **style)
+    widths = np.diff(edges)
+    axes.bar(edges[:-1], kept, widths, align="edge", linewidth=0, color=BLUE, label="kept")
+    axes.bar(edges[:-1], removed, widths, kept, align="edge", linewidth=0, color=ORANGE, label="removed")
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.xaxis.set_major_locator(MaxNLocator(5))
     before, after = entry["channels"]

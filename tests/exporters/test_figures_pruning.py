@@ -127,6 +127,25 @@ def test_later_stages_have_pictures_of_their_own(tmp_path, pruned):
     assert "![Width of every layer before and after pruning. Stage 2 of this kind.](widths_2.png)" in card
 
 
+def test_the_card_of_a_classifier_says_what_was_measured_on_which_images(pruned):
+    pruned["evaluation"] |= {
+        "images": {"held_out": 2000, "skipped": 3, "seed": 7}, "fidelity": {"samples": 64},
+        "quality": {"samples": 500, "per_class": []},
+    }  # fmt: skip
+    card = render_card(pruned, [], "")
+    assert "| accuracy on images that were not trained on | 88.00% | 87.50% |" in card
+    assert "| images answered as the original answers them | 100 % | 90.00% |" in card
+    assert "| SQNR of the logits |  | 9.50 dB |" in card
+    assert (
+        "chosen with seed 7 from 2,000 that were neither calibrated nor trained on: agreement with the"
+        in card
+    )
+    assert "original on 64, accuracy on 500." in card
+    assert "- 3 image files could not be read and were left out." in card
+    assert "denoiser" not in card.split("## What it costs")[1].split("## ")[0]
+    assert "run as in the\n  original" not in card  # attention is smaller than it was
+
+
 def section_of(document):
     return render_card(document, [], "").split("## What was removed\n")[1].split("\n## ")[0]
 
