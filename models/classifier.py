@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..runtime.transformers_model import build_transformers_model
-from ..runtime.vision_config import image_shape
+from ..runtime.vision_sizes import image_shape
 from .base import AS_CONFIGURED, Family, LinearSite, Role, Shapes
 from .shapes import expected_shapes
 from .structure import AttentionSite
@@ -68,7 +68,7 @@ class ImageClassifier(Family):
             )
         return found + heads
 
-    def attentions(self, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    def attentions(self, module: nn.Module) -> list[tuple[str, Any]]:
         """The attention modules in forward order."""
         return [
             (f"{name}.attention", attention)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..runtime.manifest import ModuleSurgery
-from ..runtime.vision_config import convnext_shape
+from ..runtime.vision_sizes import convnext_shape
 from .base import FoldGroup
 from .classifier import ImageClassifier
 from .native_config import PrunedSizes
@@ -43,11 +43,7 @@ class ConvNextFamily(ImageClassifier):
     def positions(self, config: Mapping[str, Any]) -> Callable[[str], int]:
         """Pixels of the stage that a layer writes to, one for the classifier."""
         shape = convnext_shape(config)
-        # A convolution without padding drops what does not fill its window.
-        pixels = [
-            (shape.images.grid[0] // 2**stage) * (shape.images.grid[1] // 2**stage)
-            for stage in range(len(shape.depths))
-        ]
+        pixels = [height * width for height, width in shape.grids]
 
         def count(name: str) -> int:
             if name.startswith(_STAGES):
@@ -67,6 +63,20 @@ class ConvNextFamily(ImageClassifier):
         ]
         native = {**config, "hidden_sizes": widths}
         return native if sizes.are_said_by(native, {}) else None
+
+    def padded_config(
+        self, config: Mapping[str, Any], surgery: Mapping[str, ModuleSurgery]
+    ) -> dict[str, Any] | None:
+        """Say the widths of the stages; none where an inner width is more than four times its stage's."""
+        sizes = PrunedSizes.of(config, surgery, {}).shapes
+        depths = convnext_shape(config).depths
+        widths = [sizes[f"{_STAGES}.{stage}.layers.0.dwconv.weight"][0] for stage in range(len(depths))]
+        inner = (
+            (sizes[f"{_STAGES}.{stage}.layers.{index}.pwconv1.weight"][0], widths[stage])
+            for stage, depth in enumerate(depths)
+            for index in range(depth)
+        )
+        return {**config, "hidden_sizes": widths} if all(i <= 4 * width for i, width in inner) else None
 
     def structure(self, module: nn.Module) -> PrunableStructure:
         """Width of every stage, and inner channels of every block."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import SourceError
 from ..runtime.language_config import LANGUAGE_CLASSES
-from ..runtime.vision_config import VISION_CLASSES, VISION_KINDS
+from ..runtime.vision_sizes import VISION_CLASSES, VISION_KINDS
 
 if TYPE_CHECKING:
     from .base import Family

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..runtime.config import DEFAULTS, complete_config, model_width
 from ..runtime.language_config import LANGUAGE_CLASSES
-from ..runtime.vision_config import VISION_CLASSES, VISION_KINDS
+from ..runtime.vision_sizes import VISION_CLASSES, VISION_KINDS
 from .llm_shapes import language_tensors
 from .unet_shapes import unet_tensors
 from .vision_shapes import convnext_tensors, swin_tensors, vit_tensors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import inf, nextafter
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.manifest import ModuleSurgery
-from ..runtime.vision_config import SwinShape, swin_shape
+from ..runtime.vision_sizes import SwinShape, swin_shape
 from .base import FoldGroup, Role, Shapes
 from .classifier import ATTENTION_ROLES, ImageClassifier
 from .native_config import Attributes, PrunedSizes, attention_attributes
 from .structure import PrunableStructure
-from .transformer import fold_into_norm, fold_into_rows
+from .transformer import fold_into_norm, fold_into_rows, product_macs
 
 _STAGES = "swin.encoder.layers"
 _TABLE = "relative_position_bias.relative_position_bias_table"
@@ -55,7 +55,7 @@ class SwinFamily(ImageClassifier):
     def positions(self, config: Mapping[str, Any]) -> Callable[[str], int]:
         """Tokens of the stage; of its windows, padding included, inside attentions."""
         shape = swin_shape(config)
-        grids = list(_grids(shape))
+        grids = shape.grids
 
         def count(name: str) -> int:
             if name.startswith("swin.embeddings."):
@@ -74,15 +74,12 @@ class SwinFamily(ImageClassifier):
     def product_macs(self, config: Mapping[str, Any], sizes: Shapes) -> int:
         """Count within every window of every block."""
         shape = swin_shape(config)
-        grids = list(_grids(shape))
-        return sum(
-            _window_count(shape, grids[stage])
-            * 2
-            * shape.window**4
-            * sizes[f"{block}.attention.q_proj.weight"][0]
-            for stage, depth in enumerate(shape.depths)
-            for block in (f"{_STAGES}.{stage}.blocks.{index}" for index in range(depth))
-        )
+        area, count = shape.window**2, 0
+        for stage, (grid, depth) in enumerate(zip(shape.grids, shape.depths, strict=True)):
+            for index in range(depth):
+                channels = sizes[f"{_STAGES}.{stage}.blocks.{index}.attention.q_proj.weight"][0]
+                count += _window_count(shape, grid) * product_macs(area, area, channels)
+        return count
 
     def native_config(
         self, config: Mapping[str, Any], surgery: Mapping[str, ModuleSurgery]
@@ -106,6 +103,31 @@ class SwinFamily(ImageClassifier):
             if sizes.are_said_by(found, _attributes(found)):
                 return found
         return None
+
+    def padded_config(
+        self, config: Mapping[str, Any], surgery: Mapping[str, ModuleSurgery]
+    ) -> dict[str, Any] | None:
+        """Say the least numbers of heads, and the least ratio of inner widths, in which all blocks fit."""
+        sizes = PrunedSizes.of(config, surgery, _attributes(config))
+        shape = swin_shape(config)
+        width = sizes.shapes["swin.embeddings.norm.weight"][0]
+        heads, ratio = [], 0.0
+        for stage, depth in enumerate(shape.depths):
+            blocks = [f"{_STAGES}.{stage}.blocks.{index}" for index in range(depth)]
+            wide = width * 2**stage
+            if any(sizes.shapes[f"{block}.layernorm_before.weight"] != (wide,) for block in blocks):
+                return None  # stock stages are twice as wide as the one before
+            attentions = [sizes.attributes[f"{block}.attention"] for block in blocks]
+            found = _heads_with_room(wide, attentions)
+            if found is None:
+                return None
+            heads.append(found)
+            inner = max(sizes.shapes[f"{block}.mlp.fc1.weight"][0] for block in blocks)
+            ratio = max(
+                ratio, inner / wide if int(inner / wide * wide) >= inner else nextafter(inner / wide, inf)
+            )
+        hidden = width * 2 ** (len(heads) - 1)
+        return {**config, "embed_dim": width, "num_heads": heads, "hidden_size": hidden, "mlp_ratio": ratio}
 
     def structure(self, module: nn.Module) -> PrunableStructure:
         """Width of the stages, heads, their channels, and inner channels of the feed-forward networks.
@@ -142,6 +164,14 @@ class SwinFamily(ImageClassifier):
             last = stage
             places.append((name, role, index))
         return places
+
+
+def _heads_with_room(width: int, attentions: Sequence[Mapping[str, int | float]]) -> int | None:
+    """Return the least number of equal heads that fill a width and hold all heads of some attentions."""
+    least = max(int(attention["num_attention_heads"]) for attention in attentions)
+    channels = max(int(attention["head_dim"]) for attention in attentions)
+    fitting = (count for count in range(least, width // channels + 1) if width % count == 0)
+    return next(fitting, None)
 
 
 def _attributes(config: Mapping[str, Any]) -> Attributes:
@@ -183,16 +213,6 @@ def _merge(merging: Any, input_feature: Tensor, input_dimensions: tuple[int, int
     stacked = torch.cat([cells[:, :, row, :, column] for column in (0, 1) for row in (0, 1)], dim=-1)
     result: Tensor = merging.reduction(merging.norm(stacked.view(batch, rows * columns, 4 * channels)))
     return result
-
-
-def _grids(shape: SwinShape) -> Iterator[tuple[int, int]]:
-    """Yield the (height, width) of every stage in tokens; the image is padded to whole patches."""
-    height, width = (
-        -(-side // patch) for side, patch in zip(shape.images.size, shape.images.patch, strict=True)
-    )
-    for _ in shape.depths:
-        yield height, width
-        height, width = -(-height // 2), -(-width // 2)
 
 
 def _window_count(shape: SwinShape, grid: tuple[int, int]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..runtime.vision_config import ConvNextShape, Images, convnext_shape, swin_shape, vit_shape
+from ..runtime.vision_sizes import ConvNextShape, Images, convnext_shape, swin_shape, vit_shape
 
 Shape = tuple[int, ...]
 Named = Iterator[tuple[str, Shape]]

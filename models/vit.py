@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..runtime.manifest import ModuleSurgery
-from ..runtime.vision_config import VitShape, vit_shape
+from ..runtime.vision_sizes import VitShape, vit_shape
 from .base import AS_CONFIGURED, FoldGroup, Shapes
 from .classifier import ATTENTION_ROLES, ImageClassifier
 from .native_config import Attributes, PrunedSizes, attention_attributes
@@ -123,6 +123,14 @@ class ViTFamily(ImageClassifier):
         # The library asks for a value of the whole model beside those of its layers.
         full = {**_resized(config, sizes, largest), "head_dim": largest["head_dim"]}
         return {**full, "per_layer_config": layered}
+
+    def padded_config(
+        self, config: Mapping[str, Any], surgery: Mapping[str, ModuleSurgery]
+    ) -> dict[str, Any] | None:
+        """Say the largest sizes of all layers."""
+        sizes = PrunedSizes.of(config, surgery, _attributes(config))
+        layers = _layer_sizes(config, sizes)
+        return _resized(config, sizes, {key: max(layer[key] for layer in layers) for key in layers[0]})
 
     def structure(self, module: nn.Module) -> PrunableStructure:
         """Residual width, heads, their channels, and inner channels of the feed-forward networks."""

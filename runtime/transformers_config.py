@@ -13,8 +13,9 @@ from .language_config import (
     is_language_class,
     structural_arguments,
 )
-from .vision_config import VISION_CLASSES, check_vision_config, complete_vision_config, is_vision_class
+from .vision_config import check_vision_config, complete_vision_config
 from .vision_names import by_module_name, stored_name
+from .vision_sizes import VISION_CLASSES, is_vision_class
 
 Value = TypeVar("Value")
 

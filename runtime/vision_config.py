@@ -8,11 +8,21 @@ takes, is read here and held against limits, because a config is untrusted input
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SourceError
 from .config_values import check_integer, check_numbers, is_integer
+from .vision_sizes import (
+    VISION_CLASSES,
+    VISION_KINDS,
+    SwinShape,
+    convnext_shape,
+    image_shape,
+    layer_count,
+    structural,
+    swin_shape,
+    vit_shape,
+)
 
 MAX_WIDTH = 2**20
 MAX_LAYERS = 2**12
@@ -25,28 +35,6 @@ MAX_WINDOW = 32  # a table of window^4 indices is computed for every block
 MAX_NUMBER = 2.0**40
 SPARE_TABLE_BYTES = 16 * 2**20
 
-_COMMON: dict[str, Any] = {"image_size": 224, "num_channels": 3}
-_VIT: dict[str, Any] = {
-    **_COMMON, "patch_size": 16, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "intermediate_size": 3072, "qkv_bias": True,
-}  # fmt: skip
-_CONVNEXT: dict[str, Any] = {
-    **_COMMON, "patch_size": 4, "num_stages": 4, "hidden_sizes": (96, 192, 384, 768), "depths": (3, 3, 9, 3),
-    "layer_scale_init_value": 1e-6,
-}  # fmt: skip
-_SWIN: dict[str, Any] = {
-    **_COMMON, "patch_size": 4, "embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24),
-    "window_size": 7, "mlp_ratio": 4.0, "qkv_bias": True, "use_absolute_embeddings": False,
-}  # fmt: skip
-VISION_CLASSES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "ViTForImageClassification": ("vit", _VIT),
-    "DeiTForImageClassification": ("deit", _VIT),
-    "DeiTForImageClassificationWithTeacher": ("deit", _VIT),
-    "ConvNextForImageClassification": ("convnext", _CONVNEXT),
-    "SwinForImageClassification": ("swin", _SWIN),
-}
-"""Of every class: its model_type, and the stock defaults of what decides shapes."""
-
 _INTEGERS: Mapping[str, int] = {
     "hidden_size": MAX_WIDTH, "num_hidden_layers": MAX_LAYERS, "num_attention_heads": MAX_WIDTH,
     "intermediate_size": MAX_WIDTH, "num_channels": MAX_CHANNELS, "num_stages": MAX_STAGES,
@@ -55,94 +43,6 @@ _INTEGERS: Mapping[str, int] = {
 _LISTS: Mapping[str, int] = {"hidden_sizes": MAX_WIDTH, "depths": MAX_LAYERS, "num_heads": MAX_WIDTH}
 _FLAGS = ("qkv_bias", "use_absolute_embeddings")
 _PAIRS = ("image_size", "patch_size")
-VISION_KINDS: Mapping[str, str] = {"vit": "vit", "deit": "vit", "convnext": "convnext", "swin": "swin"}
-"""model_type -> the kind of structure, which one adapter serves."""
-
-
-@dataclass(frozen=True)
-class Images:
-    """What a classifier reads and answers.
-
-    Attributes:
-        channels: of an image.
-        size: (height, width) of an image in pixels.
-        patch: (height, width) of a patch in pixels.
-        labels: how many classes.
-    """
-
-    channels: int
-    size: tuple[int, int]
-    patch: tuple[int, int]
-    labels: int
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches in (height, width)."""
-        return self.size[0] // self.patch[0], self.size[1] // self.patch[1]
-
-
-@dataclass(frozen=True)
-class VitShape:
-    """The sizes of a ViT or DeiT.
-
-    Attributes:
-        root: name of the module that holds everything but the classifiers.
-        head_dim: channels of a head; heads * head_dim need not be `width`.
-        special_tokens: tokens that are no patches.
-        classifiers: names of the last linears.
-    """
-
-    images: Images
-    root: str
-    width: int
-    inner: int
-    layers: int
-    heads: int
-    head_dim: int
-    qkv_bias: bool
-    special_tokens: int
-    classifiers: tuple[str, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one image."""
-        height, width = self.images.grid
-        return height * width + self.special_tokens
-
-
-@dataclass(frozen=True)
-class ConvNextShape:
-    """The sizes of a ConvNeXt; the inner width of a block is four times its stage's width."""
-
-    images: Images
-    widths: tuple[int, ...]
-    depths: tuple[int, ...]
-    layer_scale: bool
-
-
-@dataclass(frozen=True)
-class SwinShape:
-    """The sizes of a Swin Transformer.
-
-    Attributes:
-        widths: channels of every stage, each twice the one before.
-        inner: inner width of the feed-forward networks of every stage.
-        heads: of every stage.
-    """
-
-    images: Images
-    widths: tuple[int, ...]
-    inner: tuple[int, ...]
-    depths: tuple[int, ...]
-    heads: tuple[int, ...]
-    window: int
-    qkv_bias: bool
-    positions: bool
-
-
-def is_vision_class(class_name: object) -> bool:
-    """Tell whether a stock class is an image classifier that is supported."""
-    return isinstance(class_name, str) and class_name in VISION_CLASSES
 
 
 def complete_vision_config(class_name: str, config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -156,9 +56,9 @@ def complete_vision_config(class_name: str, config: Mapping[str, Any], where: st
         raise SourceError(f"{where}: model_type {config['model_type']!r} is not {model_type!r}")
     for key, value in config.items():
         check_numbers(key, value, MAX_NUMBER, where)
-    for key, value in _structural(class_name, config).items():
+    for key, value in structural(class_name, config).items():
         _check_value(key, value, where)
-    if config.get("head_dim") is not None:
+    if "head_dim" in config:
         check_integer("head_dim", config["head_dim"], MAX_WIDTH, where)
     _check_labels(config, where)
     full = {**config, "_class_name": class_name}
@@ -194,84 +94,6 @@ def check_vision_config(
                 f" weights have only {size}",
                 hint="the config was changed by hand, or belongs to other weights",
             )
-
-
-def layer_count(config: Mapping[str, Any]) -> int:
-    """Return how many repeated blocks a checked config asks for."""
-    keys = _structural(config["_class_name"], config)
-    return int(sum(keys["depths"]) if "depths" in keys else keys["num_hidden_layers"])
-
-
-def image_shape(config: Mapping[str, Any]) -> Images:
-    """Return what the classifier of a checked config reads and answers."""
-    keys = _structural(config["_class_name"], config)
-    return Images(
-        int(keys["num_channels"]), _pair(keys["image_size"]), _pair(keys["patch_size"]), _labels(config)
-    )
-
-
-def vit_shape(config: Mapping[str, Any]) -> VitShape:
-    """Return the sizes of a ViT or DeiT.
-
-    Args:
-        config: of `complete_vision_config`.
-    """
-    name = config["_class_name"]
-    keys = _structural(name, config)
-    teacher = name == "DeiTForImageClassificationWithTeacher"
-    heads, width = int(keys["num_attention_heads"]), int(keys["hidden_size"])
-    root = VISION_CLASSES[name][0]
-    return VitShape(
-        images=image_shape(config), root=root, width=width, inner=int(keys["intermediate_size"]),
-        layers=int(keys["num_hidden_layers"]), heads=heads,
-        head_dim=int(config.get("head_dim") or width // heads), qkv_bias=bool(keys["qkv_bias"]),
-        special_tokens=2 if root == "deit" else 1,
-        classifiers=("cls_classifier", "distillation_classifier") if teacher else ("classifier",),
-    )  # fmt: skip
-
-
-def convnext_shape(config: Mapping[str, Any]) -> ConvNextShape:
-    """Return the sizes of a ConvNeXt.
-
-    Args:
-        config: of `complete_vision_config`.
-    """
-    keys = _structural(config["_class_name"], config)
-    return ConvNextShape(
-        image_shape(config), tuple(map(int, keys["hidden_sizes"])), tuple(map(int, keys["depths"])),
-        bool(keys["layer_scale_init_value"] > 0),
-    )  # fmt: skip
-
-
-def swin_shape(config: Mapping[str, Any]) -> SwinShape:
-    """Return the sizes of a Swin Transformer.
-
-    Args:
-        config: of `complete_vision_config`.
-    """
-    keys = _structural(config["_class_name"], config)
-    depths = tuple(map(int, keys["depths"]))
-    widths = tuple(int(keys["embed_dim"]) * 2**stage for stage in range(len(depths)))
-    return SwinShape(
-        images=image_shape(config), widths=widths, depths=depths, heads=tuple(map(int, keys["num_heads"])),
-        inner=tuple(int(keys["mlp_ratio"] * width) for width in widths), window=int(keys["window_size"]),
-        qkv_bias=bool(keys["qkv_bias"]), positions=bool(keys["use_absolute_embeddings"]),
-    )  # fmt: skip
-
-
-def _structural(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: config.get(key, default) for key, default in VISION_CLASSES[class_name][1].items()}
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, Sequence):
-        return int(value[0]), int(value[1])
-    return int(value), int(value)
-
-
-def _labels(config: Mapping[str, Any]) -> int:
-    names = config.get("id2label")
-    return len(names) if isinstance(names, Mapping) else int(config.get("num_labels") or 2)
 
 
 def _check_value(key: str, value: Any, where: str) -> None:
@@ -337,16 +159,22 @@ def _check_vit(config: Mapping[str, Any], where: str) -> None:
 
 
 def _check_convnext(config: Mapping[str, Any], where: str) -> None:
-    keys = _structural(config["_class_name"], config)
+    keys = structural(config["_class_name"], config)
     stages = {key: len(keys[key]) for key in ("hidden_sizes", "depths")}
     _check_stages(stages, int(keys["num_stages"]), "num_stages", where)
     if max(keys["hidden_sizes"]) * 4 > MAX_WIDTH:
         raise SourceError(f"{where}: hidden_sizes: 4 * {max(keys['hidden_sizes'])} is over {MAX_WIDTH}")
     _check_depth(keys["depths"], where)
+    last = convnext_shape(config).grids[-1]
+    if min(last) < 1:
+        raise SourceError(
+            f"{where}: image_size {image_shape(config).size} leaves {last[0]} x {last[1]} pixels to the last"
+            " stage"
+        )
 
 
 def _check_swin(config: Mapping[str, Any], where: str) -> None:
-    keys = _structural(config["_class_name"], config)
+    keys = structural(config["_class_name"], config)
     _check_stages({"num_heads": len(keys["num_heads"])}, len(keys["depths"]), "depths", where)
     _check_depth(keys["depths"], where)
     if not 0 < keys["mlp_ratio"] <= 1024:
@@ -360,6 +188,22 @@ def _check_swin(config: Mapping[str, Any], where: str) -> None:
     for stage, (heads, width) in enumerate(zip(shape.heads, shape.widths, strict=True)):
         if width % heads:
             raise SourceError(f"{where}: num_heads[{stage}] {heads} does not divide its width {width}")
+    _check_windows(shape, where)
+
+
+def _check_windows(shape: SwinShape, where: str) -> None:
+    """Refuse what stock classes build and then cannot run."""
+    for stage, grid in enumerate(shape.grids):
+        if min(grid) < shape.window:
+            raise SourceError(
+                f"{where}: window_size {shape.window} does not fit the {grid[0]} x {grid[1]} tokens of stage"
+                f" {stage}, which the stock class cannot compute"
+            )
+    if shape.positions and shape.images.grid != shape.grids[0]:
+        raise SourceError(
+            f"{where}: image_size {shape.images.size} is no multiple of patch_size {shape.images.patch}, as"
+            " use_absolute_embeddings needs it"
+        )
 
 
 def _check_stages(lengths: Mapping[str, int], stages: int, key: str, where: str) -> None:
