@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...calibration.seeds import generator_for
 from ...errors import PlanError, StageError
@@ -217,7 +218,11 @@ class _Loop:
         sums: dict[str, Tensor] = {}
         for turn in range(self._settings.accumulate):
             part = turn * accelerator.num_processes + accelerator.process_index
-            with accelerator.accumulate(self._losses), _randomness(self._seed, number, part):
+            with (
+                accelerator.accumulate(self._losses),
+                _randomness(self._seed, number, part),
+                _attention(self._settings, accelerator.device),
+            ):
                 loss, numbers = self._losses(self._trainable.batch(number, part, self._parts))
                 total += loss.detach() / self._settings.accumulate
                 for name, value in numbers.items():
@@ -274,6 +279,12 @@ def _randomness(seed: int, number: int, part: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(generator_for(seed, "dropout", number, part).initial_seed())
         yield
+
+
+def _attention(settings: TrainingSettings, device: torch.device) -> AbstractContextManager[None]:
+    """Avoid the fused attention of CPUs in bfloat16: its way back takes longer than all the rest."""
+    slow = device.type == "cpu" and settings.precision == "bfloat16"
+    return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
 
 
 def _shown(done: int, steps: int, loss: float, rate: float, numbers: Mapping[str, float]) -> str:
