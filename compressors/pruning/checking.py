@@ -7,7 +7,7 @@ else, and nothing fails. So the numbers are compared first, and only then is the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -101,7 +101,7 @@ def _run(model: OpenModel) -> None:
         with _trained(module) as parameters, torch.enable_grad():
             loss = _mean_square(module(**inputs))
             if not bool(torch.isfinite(loss)):
-                raise StageError("the pruned model's outputs are not finite on random inputs")
+                raise _not_finite(parameters)
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
@@ -112,6 +112,13 @@ def _run(model: OpenModel) -> None:
     for name, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None and not bool(torch.isfinite(gradient).all()):
             raise StageError(f"{name}: the pruned model's gradient is not finite on random inputs")
+
+
+def _not_finite(parameters: Mapping[str, Tensor]) -> StageError:
+    for name, value in parameters.items():
+        if not bool(torch.isfinite(value).all()):
+            return StageError(f"{name}: a weight of the pruned model is not finite")
+    return StageError("the pruned model's outputs are not finite on random inputs, though its weights are")
 
 
 @contextmanager

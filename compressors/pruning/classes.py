@@ -8,7 +8,7 @@ are two classes, and the paper's definition gives one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from .groups import Group
@@ -16,16 +16,12 @@ from .groups import Group
 Ranking = Literal["isomorphic", "global", "local"]
 
 
-def classes(
-    groups: Sequence[Group], ranking: Ranking, shares: Mapping[str, float] | None = None
-) -> dict[str, list[Group]]:
+def classes(groups: Sequence[Group], ranking: Ranking) -> dict[str, list[Group]]:
     """Divide the groups into those that are ranked together.
 
     Args:
         groups: in forward order.
         ranking: isomorphic: of one form; local: every group by itself; global: all of a kind.
-        shares: group name -> removed share, for the global ranking: kinds that lose the same share compete
-            as well, which is what ranking without classes means. None: kinds stay apart.
 
     Returns:
         Name of the class -> its members in forward order; classes in the order of their first members. A
@@ -34,18 +30,13 @@ def classes(
     """
     if ranking == "local":
         return {group.name: [group] for group in groups}
-    members: dict[tuple[object, ...], list[Group]] = {}
+    members: dict[tuple[str, tuple[str, ...]], list[Group]] = {}
     for group in groups:
-        members.setdefault(_key(group, ranking, shares), []).append(group)
-    kinds = ["+".join(dict.fromkeys(group.kind for group in found)) for found in members.values()]
+        form = group.label if ranking == "isomorphic" else ()
+        members.setdefault((group.kind, form), []).append(group)
+    kinds = [kind for kind, _ in members]
     names = [
         kind if kinds.count(kind) == 1 else f"{kind}.{kinds[:index].count(kind)}"
         for index, kind in enumerate(kinds)
     ]
     return dict(zip(names, members.values(), strict=True))
-
-
-def _key(group: Group, ranking: Ranking, shares: Mapping[str, float] | None) -> tuple[object, ...]:
-    if ranking == "isomorphic":
-        return group.kind, group.label
-    return (group.kind,) if shares is None else (shares[group.name],)
