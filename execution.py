@@ -25,7 +25,10 @@ from .evaluation.by_task import Measurer, evaluator_for
 from .evaluation.evaluator import Evaluation
 from .evaluation.reference import Reference
 from .exporters.formats import as_shipped, predict_bytes, write
-from .fitting import sample_notes
+from .exporters.padded import padded_spec
+from .fitting import recovery_notes, sample_notes
+from .fitting_images import data_of
+from .interim import Interim
 from .models.base import ModelSpec, OpenModel
 from .models.open import open_model, read_spec
 from .progress import Progress, step
@@ -173,7 +176,8 @@ def produce(state: Run, device: str, place: Callable[[ExportSettings], Path]) ->
     evaluator = evaluator_for(model, recipe.evaluate, recipe.seed, recipe.calibration)
     reference = evaluator.reference(model, state.work.reference, progress, fresh=state.fresh)
     return_freed_memory()
-    product = Product(model, described, _run_stages(state, model), device)
+    interim = Interim(evaluator, reference, recipe.stages, state.work.measured, progress)
+    product = Product(model, described, _run_stages(state, model, interim), device)
     measured: dict[str, Evaluation] = {}
     return [
         _variant(state, product, export, place(export), evaluator, reference, measured)
@@ -208,9 +212,11 @@ def _stage_keys(recipe: Recipe, model: OpenModel, calibration_key: str) -> list[
     """Return (hash of the input, key) per stage; a key contains all that the result depends on."""
     keys: list[tuple[str, str]] = []
     previous = digest([sorted(model.source.hashes.items()), str(model.spec.dtype), model.config])
-    for stage in recipe.stages:
+    for index, stage in enumerate(recipe.stages):
+        data = data_of(recipe, index)
         key = digest(
             {
+                **({} if data is None else {"data": data}),
                 "input": previous,
                 "method": stage.method,
                 "method_version": registry.get(stage.method).version,
@@ -225,7 +231,7 @@ def _stage_keys(recipe: Recipe, model: OpenModel, calibration_key: str) -> list[
     return keys
 
 
-def _run_stages(state: Run, model: OpenModel) -> list[dict[str, Any]]:
+def _run_stages(state: Run, model: OpenModel, interim: Interim) -> list[dict[str, Any]]:
     """Apply the stages to `model`, reusing the longest finished prefix."""
     recipe, work = state.recipe, state.work
     if not recipe.stages:
@@ -250,7 +256,7 @@ def _run_stages(state: Run, model: OpenModel) -> list[dict[str, Any]]:
         found["resumed"] = True
         records.append(found)
     if records:
-        resume(model, folders[len(records) - 1])
+        _resume_prefix(model, folders[: len(records)], interim)
         state.progress.note(f"{len(records)} finished stage{'s' if len(records) > 1 else ''} reused")
     for index in range(len(records), len(recipe.stages)):
         before = folders[index - 1] if index else None
@@ -258,7 +264,20 @@ def _run_stages(state: Run, model: OpenModel) -> list[dict[str, Any]]:
         records.append(
             _run_stage(state, model, index, calibration, keys[index][0], folders[index], workspace)
         )
+        interim.measure(index, model, folders[index])
+    for index, item in enumerate(records):
+        item["details"].update(interim.kept(index, folders[index]))
     return [{key: value for key, value in item.items() if key != "files"} for item in records]
+
+
+def _resume_prefix(model: OpenModel, folders: Sequence[Path], interim: Interim) -> None:
+    """Put the last of the finished stages in the place of the model; measure what was not yet."""
+    for index, folder in enumerate(folders):
+        missing = interim.wanted(index) and not interim.kept(index, folder)
+        if missing or index == len(folders) - 1:
+            resume(model, folder)
+        if missing:
+            interim.measure(index, model, folder)
 
 
 def _workspace(state: Run, model: OpenModel, before: Path | None, folder: Path) -> Workspace:
@@ -337,11 +356,14 @@ def check_size_gates(recipe: Recipe, before: ModelSpec, after: ModelSpec) -> lis
     Raises:
         PlanError: naming the gate and what is predicted; or a format cannot express the layers.
     """
-    size, original = after.size(), before.size().bytes
+    original = before.size().bytes
+    specs = [padded_spec(after, export.format) if export.padded else after for export in recipe.export]
     written = [
-        predict_bytes(after, export.format, max_shard_size=export.max_shard_size) for export in recipe.export
+        predict_bytes(spec, export.format, max_shard_size=export.max_shard_size)
+        for spec, export in zip(specs, recipe.export, strict=True)
     ]
-    for export, file_bytes in zip(recipe.export, written, strict=True):
+    for export, spec, file_bytes in zip(recipe.export, specs, written, strict=True):
+        size = spec.size()
         # As they are measured: our own format by its tensors, other containers by their files.
         stored = size.bytes if export.format == "compress" else file_bytes
         predicted = {
@@ -384,7 +406,7 @@ def plan_document(loaded: LoadedRecipe, progress: Progress) -> dict[str, Any]:
                 "before": item.before.to_json(),
                 "after": item.after.to_json(),
                 "peak_memory_bytes": item.peak_memory_bytes + _PROCESS_BYTES,
-                "notes": [*item.notes, *sample_notes(recipe, index)],
+                "notes": [*item.notes, *sample_notes(recipe, index), *recovery_notes(recipe, index)],
                 "layers": list(item.layers),
             }
             for index, item in enumerate(plans)

@@ -23,6 +23,7 @@ from .exporters.figures import write_figures
 from .exporters.formats import write
 from .exporters.fresh_process import verify_export
 from .exporters.licence import copy_licence
+from .exporters.padded import padding_notes
 from .exporters.recorded_recipe import RECIPE_NAME
 from .models.base import OpenModel
 from .models.companions import companion_files
@@ -73,7 +74,11 @@ def make_variant(
         PlanError: the format cannot express the model's layers.
         OSError: the disk is full or refuses.
     """
-    parts, failure = _export(state, product.model, export, folder, shipped, evaluation)
+    # Formats are made of the layers as they run; padding makes a model of other sizes of them first.
+    model = shipped if export.padded else product.model
+    parts, failure = _export(state, model, export, folder, shipped, evaluation)
+    if export.padded:
+        parts["export"]["notes"] += padding_notes(product.model, shipped)
     parts["model"], parts["stages"] = product.described, product.stages
     parts["environment"] = report.environment(
         state.recipe.seed, product.device, torch.get_num_threads(), state.started

@@ -20,6 +20,7 @@ from ..runtime.manifest import FILE_NAME, Manifest, QuantizedModule
 from ..runtime.modules import name_of, quantized_layers
 from .compress_format import METADATA, stock_config
 from .conversion import replaced
+from .form import stored_form
 from .formats import Layout
 from .stock import left_out, stock_way
 from .writer import StoredTensor, dtype_code
@@ -44,7 +45,8 @@ def layout(model: OpenModel) -> Layout:
         tensors.append(StoredTensor(f"{name}.weight", dtype_code(dtype), layer.scheme.weight_shape, read))
         if layer.bias is not None:
             tensors.append(StoredTensor.of(f"{name}.bias", layer.bias))
-    config = stock_config(model)
+    form = stored_form(model.family, model.config, model.surgery)  # says all sizes, or `formats` refuses
+    config = stock_config(replace(model, config=form.config))
     load = stock_way(str(model.config["_class_name"]), name_of(dtype))
     manifest = Manifest(history=tuple(model.history))
     notes = ("weights are stored as floats, and activations are not quantized: no smaller than the original",)

@@ -103,7 +103,7 @@ def difference(module: nn.Module, stock: nn.Module) -> dict[str, ModuleSurgery]:
             raise SourceError(f"module {name} is not part of the original")
         shapes = dict(_smaller(child, other, name))
         attributes: dict[Any, int | float] = {
-            key: getattr(child, key) for key in _ATTRIBUTES if _differs(child, other, key)
+            key: vars(child)[key] for key in _ATTRIBUTES if _differs(child, other, key)
         }
         if shapes or attributes:
             found[name] = ModuleSurgery(shapes=shapes, attributes=attributes)
@@ -122,6 +122,6 @@ def _smaller(child: nn.Module, other: nn.Module, name: str) -> Iterator[tuple[st
 
 
 def _differs(child: nn.Module, other: nn.Module, key: str) -> bool:
-    ours, theirs = getattr(child, key, None), getattr(other, key, None)
+    ours, theirs = vars(child).get(key), vars(other).get(key)
     numbers = isinstance(ours, int | float) and isinstance(theirs, int | float)
     return numbers and not isinstance(ours, bool) and ours != theirs

@@ -13,6 +13,8 @@ from ..errors import PlanError
 from ..models.base import Family, ModelSpec, OpenModel
 from ..runtime.validate import CONFIG_NAME
 from .attachments import attached
+from .form import stored_form
+from .padded import pad
 from .stock import weights_name
 from .writer import DEFAULT_SHARD_BYTES, StoredTensor, file_bytes, write_tensors
 
@@ -95,6 +97,22 @@ def _check_library(family: Family, format: str) -> None:
         )
 
 
+def _check_cut(model: ModelSpec | OpenModel, format: str) -> None:
+    """Refuse to write sizes of their own per layer where the stock class alone builds the model.
+
+    Raises:
+        PlanError: naming the format.
+    """
+    if format != "compress" and model.surgery:
+        form = stored_form(model.family, model.config, model.surgery)
+        if form.surgery or format != "dequantized":
+            raise PlanError(
+                f"export.format: {format} is loaded by the stock class alone, which cannot build layers that"
+                f" were cut to sizes of their own ({min(form.surgery or model.surgery)})",
+                hint="use compress" + (", or padded: true" if format == "dequantized" else ""),
+            )
+
+
 def write(
     model: OpenModel, folder: Path, format: str, *, max_shard_size: int = DEFAULT_SHARD_BYTES
 ) -> ExportInfo:
@@ -110,6 +128,7 @@ def write(
         OSError: the disk is full or refuses.
     """
     _check_library(model.family, format)
+    _check_cut(model, format)
     layout = _module(format).layout(model)
     paths = write_tensors(
         folder, layout.tensors, max_shard_size=max_shard_size, metadata=layout.metadata,
@@ -127,17 +146,20 @@ def write(
     return ExportInfo(format, files, size, list(layout.loads_with), layout.notes)
 
 
-def as_shipped(model: OpenModel, format: str) -> OpenModel:
+def as_shipped(model: OpenModel, format: str, *, padded: bool = False) -> OpenModel:
     """Return the model that computes what the exported folder computes, to be measured or compared.
 
     `compress` stores the very layers that run here, so the model itself comes back. The layers of
     `torchao` and `dequantized` are replaced; every other tensor is shared with `model`, so change
     neither afterwards. `quantization` then says what the file holds. For `sdnq` the model itself
     comes back too: the integers are equal, but the arithmetic of the package sdnq may differ.
+    A padded model is one of other sizes, and it is what has to be written, too.
 
     Raises:
         PlanError: the format cannot express the model's layers.
     """
+    if padded:
+        return pad(model)
     found: Any = _module(format)
     convert: Callable[[OpenModel], OpenModel] | None = getattr(found, "as_shipped", None)
     return model if convert is None or not model.quantization else convert(model)
@@ -150,6 +172,7 @@ def predict_bytes(spec: ModelSpec, format: str, *, max_shard_size: int = DEFAULT
         PlanError: the format cannot express the planned layers.
     """
     _check_library(spec.family, format)
+    _check_cut(spec, format)
     tensors, metadata = _module(format).predict(spec)
     name = weights_name(spec.family)
     return file_bytes(tensors, max_shard_size=max_shard_size, metadata=metadata, name=name)

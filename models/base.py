@@ -208,6 +208,15 @@ class Family(ABC):
         """
         return None
 
+    def padded_config(
+        self, config: Mapping[str, Any], surgery: Mapping[str, ModuleSurgery]
+    ) -> dict[str, Any] | None:
+        """Return a config in whose equal widths every layer of the pruned model has room, None without one.
+
+        The width of the residual stream is that of the pruned model, because norms would count zeros.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class TensorSpec:

@@ -75,7 +75,7 @@ def _resize(child: nn.Module, name: str, parameter: str, shape: tuple[int, ...])
 
 
 def _set(child: nn.Module, name: str, attribute: str, value: int | float) -> None:
-    old = getattr(child, attribute, None)
+    old = vars(child).get(attribute)
     if isinstance(old, bool) or not isinstance(old, int | float):
         raise SourceError(f"module {name} has no number {attribute}, which the manifest sets", hint=_HINT)
     if isinstance(old, int) and (not isinstance(value, int) or value > old):
@@ -161,7 +161,7 @@ def _check_attention(module: nn.Module, name: str, surgery: Mapping[str, ModuleS
     attention = module.get_submodule(name)
     for layout in _LAYOUTS:
         parts = [_linear(attention, path) for path in (layout.q, layout.k, layout.v, layout.out)]
-        heads = getattr(attention, layout.heads, None)
+        heads = vars(attention).get(layout.heads)
         if not isinstance(heads, int) or any(part is None for part in parts):
             continue
         q, k, v, out = (part for part in parts if part is not None)
