@@ -135,16 +135,18 @@ def next_width(count: int, member: Member, step: int) -> int | None:
 def rank(scope: Scope, scores: Mapping[str, Tensor]) -> Scope:
     """Return the scope with its order from scores: group -> [units now].
 
-    Equal scores are ordered by layer, then by place, so that the same model gives the same choice.
+    Equal scores are dealt out evenly: those come first that stand higher in their own layer, relative to its
+    size; then the first layer. So the same model always gives the same choice.
     """
-    values, owners = [], []
+    values, owners, places = [], [], []
     for place, member in enumerate(scope.members):
         own = scores[member.group].detach().to("cpu", torch.float32)
-        free = torch.ones(member.size, dtype=torch.bool)
-        free[best_of(own, member.floor)] = False
+        free = best_of(own, member.size)[member.floor :]
         values.append(own[free])
-        owners.append(torch.full((int(free.sum()),), place, dtype=torch.int64))
-    best = torch.cat(values).argsort(descending=True, stable=True)
+        owners.append(torch.full((len(free),), place, dtype=torch.int64))
+        places.append(torch.arange(member.floor, member.size, dtype=torch.float64) / member.size)
+    even = torch.cat(places).argsort(stable=True)
+    best = even[torch.cat(values)[even].argsort(descending=True, stable=True)]
     return replace(scope, order=torch.cat(owners)[best])
 
 
