@@ -1,7 +1,7 @@
 """Does a recipe speak of the kind of model that it names? Torch-free.
 
-A denoiser is sampled from, a language model reads text. What is only of use for one of them is refused
-for the other instead of being left aside without a word.
+A denoiser is sampled from, a language model reads text, a classifier sees images. What is only of use
+for one of them is refused for the others instead of being left aside without a word.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from pydantic import BaseModel
 
 from .calibration.inputs import OWN_TEXTS, check_table, text_file
 from .errors import SourceError
-from .models.registry import FAMILY_NAMES, is_language_family
+from .models.registry import FAMILY_NAMES, task_of
 from .recipes.allocation import AllocationSettings
-from .recipes.gates import DENOISER_ONLY, LANGUAGE_ONLY
+from .recipes.gates import CLASSIFIER_ONLY, DENOISER_ONLY, LANGUAGE_ONLY
+from .recipes.pruning import IsomorphicSettings
 from .recipes.stages import GridSettings, StageSettings, ViditQSettings
 from .runtime.language_config import language_shape
 
@@ -27,7 +28,11 @@ if TYPE_CHECKING:
 
 _DENOISER_KEYS = ("steps", "guidance_scale", "scheduler", "classes", "prompts", "embeddings")
 _LANGUAGE_KEYS = ("text", "length")
-_DENOISER_FIDELITY = ("steps", "guidance_scale")
+_CLASSIFIER_KEYS = ("images", "strict")
+_SAMPLING_KEYS = ("steps", "guidance_scale")
+_FINE_TUNING = (
+    "fine-tuning required: no stage trains the model after this one, and pruned models answer badly"
+)
 
 
 def check_kind(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
@@ -43,29 +48,75 @@ def check_kind(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
     """
     _check_allocations(loaded)
     family = FAMILY_NAMES[checkpoint.class_name]
-    if is_language_family(family):
+    task = task_of(family)
+    if task == "language":
         _check_language(loaded, checkpoint, family)
-        return
-    for key in _changed(loaded.recipe.calibration, _LANGUAGE_KEYS):
-        raise loaded.error(
-            ("calibration", key), f"is of use for language models, and {family} is a denoiser", "leave it out"
-        )
-    _check_gates(loaded, dict.fromkeys(LANGUAGE_ONLY, f"is not measured for a denoiser such as {family}"))
+    elif task == "classify":
+        _check_classifier(loaded, family)
+    else:
+        _check_denoiser(loaded, family)
+
+
+def _check_denoiser(loaded: LoadedRecipe, family: str) -> None:
+    for keys, kind in ((_LANGUAGE_KEYS, "language models"), (_CLASSIFIER_KEYS, "classifiers")):
+        _refuse_keys(loaded, keys, f"is of use for {kind}, and {family} is a denoiser", "leave it out")
+    others = (*LANGUAGE_ONLY, *CLASSIFIER_ONLY, "kl")
+    _check_gates(loaded, dict.fromkeys(others, f"is not measured for a denoiser such as {family}"))
+    _check_losses(loaded, "denoising", reason=f"is a loss of classifiers, and {family} is a denoiser")
+
+
+def _check_classifier(loaded: LoadedRecipe, family: str) -> None:
+    """Refuse what is of use for others; whether there are images is the matter of `fitting_images`."""
+    unused = f"is of use for denoisers, and {family} is a classifier"
+    _refuse_keys(loaded, _DENOISER_KEYS, unused, "leave it out; it has `images`")
+    _refuse_keys(
+        loaded, _LANGUAGE_KEYS, f"is of use for language models, and {family} is a classifier", "leave it out"
+    )
+    for name, part in (
+        ("fidelity", loaded.recipe.evaluate.fidelity),
+        ("quality", loaded.recipe.evaluate.quality),
+    ):
+        for key in _changed(part, _SAMPLING_KEYS) if part is not None else ():
+            raise loaded.error(("evaluate", name, key), unused, "leave it out")
+    others = (*LANGUAGE_ONLY, *DENOISER_ONLY)
+    _check_gates(loaded, dict.fromkeys(others, f"is not measured for a classifier ({family})"))
+    losses = ("cross_entropy", "pseudo_labels", "output_norm")
+    _check_losses(loaded, *losses, reason=f"is a loss of denoisers, and {family} is a classifier")
+
+
+def _check_losses(loaded: LoadedRecipe, *fitting: str, reason: str) -> None:
+    for index, stage in enumerate(loaded.recipe.stages):
+        settings = stage.settings
+        if isinstance(settings, IsomorphicSettings) and settings.loss not in (None, *fitting):
+            raise loaded.error(
+                ("stages", index, stage.method, "loss"), f"{settings.loss} {reason}", f"use {fitting[0]}"
+            )
+
+
+def _refuse_keys(loaded: LoadedRecipe, keys: tuple[str, ...], reason: str, hint: str) -> None:
+    for key in _changed(loaded.recipe.calibration, keys):
+        raise loaded.error(("calibration", key), reason, hint)
 
 
 def _check_language(loaded: LoadedRecipe, checkpoint: Checkpoint, family: str) -> None:
     recipe = loaded.recipe
     unused = f"is of use for denoisers, and {family} is a language model"
-    for key in _changed(recipe.calibration, _DENOISER_KEYS):
-        raise loaded.error(("calibration", key), unused, "leave it out; it has `text` and `length`")
+    _refuse_keys(loaded, _DENOISER_KEYS, unused, "leave it out; it has `text` and `length`")
+    _refuse_keys(
+        loaded,
+        _CLASSIFIER_KEYS,
+        f"is of use for classifiers, and {family} is a language model",
+        "leave it out",
+    )
     if recipe.evaluate.fidelity is not None:
-        for key in _changed(recipe.evaluate.fidelity, _DENOISER_FIDELITY):
+        for key in _changed(recipe.evaluate.fidelity, _SAMPLING_KEYS):
             raise loaded.error(("evaluate", "fidelity", key), unused, "leave it out")
     if recipe.evaluate.quality is not None:
         raise loaded.error(
             ("evaluate", "quality"), f"judges images, and {family} is a language model", "leave it out"
         )
-    _check_gates(loaded, dict.fromkeys(DENOISER_ONLY, f"is not measured for a language model ({family})"))
+    others = (*DENOISER_ONLY, *CLASSIFIER_ONLY)
+    _check_gates(loaded, dict.fromkeys(others, f"is not measured for a language model ({family})"))
     _check_settings(loaded, unused)
     positions = language_shape(checkpoint.config).positions
     if recipe.calibration.length > positions:
@@ -127,6 +178,12 @@ def sample_notes(recipe: Recipe, index: int) -> list[str]:
         for place, allocation in allocations(recipe)
         if place[1] == index and (asked := allocation.sensitivity.samples) > have // 2
     ]
+
+
+def recovery_notes(recipe: Recipe, index: int) -> list[str]:
+    """Say of a pruning stage that nothing trains the model afterwards."""
+    phases = [stage.settings.phase for stage in recipe.stages]
+    return [_FINE_TUNING] if phases[index] == "prune" and "recover" not in phases[index:] else []
 
 
 def allocations(recipe: Recipe) -> Iterator[tuple[Location, AllocationSettings]]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from .calibration.inputs import missing_files
 from .errors import PlanError, SourceError, UsageError, VerifyError
 from .fitting import check_kind
+from .fitting_images import check_images
 from .models.registry import FAMILY_NAMES
 from .models.shapes import expected_shapes
 from .recipes import patterns
@@ -209,7 +210,7 @@ def check_calibration(loaded: LoadedRecipe) -> None:
     missing = missing_files(loaded.recipe.calibration)
     if missing:
         raise SourceError(
-            f"{missing[0]}: no such file; calibration of {loaded.file or 'the recipe'} names it",
+            f"{missing[0]}: no such file or folder; calibration of {loaded.file or 'the recipe'} names it",
             hint="a relative path is looked up in the current directory, then beside the recipe",
         )
 
@@ -231,7 +232,7 @@ def check_stages(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
         PlanError: a stage does not fit the model's family.
         RecipeError: a pattern matches no layer, or a key is of no use for this kind of model; with its
             place in the file.
-        SourceError: see `fitting.check_kind`.
+        SourceError: see `fitting.check_kind`, `fitting_images.check_images`.
     """
     check_kind(loaded, checkpoint)
     family = FAMILY_NAMES[checkpoint.class_name]
@@ -246,6 +247,7 @@ def check_stages(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
             )
         if isinstance(stage.settings, GridSettings):
             _check_patterns(loaded, (*location, "keep"), stage.settings.keep, checkpoint)
+    check_images(loaded, checkpoint)
 
 
 def _check_patterns(

@@ -30,6 +30,8 @@ _FILE_NAME, _LABEL = "file_name", "label"
 _MAX_METADATA_BYTES = 2**30
 _HASHED_BYTES = 2**30
 """Folders up to this size count by the content of all files; larger ones by names, sizes and times."""
+HELD_OUT_PARTS = 5
+"""One of so many parts is held out where a place does not say what is."""
 _LAYOUT_HINT = (
     "a folder with a folder per class, one with a metadata.csv (file_name, label), or a safetensors file"
 )
@@ -125,6 +127,11 @@ class Layout:
         """Return a hash of all images and their labels, 64 hexadecimal digits."""
         held_out = None if self.held_out is None else self.held_out.fingerprint()
         return hashlib.sha256(json.dumps([self.train.fingerprint(), held_out]).encode()).hexdigest()
+
+
+def held_out_count(images: int) -> int:
+    """Return how many of `images` are held out where the place does not say which."""
+    return max(1, images // HELD_OUT_PARTS)
 
 
 def find_images(path: Path) -> Layout:

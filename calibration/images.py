@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import SourceError
 from ..models.base import OpenModel
 from .decoding import Unreadable, check_header, decode
-from .image_files import LABELS, PIXELS, FileList, Images, Layout, TensorFile, find_images
+from .image_files import LABELS, PIXELS, FileList, Images, Layout, TensorFile, find_images, held_out_count
 from .inputs import image_place
 from .labels import ClassNumbers, checked, class_names, class_numbers
 from .preprocessing import Preprocessor, preprocessor_for
@@ -30,8 +30,6 @@ from .seeds import generator_for
 if TYPE_CHECKING:
     from ..recipes.schema import CalibrationSettings
 
-HELD_OUT_PARTS = 5
-"""One of so many parts is held out where a folder does not say what is."""
 _DECODED_AT_MOST = 20_000
 """Images of a set that are decoded to see whether they can be; of more, the headers are read."""
 
@@ -240,11 +238,6 @@ def _divide(model: OpenModel, layout: Layout, strict: bool, seed: int) -> Pools:
         )
     notes = (train.prepare.note, _numbers(layout, model).note)
     return Pools(train, held_out, tuple(note for note in notes if note))
-
-
-def held_out_count(images: int) -> int:
-    """Return how many of `images` are held out where the place does not say which."""
-    return max(1, images // HELD_OUT_PARTS)
 
 
 def _pool(model: OpenModel, layout: Layout, source: Images, strict: bool, seed: int) -> Pool:

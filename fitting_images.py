@@ -1,0 +1,150 @@
+"""Has a recipe for a classifier the images and labels that its stages and figures need? Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .calibration.image_files import FileList, Layout, find_images, held_out_count
+from .calibration.inputs import OWN_IMAGES, image_place
+from .calibration.labels import class_numbers
+from .errors import SourceError
+from .models.registry import FAMILY_NAMES, task_of
+from .recipes.pruning import IsomorphicSettings
+from .recipes.recovery import FinetuneSettings
+
+if TYPE_CHECKING:
+    from .models.checkpoint import Checkpoint
+    from .recipes.loader import LoadedRecipe
+    from .recipes.schema import Recipe
+    from .recipes.tree import Location
+
+LABEL_FREE = "write loss: pseudo_labels or output_norm, or importance: magnitude; or give labels"
+
+
+def check_images(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
+    """Refuse a recipe for a classifier whose images or labels are missing or too few.
+
+    Raises:
+        SourceError: there are no images, or too few, or their classes are not the model's.
+        RecipeError: labels are needed and there are none; with its place in the file.
+    """
+    if task_of(FAMILY_NAMES[checkpoint.class_name]) != "classify":
+        return
+    recipe = loaded.recipe
+    place = image_place(recipe.calibration, checkpoint.folder)
+    if place is None:
+        needs = next(_needs(recipe), None)
+        if needs is not None:
+            raise SourceError(
+                f"{checkpoint.id}: {needs} looks at images, and the recipe names none",
+                hint=f"add `calibration: {{images: FOLDER}}`, or put {OWN_IMAGES}/ into the model's folder",
+            )
+        return
+    layout = find_images(place)
+    _check_classes(layout, checkpoint)
+    _check_counts(recipe, layout)
+    if recipe.evaluate.quality is not None and not layout.labelled:
+        raise loaded.error(
+            ("evaluate", "quality"),
+            f"is accuracy for a classifier, and the images of {place} have no labels",
+            "leave it out, or give labels",
+        )
+    for index, stage in enumerate(recipe.stages):
+        location: Location = ("stages", index, stage.method)
+        if isinstance(stage.settings, IsomorphicSettings):
+            _check_scores(loaded, location, stage.settings, layout)
+        if isinstance(stage.settings, FinetuneSettings):
+            _check_training(loaded, location, stage.settings, layout, checkpoint)
+
+
+def data_of(recipe: Recipe, index: int) -> str | None:
+    """Return the hash of images that a stage names for itself; None where it names none.
+
+    Raises:
+        SourceError: they cannot be read.
+    """
+    settings = recipe.stages[index].settings
+    images: Path | None = getattr(settings, "images", None)
+    return None if images is None else find_images(images).fingerprint()
+
+
+def _needs(recipe: Recipe) -> Iterator[str]:
+    """Yield what looks at images, of those of the calibration."""
+    for index, stage in enumerate(recipe.stages):
+        settings = stage.settings
+        if isinstance(settings, IsomorphicSettings) and settings.importance == "magnitude":
+            if settings.baselines:
+                yield f"stages[{index}].{stage.method}.baselines"
+        elif not (isinstance(settings, FinetuneSettings) and settings.images is not None):
+            yield f"stages[{index}].{stage.method}"
+    yield from (f"evaluate.{part}" for part in ("fidelity", "quality") if getattr(recipe.evaluate, part))
+
+
+def _check_classes(layout: Layout, checkpoint: Checkpoint) -> None:
+    parts = [part for part in (layout.train, layout.held_out) if isinstance(part, FileList)]
+    names = sorted({name for part in parts for name in part.classes})
+    if names:
+        class_numbers(names, checkpoint.config, layout.path)
+
+
+def _check_counts(recipe: Recipe, layout: Layout) -> None:
+    """Count files; whether they can be read is seen when they are chosen."""
+    every = len(layout.train)
+    held_out = held_out_count(every) if layout.held_out is None else len(layout.held_out)
+    rest = every - held_out if layout.held_out is None else every
+    evaluate = recipe.evaluate
+    asked = [
+        ("calibration.samples", recipe.calibration.samples, rest, "may be calibrated on"),
+        *(
+            (f"evaluate.{name}.samples", part.samples, held_out, "are held out for measuring")
+            for name, part in (("fidelity", evaluate.fidelity), ("quality", evaluate.quality))
+            if part is not None
+        ),
+    ]
+    for key, wanted, have, what in asked:
+        if wanted > have:
+            raise SourceError(
+                f"{layout.path}: {have} of {every if layout.held_out is None else have} images {what};"
+                f" {key} asks for {wanted}",
+                hint=f"give more images, or lower {key}",
+            )
+
+
+def _check_scores(
+    loaded: LoadedRecipe, location: Location, settings: IsomorphicSettings, layout: Layout
+) -> None:
+    if settings.importance == "taylor" and settings.loss in (None, "cross_entropy") and not layout.labelled:
+        raise loaded.error(
+            (*location, "importance" if settings.loss is None else "loss"),
+            f"cross_entropy needs labels, and the images of {layout.path} have none",
+            LABEL_FREE,
+        )
+
+
+def _check_training(
+    loaded: LoadedRecipe,
+    location: Location,
+    settings: FinetuneSettings,
+    calibrated: Layout,
+    checkpoint: Checkpoint,
+) -> None:
+    layout = calibrated if settings.images is None else find_images(settings.images)
+    if layout is not calibrated:
+        _check_classes(layout, checkpoint)
+    if layout.train.labelled:
+        return
+    if settings.distill is None:
+        raise loaded.error(
+            location,
+            f"the images of {layout.path} have no labels to learn from",
+            "add `distill: {}` to learn from the original instead, or give labels",
+        )
+    if settings.distill.weight < 1:
+        raise loaded.error(
+            (*location, "distill", "weight"),
+            f"leaves {1 - settings.distill.weight:g} of the loss to labels, and the images of"
+            f" {layout.path} have none",
+            "write 1, or give labels",
+        )
