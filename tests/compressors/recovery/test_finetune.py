@@ -1,0 +1,191 @@
+"""The stage: on a checkpoint of the stock class, with images in files."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from compress.calibration.recording import record
+from compress.compressors.base import Workspace
+from compress.compressors.recovery.details import MAX_POINTS, training_details
+from compress.compressors.recovery.finetune import Finetune
+from compress.compressors.recovery.loop import Trained
+from compress.compressors.recovery.memory import activation_bytes, training_bytes
+from compress.errors import PlanError
+from compress.models.open import open_model, read_spec
+from compress.progress import SilentProgress
+from compress.recipes.schema import CalibrationSettings, ModelRef
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+@pytest.fixture
+def place(vit, tmp_path):
+    """Return `place(dtype="float32", **vit)`: the folder of a tiny ViT."""
+
+    def make(dtype="float32", **given):
+        folder = tmp_path / "vit"
+        vit(**given).to(getattr(torch, dtype)).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def image_file(images, tmp_path):
+    """Return `image_file(labelled=True, name="images", **images)`: a file of images as uint8."""
+
+    def make(labelled=True, name="images", **given):
+        data = images(**given)
+        pixels = (data.values * 40 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        tensors = {"pixels": pixels, **({"labels": data.labels} if labelled else {})}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        return tmp_path / f"{name}.safetensors"
+
+    return make
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Return `opened(folder, images) -> (model, calibration, workspace)`."""
+
+    def make(folder, images):
+        def original():
+            return open_model(ModelRef(id=str(folder)), progress=SilentProgress())
+
+        model = original()
+        given = CalibrationSettings(images=images, samples=4)
+        calibration = record(model, given, seed=0, cache=None, progress=SilentProgress())
+        (tmp_path / "stage").mkdir(exist_ok=True)
+        return model, calibration, Workspace(tmp_path / "stage", tmp_path, original=original)
+
+    return make
+
+
+def _accuracy(model, images):
+    return (
+        (model.module(pixel_values=images.pixels(range(len(images)))).logits.argmax(-1) == images.labels)
+        .float()
+        .mean()
+    )
+
+
+def test_a_classifier_learns_its_labels(place, image_file, opened, settings):
+    model, calibration, workspace = opened(place(), image_file(count=40))
+    shapes = {name: item.shape for name, item in model.module.state_dict().items()}
+    training = calibration.training()
+    assert len(training) == 32  # a fifth is held out
+    before = _accuracy(model, training)
+    given = settings(epochs=15, lr=1e-2, augment=[])
+    details = Finetune().apply(model, given, calibration, workspace, SilentProgress())
+    assert _accuracy(model, training) > max(0.95, before)
+    assert details["steps"] == 60 and details["images"] == 32
+    assert set(details) == {"steps", "loss", "lr", "images", "seconds"} and details["seconds"]["per_step"] > 0
+    assert details["loss"][0][0] == 1 and details["loss"][-1][0] == 60
+    assert {name: item.shape for name, item in model.module.state_dict().items()} == shapes
+    assert not model.surgery and not any(item.requires_grad for item in model.module.parameters())
+
+
+def test_images_of_another_place_are_trained_on(place, image_file, opened, settings):
+    model, calibration, workspace = opened(place(), image_file(count=10))
+    given = settings(steps=2, images=image_file(count=17, name="more"))
+    assert Finetune().apply(model, given, calibration, workspace, SilentProgress())["images"] == 17
+
+
+def test_a_model_in_bfloat16_stays_one(place, image_file, opened, settings):
+    model, calibration, workspace = opened(place("bfloat16"), image_file())
+    before = {name: item.clone() for name, item in model.module.state_dict().items()}
+    Finetune().apply(model, settings(distill={"weight": 0.5}), calibration, workspace, SilentProgress())
+    after = model.module.state_dict()
+    assert {item.dtype for item in after.values()} == {torch.bfloat16}
+    assert not torch.equal(after["classifier.weight"], before["classifier.weight"])
+
+
+def test_the_original_is_not_changed_by_its_pupil(place, image_file, opened, settings):
+    model, calibration, workspace = opened(place(), image_file(labelled=False))
+    teacher = workspace.original()
+    before = {name: item.clone() for name, item in teacher.module.state_dict().items()}
+    given = settings(distill={"weight": 1.0})
+    Finetune().apply(
+        model, given, calibration, replace(workspace, original=lambda: teacher), SilentProgress()
+    )
+    assert all(torch.equal(item, before[name]) for name, item in teacher.module.state_dict().items())
+
+
+def test_missing_labels_are_told_before_anything_changes(place, image_file, opened, settings):
+    model, calibration, workspace = opened(place(), image_file(labelled=False))
+    before = model.module.classifier.weight.clone()
+    for given in (settings(), settings(distill={"weight": 0.9})):
+        with pytest.raises(PlanError, match="no labels") as caught:
+            Finetune().apply(model, given, calibration, workspace, SilentProgress())
+        assert "weight: 1.0" in caught.value.hint
+    assert torch.equal(model.module.classifier.weight, before)
+
+
+def test_without_the_original_there_is_nothing_to_distill(place, image_file, opened, settings):
+    model, calibration, workspace = opened(place(), image_file())
+    with pytest.raises(PlanError, match="original is not at hand"):
+        Finetune().apply(
+            model, settings(distill={}), calibration, replace(workspace, original=None), SilentProgress()
+        )
+
+
+def test_a_quantized_model_is_refused_in_the_plan(place, settings):
+    spec = read_spec(ModelRef(id=str(place())))
+    with pytest.raises(PlanError, match="rounded weights cannot be trained"):
+        Finetune().plan(spec.evolve(quantization={"classifier": None}), settings())
+
+
+def test_the_plan_keeps_the_shapes_and_knows_the_disk(place, image_file, opened, settings):
+    folder = place()
+    model, calibration, workspace = opened(folder, image_file())
+    given = settings(ema=0.9, steps=7, checkpoint_every=6)
+    spec = read_spec(ModelRef(id=str(folder)))
+    plan = Finetune().plan(spec, given)
+    assert plan.after == plan.before == spec.size() and plan.spec is spec
+    needed = training_bytes(spec, given)
+    assert needed.weights == 4 * sum(item.numel() for item in model.module.parameters())
+    assert needed.memory == 5 * needed.weights + needed.activations
+    Finetune().apply(model, given, calibration, workspace, SilentProgress())
+    [state] = workspace.folder.iterdir()
+    with safe_open(state, framework="pt") as file:
+        written = sum(file.get_tensor(name).nbytes for name in file.keys() if "/" in name)  # noqa: SIM118
+    # Beside what is counted: a number per parameter, and its losses.
+    assert written - 4 * len(list(model.module.parameters())) == plan.disk_bytes // 2
+    assert "7 steps" in plan.notes[-1]
+    with_teacher = Finetune().plan(spec, settings(ema=0.9, steps=7, distill={}))
+    assert with_teacher.peak_memory_bytes - plan.peak_memory_bytes == spec.size().bytes
+
+
+def test_activations_are_predicted_from_shapes(place):
+    spec = read_spec(ModelRef(id=str(place())))
+    model = open_model(ModelRef(id=str(spec.source.folder)), progress=SilentProgress())
+    module = model.module.train().requires_grad_(True)
+    parameters = {item.untyped_storage().data_ptr() for item in module.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage  # the storage itself, so that its address stays its own
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = module(pixel_values=torch.zeros(16, 3, 8, 8))
+    real = sum(storage.nbytes() for storage in kept.values())
+    assert output.logits.shape == (16, 3)
+    assert 16 * activation_bytes(spec) == pytest.approx(real, rel=0.15)
+    assert activation_bytes(spec, "bfloat16") == activation_bytes(spec) // 2
+
+
+def test_a_long_training_is_told_in_few_points():
+    losses = [float(step % 2) for step in range(1001)]
+    details = training_details(Trained(losses, [0.1] * 1001, 0, 0.5))
+    assert details["steps"] == 1001 and len(details["loss"]) == len(details["lr"]) == MAX_POINTS
+    assert details["loss"][-1][0] == 1001
+    steps = [0, *(step for step, _ in details["loss"])]
+    total = sum(
+        value * (stop - start)
+        for (_, value), start, stop in zip(details["loss"], steps, steps[1:], strict=False)
+    )
+    assert total == pytest.approx(sum(losses), rel=1e-3)
+    assert training_details(Trained([2.0, 1.0], [0.1, 0.2], 0, 0.5))["loss"] == [[1, 2.0], [2, 1.0]]
