@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..errors import StageError
 from ..models.base import OpenModel
 from ..progress import Progress, step
 from .base import Observer
 from .content import content_key
 from .images import ImageSet, Pools, pools_of
+from .inputs import image_place
 from .replay import replay
 
 if TYPE_CHECKING:
@@ -84,6 +86,23 @@ class ClassificationCalibration:
         replay(model, names, observer, self.calls(), self.count(), _no_timesteps, progress, kind="image")
 
 
+@dataclass(frozen=True)
+class NoImages:
+    """Stands for a calibration where nothing looks at images. Implements `calibration.base.Calibration`."""
+
+    seed: int
+    key: str
+    samples: int = 0
+
+    def observe(self, model: OpenModel, names: Sequence[str], observer: Observer, progress: Progress) -> None:
+        """Refuse.
+
+        Raises:
+            StageError: there is nothing to replay.
+        """
+        raise StageError("there are no images to calibrate on", hint="add `calibration: {images: FOLDER}`")
+
+
 @dataclass(frozen=True, eq=False)
 class ImageCalls:
     """Some of the images, one a call: what a sensitivity is measured on.
@@ -123,8 +142,10 @@ class ImageCalls:
 
 def record_images(
     model: OpenModel, settings: CalibrationSettings, *, seed: int, progress: Progress
-) -> ClassificationCalibration:
+) -> ClassificationCalibration | NoImages:
     """Choose the calibration images. Nothing is copied: they are read where they are, each time.
+
+    A recipe that names none, of a model that brings none, gets `NoImages`: pruning by magnitude needs none.
 
     Args:
         model: a classifier.
@@ -135,6 +156,8 @@ def record_images(
     Raises:
         SourceError: see `images.pools_of`; or there are too few.
     """
+    if image_place(settings, model.source.folder) is None:
+        return NoImages(seed, content_key(model, {"images": None, "seed": seed}))
     with step(progress, "choosing calibration images"):
         pools = pools_of(model, settings, seed)
         chosen = pools.train.first(settings.samples)

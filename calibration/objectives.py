@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..errors import StageError
 from ..models.base import OpenModel
 from .base import Calibration
-from .classification import ClassificationCalibration
+from .classification import ClassificationCalibration, NoImages
 from .denoising import DenoisingObjective
 from .diffusion import DiffusionCalibration
 from .sampler import place
@@ -105,6 +105,8 @@ def objective_for(model: OpenModel, calibration: Calibration, loss: str | None) 
         if loss not in (None, DENOISING_LOSS):
             raise StageError(f"loss {loss}: is for classifiers; {model.family.name} has {DENOISING_LOSS}")
         return DenoisingObjective.of(model, calibration)
+    if isinstance(calibration, NoImages):
+        raise StageError("there are no images to take a loss of", hint="add `calibration: {images: FOLDER}`")
     if not isinstance(calibration, ClassificationCalibration):
         raise StageError(f"no loss is known for the family {model.family.name}")
     loss = loss or CLASSIFICATION_LOSSES[0]

@@ -9,7 +9,7 @@ from ..models.base import OpenModel
 from ..progress import Progress
 from . import diffusion
 from .base import Calibration
-from .classification import ClassificationCalibration, ImageCalls, record_images
+from .classification import ClassificationCalibration, ImageCalls, NoImages, record_images
 from .diffusion import DiffusionCalibration
 from .sensitivity_calls import Calls, RecordedCalls
 from .text import TextCalibration, TextCalls, record_text
@@ -26,7 +26,7 @@ def record(
     cache: Path | None,
     progress: Progress,
     fresh: bool = False,
-) -> DiffusionCalibration | TextCalibration | ClassificationCalibration:
+) -> DiffusionCalibration | TextCalibration | ClassificationCalibration | NoImages:
     """Record the original, or find what an earlier run recorded.
 
     See `diffusion.record`, `record_text`, and `record_images`, which keeps nothing.
