@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from ...errors import StageError
 from ...models.base import Family, ModelSpec, OpenModel
 from ...models.shapes import expected_shapes
 from ...models.structure import AttentionSite
-from ...runtime.manifest import ModuleSurgery
+from ...runtime.manifest import ModuleSurgery, SurgeryAttribute
 from ...runtime.surgery import follow_weight
 from .groups import Group, Selection
 
@@ -240,15 +240,15 @@ def attribute_values(site: AttentionSite, heads: int, head_dim: int) -> Iterator
 
 def _differing_attributes(
     module: nn.Module, family: Family, config: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[SurgeryAttribute, int | float]]:
     # The stock constructors draw a few tensors from the global generator: leave no trace in it.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         stock = family.build(config)
-    differing: dict[str, dict[str, Any]] = {}
+    differing: dict[str, dict[SurgeryAttribute, int | float]] = {}
     for site in family.structure(module).attentions:
         here, there = module.get_submodule(site.name), stock.get_submodule(site.name)
         found = {
-            name: getattr(here, name)
+            cast(SurgeryAttribute, name): getattr(here, name)
             for name in site.attributes
             if getattr(here, name) != getattr(there, name)
         }
