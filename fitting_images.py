@@ -42,6 +42,8 @@ def check_images(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
                 hint=f"add `calibration: {{images: FOLDER}}`, or put {OWN_IMAGES}/ into the model's folder",
             )
         return
+    if not place.exists():
+        return  # a plan needs none; a run that does has been refused by `preflight.check_calibration`
     layout = find_images(place)
     _check_classes(layout, checkpoint)
     _check_counts(recipe, layout)
