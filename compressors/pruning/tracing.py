@@ -75,21 +75,23 @@ class Trace:
         """
         import torch_pruning
 
-        self.ghost = ghost_of(module)
         self.order: dict[str, int] = {}
-        self._names = {id(child): name for name, child in self.ghost.named_modules()}
-        self._parameters = {id(value): name for name, value in self.ghost.named_parameters()}
-        inputs = family.example_inputs(self.ghost, 1, torch.Generator().manual_seed(0))
-        skipped = [value for name, value in self.ghost.named_parameters() if name in ignored]
-        with torch.inference_mode(False), torch.enable_grad(), family.traceable(self.ghost):
-            try:
-                self._graph = torch_pruning.DependencyGraph().build_dependency(
-                    self.ghost, inputs, forward_fn=self._forward, ignored_params=skipped, verbose=False
-                )
-            except RuntimeError as error:
-                raise StageError(
-                    f"the model does not run with the shapes that it has: {_first_line(error)}"
-                ) from None
+        # The caller may have switched gradients off; the graph is made of them.
+        with torch.inference_mode(False), torch.enable_grad():
+            self.ghost = ghost_of(module)
+            self._names = {id(child): name for name, child in self.ghost.named_modules()}
+            self._parameters = {id(value): name for name, value in self.ghost.named_parameters()}
+            inputs = family.example_inputs(self.ghost, 1, torch.Generator().manual_seed(0))
+            skipped = [value for name, value in self.ghost.named_parameters() if name in ignored]
+            with family.traceable(self.ghost):
+                try:
+                    self._graph = torch_pruning.DependencyGraph().build_dependency(
+                        self.ghost, inputs, forward_fn=self._forward, ignored_params=skipped, verbose=False
+                    )
+                except RuntimeError as error:
+                    raise StageError(
+                        f"the model does not run with the shapes that it has: {_first_line(error)}"
+                    ) from None
         _map_concatenations(self._graph)
 
     def reached(self, name: str, side: Side) -> list[Op]:

@@ -53,6 +53,67 @@ def test_cut_is_zeroed(prunable, choose, forward, class_name, heads):
     assert not torch.allclose(dense, expected, atol=1e-3)  # what was removed did matter
 
 
+@pytest.mark.parametrize(
+    ("class_name", "config"),
+    [
+        ("ViTForImageClassification", {"hidden_size": 17, "num_attention_heads": 1}),  # 17 tokens as well
+        ("ViTForImageClassification", {"intermediate_size": 17}),
+        ("ConvNextForImageClassification", {"hidden_sizes": [8, 8, 8, 8]}),  # on 8 x 8 positions
+        ("SwinForImageClassification", {"image_size": 36, "use_absolute_embeddings": True}),  # padded windows
+        ("DiTTransformer2DModel", {"sample_size": 16}),  # 64 tokens of 64 channels
+        ("DiTTransformer2DModel", {"activation_fn": "geglu"}),
+    ],
+)
+def test_sizes_that_coincide(prunable, choose, forward, class_name, config):
+    """Tokens as many as channels, odd grids, gates: axes must not be taken for one another."""
+    model = prunable(class_name, **config)
+    groups = find_groups(model)
+    selection = choose(groups, 0.5, kinds=INNER)
+    expected = forward(replace(model, module=zeroed(model.module, groups, selection)))
+    cut(model, groups, selection, attn_scale="preserve")
+    assert torch.allclose(forward(model), expected, atol=1e-5)
+    widths = [group for group in find_groups(model) if group.kind == "width"]
+    cut(model, widths, choose(widths, 0.5), attn_scale="preserve")
+    assert torch.isfinite(forward(model)).all()
+
+
+@pytest.mark.parametrize("class_name", ALL)
+def test_analytic_work_of_a_cut_model(prunable, choose, class_name):
+    """The family's count from shapes alone equals one that watches every layer run."""
+    model = prunable(class_name)
+    groups = find_groups(model)
+    cut(model, groups, choose(groups, 0.5, heads=1), attn_scale="preserve")
+    layers, products = watched_macs(model)
+    count = model.family.macs
+    shapes = flat_shapes(model.surgery)
+    assert count(model.config, attention_products=False, shapes=shapes) == layers
+    assert count(model.config, shapes=shapes) == layers + products == model.size().macs
+
+
+def watched_macs(model):
+    """Count multiply-accumulates of linears and convolutions, and of products of attentions."""
+    sites = model.family.structure(model.module).attentions
+    layers, rows = 0, {}
+
+    def watch(name, child):
+        def hook(_, __, output):
+            nonlocal layers
+            weight = child.weight
+            places = output.numel() // weight.shape[0]
+            layers += places * weight.numel()
+            rows[name] = output.shape
+
+        child.register_forward_hook(hook)
+
+    for name, child in model.module.named_modules():
+        if isinstance(child, nn.Linear | nn.Conv2d):
+            watch(name, child)
+    with torch.no_grad():
+        model.module(**model.family.example_inputs(model.module, 1, torch.Generator().manual_seed(0)))
+    products = sum(2 * rows[site.q].numel() * rows[site.k][1] for site in sites)
+    return layers, products
+
+
 def test_two_cuts_are_zeroed(prunable, choose, forward):
     """Scales fold on top of each other, and positions count in what the first cut left."""
     model = prunable("SwinForImageClassification")

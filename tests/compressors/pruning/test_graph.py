@@ -149,6 +149,14 @@ def test_leaves_no_trace(prunable, class_name):
     assert not any(child._forward_hooks or child._forward_pre_hooks for child in module.modules())
 
 
+@pytest.mark.parametrize("switched_off", [torch.no_grad, torch.inference_mode])
+def test_gradients_may_be_switched_off_around(prunable, switched_off):
+    model = prunable("ViTForImageClassification")
+    with switched_off():
+        groups = find_groups(model)
+    assert kinds(groups) == ["width", *(["attention", "ff"] * 3)]
+
+
 def test_a_second_model_is_not_affected_by_the_first(prunable):
     alone = [_plain(group) for group in find_groups(prunable("ViTForImageClassification"))]
     find_groups(prunable("SwinForImageClassification"))
