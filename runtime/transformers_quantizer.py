@@ -21,7 +21,7 @@ from ..errors import SourceError
 from .layered import KEY, check_layers_agree, homogeneous
 from .manifest import Manifest
 from .modules import ALIGNMENT, name_of, quantized_layers, swap_linears
-from .stored_section import StoredSection, check_cut, check_layers, refuse_empty
+from .stored_section import StoredSection, check_cut, check_layers, check_stored_shapes, refuse_empty
 from .surgery import apply_surgery
 from .validate import (
     QUANT_METHOD,
@@ -85,6 +85,8 @@ class CompressQuantizer(HfQuantizer):
         swap_linears(model, self._manifest.quantization, target)
         self.quantization_config.dtype = name_of(target)
         _check_names(model, tensors, where)
+        if self._manifest.surgery:
+            check_stored_shapes(model, {name: entry.shape for name, entry in tensors.items()})
         guard = guard_name(class_name, self._manifest)
         ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
         if guard is not None:
