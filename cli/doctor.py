@@ -16,8 +16,11 @@ from . import _options
 from ._tables import Table
 from ._units import size
 
-_REQUIRED = ("torch", "diffusers", "transformers", "safetensors", "huggingface-hub", "numpy", "pydantic")
-_OPTIONAL = ("torchao", "sdnq", "optimum-quanto", "accelerate", "bitsandbytes", "matplotlib")
+_REQUIRED = (
+    "torch", "diffusers", "transformers", "accelerate", "torch-pruning", "safetensors", "huggingface-hub",
+    "numpy", "pillow", "pydantic",
+)  # fmt: skip
+_OPTIONAL = ("torchao", "sdnq", "optimum-quanto", "bitsandbytes", "matplotlib")
 
 
 def doctor(

@@ -47,6 +47,9 @@ def test_a_hub_model_is_the_base_and_its_licence_and_task_are_kept(document, tmp
     assert metadata["license"] == "openrail++"
     del document["model"]["pipeline_tag"]
     assert metadata_of(render_card(document, [], RECIPE), tmp_path)["pipeline_tag"] == "text-to-image"
+    document["model"] |= {"class": "SwinForImageClassification", "family": "swin"}
+    found = metadata_of(render_card(document, [], RECIPE), tmp_path)
+    assert (found["pipeline_tag"], found["library_name"]) == ("image-classification", "transformers")
 
 
 @pytest.mark.parametrize("identifier", ["/data/models/x", "./x", "builtin:dit", "a/b/c", "org/folder"])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from compress.errors import SourceError
 from compress.models.checkpoint import locate
 from compress.models.open import open_model, read_spec
 from compress.models.registry import FAMILY_NAMES, family_for, task_of
@@ -208,3 +209,18 @@ def test_labels_are_counted_as_stock_code_counts_them():
         config = complete_config(CONVNEXT, {**base, **given}, "config.json")
         shape = expected_shapes(CONVNEXT, config)["classifier.weight"]
         assert shape == (count, 8) and stock.num_labels == count
+
+
+def test_a_release_that_names_modules_otherwise_is_refused(make_vit, monkeypatch):
+    folder = make_vit(VIT)
+    model_class = transformers.ViTForImageClassification
+    build = model_class.__init__
+
+    def former(self, config):
+        build(self, config)
+        self.vit.encoder = self.vit.layers
+        del self.vit.layers
+
+    monkeypatch.setattr(model_class, "__init__", former)
+    with pytest.raises(SourceError, match=r"transformers 5.* builds it with other modules, such as vit\.enc"):
+        open_model(ModelRef(id=str(folder)), progress=SilentProgress())
