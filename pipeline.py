@@ -101,6 +101,7 @@ def run(
     Raises:
         CompressError: see the exit codes of its subclasses.
     """
+    preflight.check_one_process()
     loaded = _as_loaded(recipe)
     exports = loaded.recipe.export
     preflight.check_targets(exports, Path(work_dir), overwrite=overwrite)

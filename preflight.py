@@ -201,6 +201,20 @@ def check_access(exports: Sequence[ExportSettings], *, strict: bool = False) -> 
                 )
 
 
+def check_one_process() -> None:
+    """Refuse a run that a launcher of distributed training started several times.
+
+    Raises:
+        UsageError: this is one of several processes.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and processes != "1":
+        raise UsageError(
+            f"a run is one process, and a launcher started {processes} of them",
+            hint="start `compress run` by itself; --workers uses several processes where a stage can",
+        )
+
+
 def check_calibration(loaded: LoadedRecipe) -> None:
     """Refuse a recipe whose prompts or embeddings are not there.
 

@@ -6,6 +6,7 @@ from compress.errors import PlanError, UsageError, VerifyError
 from compress.preflight import (
     check_access,
     check_apart,
+    check_one_process,
     check_target,
     check_targets,
     check_writable,
@@ -22,6 +23,21 @@ def _published(folder):
     listed = {"export": {"files": [{"name": "model.safetensors"}]}}
     (folder / "report.json").write_text(json.dumps(listed))
     return folder
+
+
+@pytest.mark.parametrize(
+    ("rank", "count", "refused"), [("1", "2", True), ("0", "1", False), (None, "4", False)]
+)
+def test_a_run_is_one_process(rank, count, refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", count)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    if refused:
+        with pytest.raises(UsageError, match="started 2 of them"):
+            check_one_process()
+    else:
+        check_one_process()
 
 
 def test_an_existing_result_needs_overwrite(tmp_path):
