@@ -9,7 +9,8 @@ from compress.fitting import check_kind, sample_notes
 from compress.models.checkpoint import locate
 from compress.recipes.loader import load_recipe
 
-STORIES, DIT = "builtin:stories", "builtin:dit"
+STORIES, DIT, VIT = "builtin:stories", "builtin:dit", "builtin:vit"
+WIDTH = {"ratios": {"width": 0.5}}
 
 
 def _recipe(model, **parts):
@@ -118,6 +119,38 @@ def test_a_named_table_must_be_there_before_any_work(tmp_path, name, message):
         (DIT, {"calibration": {"text": "text.txt"}}, r"calibration\.text: is of use for language models"),
         (DIT, {"calibration": {"length": 64}}, r"calibration\.length: is of use for language models"),
         (DIT, {"require": {"perplexity": "<= 9"}}, r"require\.perplexity: is not measured for a denoiser"),
+        (DIT, {"require": {"kl": "<= 9"}}, r"require\.kl: is not measured for a denoiser"),
+        (DIT, {"require": {"top1_agreement": ">= 0.5"}}, r"require\.top1_agreement: is not measured"),
+        (DIT, {"calibration": {"images": "photos"}}, r"calibration\.images: is of use for classifiers"),
+        (DIT, {"calibration": {"strict": True}}, r"calibration\.strict: is of use for classifiers"),
+        (
+            DIT,
+            {"stages": [{"isomorphic": {**WIDTH, "loss": "cross_entropy"}}]},
+            r"isomorphic\.loss: cross_entropy is a loss of classifiers",
+        ),
+        (STORIES, {"calibration": {"images": "photos"}}, r"calibration\.images: is of use for classifiers"),
+        (STORIES, {"require": {"top1_agreement": ">= 0.5"}}, r"require\.top1_agreement: is not measured"),
+        (VIT, {"calibration": {"steps": 3}}, r"calibration\.steps: is of use for denoisers, and vit is a"),
+        (VIT, {"calibration": {"classes": [1]}}, r"calibration\.classes: is of use for denoisers"),
+        (VIT, {"calibration": {"text": "text.txt"}}, r"calibration\.text: is of use for language models"),
+        (VIT, {"calibration": {"length": 64}}, r"calibration\.length: is of use for language models"),
+        (
+            VIT,
+            {"evaluate": {"fidelity": {"steps": 5}}},
+            r"evaluate\.fidelity\.steps: is of use for denoisers",
+        ),
+        (
+            VIT,
+            {"evaluate": {"quality": {"guidance_scale": 2.0}}},
+            r"evaluate\.quality\.guidance_scale: is of",
+        ),
+        (VIT, {"require": {"psnr_db": ">= 30"}}, r"require\.psnr_db: is not measured for a classifier"),
+        (VIT, {"require": {"perplexity": "<= 9"}}, r"require\.perplexity: is not measured for a classifier"),
+        (
+            VIT,
+            {"stages": [{"isomorphic": {**WIDTH, "loss": "denoising"}}]},
+            r"isomorphic\.loss: denoising is a loss of denoisers",
+        ),
     ],
 )
 def test_what_is_of_no_use_is_refused(model, parts, message):
@@ -138,7 +171,7 @@ def test_the_place_in_the_file_is_told(tmp_path):
         pipeline.run(path, work_dir=tmp_path / "work")
 
 
-@pytest.mark.parametrize("model", [STORIES, DIT])
+@pytest.mark.parametrize("model", [STORIES, DIT, VIT])
 def test_a_resolved_recipe_fits_again(model):
     loaded = load_recipe(_recipe(model))
     _check(loaded.recipe.model_dump(mode="json"))
