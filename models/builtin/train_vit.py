@@ -10,7 +10,7 @@ the data point to the left.
 Notable choices
 - Matrices of the blocks are trained by Muon (orthogonalised momentum), everything else by AdamW.
 - The run is bounded by wall time, so the learning rate follows the clock; the number of steps that it
-  reached is written down, and `--steps` repeats a run of that length anywhere.
+  reached is written down, and `--steps` makes as many anywhere.
 - The weights kept are the moving average, in bfloat16; the figures are those of the file as written.
 """
 
@@ -62,9 +62,12 @@ prunes, and loads with `from_pretrained`.
 
 In the image files: `pixels` uint8 [n, 28, 28], `labels` uint8 [n]. Made by
 
-    python -m compress.models.builtin.train_vit \\
-        --data FASHION_MNIST --out FOLDER --steps {steps} --seed {seed}
     python -m compress.models.builtin.write_images --data FASHION_MNIST
+    python -m compress.models.builtin.train_vit \\
+        --data FASHION_MNIST --out FOLDER --minutes {minutes:.0f} --seed {seed}
+
+The learning rate follows the clock, so another machine makes another model; `--steps {steps}` makes as many
+steps anywhere.
 
 Data: Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv 1708.07747), copyright Zalando SE, MIT licence,
 https://github.com/zalandoresearch/fashion-mnist. Teacher: the built-in classifier beside this folder.
