@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..models.registry import task_of
 from .card_subject import Subject
 from .fresh_process import NOT_EXECUTED
 from .markdown import fenced
@@ -29,6 +30,10 @@ def loading(subject: Subject) -> Iterator[str]:
 
 def _use(subject: Subject) -> Iterator[str]:
     """Say what the loaded object is, and what goes with it."""
+    if task_of(subject.model["family"]) == "classify":
+        yield "This is the whole classifier. How an image is prepared for it is unchanged and lies beside it:"
+        yield f"`transformers.AutoImageProcessor.from_pretrained({_arguments(subject)})`."
+        return
     if library_of(subject.model["class"]) == "transformers":
         yield "This is the whole language model. Its tokenizer and its defaults for generating are unchanged"
         yield f"and lie beside it: `transformers.AutoTokenizer.from_pretrained({_arguments(subject)})`."

@@ -175,11 +175,12 @@ def write_figures(folder: Path, evaluation: Evaluation, document: Mapping[str, A
     allocation = allocation_of(document) or {}
     mixed = mixed_label_of(document)
     label = f"{mixed} mixed" if mixed else label_of(document["evaluation"].get("linears", ())) or "compressed"
+    inside = [row for row in details.get("linears", ()) if row["block"] is not None]
     drawings: list[Drawing] = [
         (SAMPLES, bool(evaluation.images), lambda: draw_samples(evaluation, label)),
         (TIMESTEPS, bool(details.get("timesteps")), lambda: draw_timesteps(details, metrics)),
         (LAYERS, bool(details.get("layers")), lambda: draw_layers(details["layers"])),
-        (BITS, any(row["block"] is not None for row in details.get("linears", ())),
+        (BITS, label_of(inside) is not None,
          lambda: draw_bits(details["linears"])),
         (SENSITIVITY, any(row["sensitivity"] for row in allocation.get("layers", ())),
          lambda: draw_sensitivity(allocation["layers"], details["linears"])),

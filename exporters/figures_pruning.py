@@ -127,8 +127,8 @@ def draw_training(details: Mapping[str, Any]) -> Figure:
     values: Floats = np.array([row[1] for row in details["loss"]], dtype=float)
     figure = new_figure(6.8, 3.0)
     axes = figure.subplots()
-    axes.plot(steps, values, color="#c9d8ea", linewidth=1.2, label="as measured")
     window = max(1, len(values) // 12)
+    axes.plot(steps, values, color="#c9d8ea" if window > 1 else BLUE, linewidth=1.2, label="as measured")
     if window > 1:
         mean = np.convolve(values, np.ones(window) / window, mode="valid")
         axes.plot(steps[window - 1 :], mean, color=BLUE, linewidth=1.8, label=f"mean of {window} values")
