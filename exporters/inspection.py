@@ -27,9 +27,10 @@ def inspect(path: str | Path, *, revision: str | None = None, subfolder: str | N
 
     Returns:
         A JSON value: `path, class, format, dtype, files, bytes, tensor_bytes, parameters,
-        parameters_stored, bits_per_weight, quantized_bits, shared, layers, history`. Bytes are on
+        parameters_stored, bits_per_weight, quantized_bits, shared, cut, layers, history`. Bytes are on
         disk; `bits_per_weight` is 8 * tensor_bytes / parameters; `quantized_bits` is the average
-        over the weights of the quantized layers, scales not counted, None without any. A layer:
+        over the weights of the quantized layers, scales not counted, None without any; `cut` is how
+        many modules have other sizes than the stock class builds from the config. A layer:
         `name, shape, bits, bytes` (all its tensors), `dtype` (of the stored weight),
         `activation_bits` (None: floating point), `activation_scope` (what shares a scale: `token`,
         `sample`, or `tensor`, which is static), `first_token_stored` (its output, in floating point),
@@ -57,6 +58,7 @@ def inspect(path: str | Path, *, revision: str | None = None, subfolder: str | N
         "bits_per_weight": round(8 * tensor_bytes / once, 4) if once else None,
         "quantized_bits": _quantized_bits(layers),
         "shared": len(stored.manifest.shared),
+        "cut": len(stored.manifest.surgery),
         "layers": layers,
         "history": [entry.model_dump(mode="json") for entry in stored.manifest.history],
     }

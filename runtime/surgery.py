@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -175,7 +176,8 @@ def _check_attention(module: nn.Module, name: str, surgery: Mapping[str, ModuleS
             raise SourceError(
                 f"module {name}: {k.out_features} channels of keys make no heads of {head_dim}", hint=_HINT
             )
-        listed = surgery[name].attributes.get(layout.scale) if name in surgery else None
+        attributes: dict[Any, int | float] = surgery[name].attributes if name in surgery else {}
+        listed = attributes.get(layout.scale)
         if listed is not None and not math.isclose(listed, head_dim**-0.5, rel_tol=_SCALE_TOLERANCE):
             raise SourceError(
                 f"module {name}: {layout.scale} {listed} is not that of {head_dim} channels a head",

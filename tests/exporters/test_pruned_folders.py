@@ -64,7 +64,7 @@ def test_what_is_predicted_is_written(cut, folder):
 
 def test_it_is_not_called_quantized_and_can_be_trained(folder):
     described = inspect(folder)
-    assert described["quantized_bits"] is None
+    assert described["quantized_bits"] is None and described["cut"] == 11
     assert all(layer["method"] is None for layer in described["layers"])
     for module in (compress.load(folder), load_stock(folder)):
         assert module.hf_quantizer.is_trainable and not module.is_quantized

@@ -1,0 +1,177 @@
+"""Sizes that a config does not imply: what is accepted, what follows from a weight, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compress.errors import SourceError
+from compress.runtime.layered import check_layers_agree, homogeneous
+from compress.runtime.manifest import Manifest, ModuleSurgery
+from compress.runtime.surgery import apply_surgery
+from compress.runtime.validate import parse_section, quantization_section
+from torch import nn
+
+
+class Attention(nn.Module):
+    """As transformers names things, without its code."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_attention_heads, self.head_dim, self.scaling = 4, 8, 8**-0.5
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(32, 32) for _ in range(3))
+        self.o_proj = nn.Linear(32, 32)
+
+
+def network():
+    """Return one module of every kind that is cut."""
+    return nn.ModuleDict(
+        {
+            "linear": nn.Linear(8, 6),
+            "norm": nn.LayerNorm(8),
+            "depthwise": nn.Conv2d(8, 8, 3, padding=1, groups=8),
+            "patches": nn.Conv2d(3, 8, 4, stride=4),
+            "grouped": nn.Conv2d(8, 8, 3, groups=2),
+            "attention": Attention(),
+        }
+    )
+
+
+def cut(**shapes):
+    return ModuleSurgery(shapes=shapes)
+
+
+def heads(count, head_dim, /, **attributes):
+    """Return the surgery of the attention: everything that goes with so many heads."""
+    width = count * head_dim
+    stated = {"num_attention_heads": count, "head_dim": head_dim, "scaling": head_dim**-0.5}
+    listed = {**stated, **attributes}
+    rows = {f"attention.{name}_proj": cut(weight=(width, 32), bias=(width,)) for name in "qkv"}
+    return {
+        **rows,
+        "attention.o_proj": cut(weight=(32, width)),
+        "attention": ModuleSurgery(attributes=listed),
+    }
+
+
+def test_sizes_follow_the_weight():
+    module = network()
+    apply_surgery(
+        module,
+        {
+            "linear": cut(weight=(4, 5), bias=(4,)), "norm": cut(weight=(5,), bias=(5,)),
+            "depthwise": cut(weight=(5, 1, 3, 3), bias=(5,)), "patches": cut(weight=(5, 3, 4, 4), bias=(5,)),
+            **heads(3, 6),
+        },
+    )  # fmt: skip
+    linear, norm, depthwise, patches = (module[name] for name in ("linear", "norm", "depthwise", "patches"))
+    assert (linear.in_features, linear.out_features, norm.normalized_shape) == (5, 4, (5,))
+    assert (depthwise.groups, depthwise.in_channels, depthwise.out_channels) == (5, 5, 5)
+    assert (patches.in_channels, patches.out_channels, patches.groups) == (3, 5, 1)
+    assert (module["attention"].num_attention_heads, module["attention"].head_dim) == (3, 6)
+    assert norm(linear.weight.new_zeros(2, 5)).shape == (2, 5)
+    assert depthwise(torch.zeros(1, 5, 4, 4)).shape == (1, 5, 4, 4)
+
+
+def test_a_depthwise_convolution_may_keep_one_channel():
+    module = network()
+    apply_surgery(module, {"depthwise": cut(weight=(1, 1, 3, 3), bias=(1,))})
+    assert (module["depthwise"].groups, module["depthwise"].in_channels) == (1, 1)
+
+
+def test_nothing_is_allocated_on_the_meta_device_and_frozen_stays_frozen():
+    with torch.device("meta"):
+        module = network()
+    module["linear"].weight.requires_grad_(False)
+    apply_surgery(module, {"linear": cut(weight=(4, 8), bias=(4,)), **heads(2, 8)})
+    assert all(parameter.is_meta for parameter in module.parameters())
+    assert not module["linear"].weight.requires_grad and module["linear"].bias.requires_grad
+
+
+REFUSED = {
+    "no such module": ({"nowhere": cut(weight=(1,))}, "module nowhere, which the model does not have"),
+    "no such parameter": ({"norm": cut(gamma=(1,))}, "no parameter gamma"),
+    "wider": ({"linear": cut(weight=(7, 8), bias=(7,))}, r"\[7, 8\]; the config implies \[6, 8\]"),
+    "another rank": ({"norm": cut(weight=(4, 2))}, "only makes it smaller"),
+    "a bias left long": ({"linear": cut(weight=(4, 8))}, r"with a bias of \[6\]"),
+    "a norm in two lengths": ({"norm": cut(weight=(4,))}, r"with a bias of \[8\]"),
+    "another window": ({"patches": cut(weight=(8, 3, 2, 4))}, "another window"),
+    "groups": ({"grouped": cut(weight=(4, 4, 3, 3), bias=(4,))}, "2 groups is not pruned"),
+    "heads without attributes": (
+        {name: item for name, item in heads(3, 8).items() if name != "attention"}, "24 channels of queries"),
+    "attributes without heads": ({"attention": heads(3, 8)["attention"]}, "32 channels of queries"),
+    "keys of another width": (
+        {**heads(3, 8), "attention.k_proj": cut(weight=(16, 32), bias=(16,))}, "24 channels of values"),
+    "an output left wide": (
+        {name: item for name, item in heads(3, 8).items() if name != "attention.o_proj"},
+        "inputs of the output projection"),
+    "another scale": (heads(3, 8, scaling=1.0), "scaling 1.0 is not that of 8 channels"),
+    "more heads": (heads(8, 4), "sets num_attention_heads to 8"),
+    "half a head": (heads(3, 8, head_dim=7.5), "sets head_dim to 7.5"),
+    "a number of something else": ({"linear": ModuleSurgery(attributes={"heads": 3})}, "no number heads"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_pruning_cannot_leave_is_refused(case):
+    surgery, message = REFUSED[case]
+    with torch.device("meta"):
+        module = network()
+    with pytest.raises(SourceError, match=message):
+        apply_surgery(module, surgery)
+
+
+def test_section_and_manifest_say_the_same():
+    manifest = Manifest(surgery={"linear": cut(weight=(4, 5), bias=(4,)), **heads(3, 6)})
+    section = quantization_section(manifest, "float32")
+    assert parse_section(section, "config.json") == manifest
+    assert Manifest.parse(manifest.to_json().encode(), "compress.json") == manifest
+
+
+def test_where_nothing_is_cut_no_byte_changes():
+    assert "surgery" not in Manifest().to_json()
+    assert "surgery" not in quantization_section(Manifest(), "float32")
+    assert Manifest.parse(Manifest().to_json().encode(), "compress.json") == Manifest()
+
+
+@pytest.mark.parametrize(
+    ("surgery", "message"),
+    [
+        ({"a.b": {"shapes": {"weight": [0, 3]}}}, "greater than or equal to 1"),
+        ({"a.b": {"shapes": {"weight": [2**40]}}}, "less than or equal to"),
+        ({"a.b": {"shapes": {"we/ight": [2]}}}, "pattern"),
+        ({"a.b": {"attributes": {"forward": 2}}}, "forward"),
+        ({"a.b": {"attributes": {"scale": float("inf")}}}, r"attributes\.scale"),
+        ({"a.b": {"hooks": {}}}, "hooks"),
+        ({"../b": {}}, "pattern"),
+    ],
+)
+def test_other_words_are_refused(surgery, message):
+    section = {**quantization_section(Manifest(), "float32"), "surgery": surgery}
+    with pytest.raises(SourceError, match=message):
+        parse_section(section, "config.json")
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention()
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(32, 20)})
+        self.mlp.fc1 = self.mlp["fc1"]
+
+
+def test_sizes_per_layer_are_held_against_the_module():
+    module = nn.ModuleDict({"layers": nn.ModuleList([Layer(), Layer()])})
+    agreed = {"01": {"intermediate_size": 20, "num_attention_heads": 4, "head_dim": 8}}
+    check_layers_agree(module, {"per_layer_config": agreed}, "config.json")
+    check_layers_agree(module, {}, "config.json")
+    for wrong, message in (
+        ({"1": {"intermediate_size": 21}}, "intermediate_size: 21, but the manifest leaves 20"),
+        ({"0": {"num_attention_heads": True}}, "num_attention_heads: True"),
+        ({"0": {"hidden_act": 3}}, "hidden_act: 3"),
+        ({"2": {}}, "per_layer_config.2: the model has no such layer"),
+        ({"0": 3}, "no such layer"),
+        ([], "not a mapping"),
+    ):
+        with pytest.raises(SourceError, match=message):
+            check_layers_agree(module, {"per_layer_config": wrong}, "config.json")
+    assert homogeneous({"hidden_size": 4, "per_layer_config": agreed}) == {"hidden_size": 4}
