@@ -418,14 +418,19 @@ def _tie_copies(folder: Path) -> None:
 
 @pytest.fixture
 def open_quantized() -> Callable[..., Any]:
-    """Return `open_quantized(folder, {pattern: fields of QuantizedModule}, dtype=None)` -> OpenModel.
+    """Return `open_quantized(folder, {pattern: fields of QuantizedModule}, dtype, sizes)` -> OpenModel.
 
     The first pattern (of `fnmatch`) that fits a linear decides; `activation` and `rotation` are
     given as dicts. No calibration: what is tested is storage, not accuracy. The embedder copies in
-    `folder` are made equal first.
+    `folder` are made equal first. With `sizes` the model is cut before it is quantized; see `open_cut`.
     """
 
-    def build(folder: Path, fields: dict[str, dict[str, Any]], dtype: str | None = None) -> Any:
+    def build(
+        folder: Path,
+        fields: dict[str, dict[str, Any]],
+        dtype: str | None = None,
+        sizes: list[tuple[int, int, int]] | None = None,
+    ) -> Any:
         from fnmatch import fnmatch
 
         import torch
@@ -434,8 +439,12 @@ def open_quantized() -> Callable[..., Any]:
         from compress.recipes.schema import ModelRef
         from compress.runtime.manifest import HistoryEntry, QuantizedModule
 
+        from .cut_models import cut_by_hand
+
         _tie_copies(folder)
         model = open_model(ModelRef(id=str(folder), dtype=dtype), progress=SilentProgress())
+        if sizes is not None:
+            cut_by_hand(model, sizes)
         for site in model.linears():
             pattern = next((pattern for pattern in fields if fnmatch(site.name, pattern)), None)
             if pattern is None:

@@ -117,6 +117,7 @@ def test_equal_widths_are_dequantized_to_a_stock_folder(make_vit, open_cut, tmp_
     model = open_cut(make_vit(), [(3, 16, 96), (3, 16, 96)])
     out = tmp_path / "out"
     out.mkdir()
-    write(model, out, "dequantized")
+    info = write(model, out, "dequantized")
+    assert predict_bytes(model.dense(), "dequantized") == info.bytes
     again = open_model(ModelRef(id=str(out)), progress=SilentProgress())
     assert torch.equal(outputs_of(again.module), outputs_of(model.module))

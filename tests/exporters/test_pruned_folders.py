@@ -7,7 +7,7 @@ import json
 import compress
 import pytest
 import torch
-from compress.errors import SourceError
+from compress.errors import PlanError, SourceError
 from compress.exporters.formats import predict_bytes, write
 from compress.exporters.fresh_process import verify_export
 from compress.exporters.inspection import inspect
@@ -64,7 +64,7 @@ def test_what_is_predicted_is_written(cut, folder):
 
 def test_it_is_not_called_quantized_and_can_be_trained(folder):
     described = inspect(folder)
-    assert described["quantized_bits"] is None and described["cut"] == 11
+    assert described["quantized_bits"] is None and described["cut"] == 12
     assert all(layer["method"] is None for layer in described["layers"])
     for module in (compress.load(folder), load_stock(folder)):
         assert module.hf_quantizer.is_trainable and not module.is_quantized
@@ -87,6 +87,28 @@ def test_a_model_that_is_not_cut_says_nothing_of_it(make_tiny, open_quantized, s
     write(open_quantized(make_tiny(), schemes["w4a8"]), out, "compress")
     assert "surgery" not in (out / "compress.json").read_text()
     assert "surgery" not in json.loads((out / "config.json").read_text())["quantization_config"]
+
+
+@pytest.mark.parametrize("scheme", ["w4a8", "mixed"])
+def test_quantized_layers_lie_on_top_of_the_cut(
+    make_tiny, open_quantized, schemes, tmp_path, outputs_of, scheme
+):
+    sizes = [(3, 16, 128), (2, 16, 192)]  # blocks of 64 channels are rotated
+    model = open_quantized(make_tiny(dtype="bfloat16"), schemes[scheme], sizes=sizes)
+    out = tmp_path / "quantized"
+    out.mkdir()
+    write(model, out, "compress")
+    expected = outputs_of(model.module)
+    for module in (compress.load(out), load_stock(out), read_checkpoint(out)[0]):
+        assert torch.equal(outputs_of(module), expected)
+    assert not compress.load(out).hf_quantizer.is_trainable
+    described, stored = inspect(out), open_folder(out)
+    assert described["cut"] == len(stored.manifest.surgery) > 0 and described["quantized_bits"] is not None
+    assert described["parameters"] == model.size().parameters < model.spec.size().parameters
+    compress.load(out).save_pretrained(tmp_path / "again")
+    assert torch.equal(outputs_of(compress.load(tmp_path / "again")), expected)
+    with pytest.raises(PlanError, match="stock class alone"):
+        write(model, out, "dequantized")
 
 
 def tampered(name, key, value):
