@@ -149,10 +149,9 @@ class Search:
         fixed: dict[str, int] = {}
         scale = first = self._bisect(fixed, highest)
         for unit in _COARSE:
-            for scope in self._scopes:
-                if scope.unit == unit:
-                    fixed[scope.name] = scope.total(scale)
-            if len(fixed) < len(self._scopes) and self._load(fixed, scale) < _CLOSE:
+            held = {scope.name: scope.total(scale) for scope in self._scopes if scope.unit == unit}
+            fixed |= held
+            if held and len(fixed) < len(self._scopes) and self._load(fixed, scale) < _CLOSE:
                 scale = self._bisect(fixed, scale)
         widths = self._fill(self._widths(fixed, scale))
         return Found(first, widths, self._count(widths))
