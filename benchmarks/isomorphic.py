@@ -276,14 +276,14 @@ def main() -> int:
         folder = write_model(root / "model", name, arguments.seed)
         images = write_images(root / "images", arguments.images, CLASSIFIERS[name].image_size, arguments.seed)
         ours, clock, memory = prune(folder, images, arguments)
-        rows = cost_rows("ours", clock, memory)
+        header = ["seconds", "wall", "processor", "peak GB"]
+        table(header, cost_rows("ours", clock, memory))
         modules = {"dense": opened(folder).module, "ours": ours.module}
         if not arguments.no_peer:
             made = attempt("torch-pruning", lambda: prune_by_peer(folder, images, arguments))
             if made is not None:
                 modules["torch-pruning"] = made[0]
-                rows += cost_rows("torch-pruning", made[1], None)
-        table(["seconds", "wall", "processor", "peak GB"], rows)
+                table(header, cost_rows("torch-pruning", made[1], None))
         latency_table(modules, CLASSIFIERS[name].image_size, arguments)
         if "torch-pruning" in modules:
             widths_table(ours, modules["torch-pruning"], modules["dense"])
