@@ -47,7 +47,8 @@ def check_images(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
     layout = find_images(place)
     _check_classes(layout, checkpoint)
     _check_counts(recipe, layout)
-    if recipe.evaluate.quality is not None and not layout.labelled:
+    measured = layout.train if layout.held_out is None else layout.held_out
+    if recipe.evaluate.quality is not None and not measured.labelled:
         raise loaded.error(
             ("evaluate", "quality"),
             f"is accuracy for a classifier, and the images of {place} have no labels",
@@ -117,7 +118,8 @@ def _check_counts(recipe: Recipe, layout: Layout) -> None:
 def _check_scores(
     loaded: LoadedRecipe, location: Location, settings: IsomorphicSettings, layout: Layout
 ) -> None:
-    if settings.importance == "taylor" and settings.loss in (None, "cross_entropy") and not layout.labelled:
+    by_labels = settings.importance == "taylor" and settings.loss in (None, "cross_entropy")
+    if by_labels and not layout.train.labelled:
         raise loaded.error(
             (*location, "importance" if settings.loss is None else "loss"),
             f"cross_entropy needs labels, and the images of {layout.path} have none",

@@ -118,11 +118,6 @@ class Layout:
     train: Images
     held_out: Images | None
 
-    @property
-    def labelled(self) -> bool:
-        """Whether every part has labels."""
-        return self.train.labelled and (self.held_out is None or self.held_out.labelled)
-
     def fingerprint(self) -> str:
         """Return a hash of all images and their labels, 64 hexadecimal digits."""
         held_out = None if self.held_out is None else self.held_out.fingerprint()

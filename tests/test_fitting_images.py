@@ -155,6 +155,24 @@ def test_accuracy_needs_labels(vit, bare):
         _check(recipe)
 
 
+def test_each_part_needs_its_own_labels(vit, tmp_path):
+    """Scores take those of the training part, accuracy those of the other."""
+    pixels = torch.zeros(8, 4, 4).byte()
+    for name, bare in (("one", "test"), ("two", "train")):
+        (tmp_path / name).mkdir()
+        for part in ("train", "test"):
+            labels = {} if part == bare else {"labels": torch.zeros(8).byte()}
+            save_file({"pixels": pixels, **labels}, tmp_path / name / f"{part}.safetensors")
+    quality = {"quality": {"samples": 2}, "fidelity": None}
+    _check(_recipe(vit, calibration=_calibration(tmp_path / "one"), evaluate=FEW))
+    with pytest.raises(RecipeError, match=r"evaluate\.quality"):
+        _check(_recipe(vit, calibration=_calibration(tmp_path / "one"), evaluate=quality))
+    stages = [_prune(loss="output_norm")]
+    _check(_recipe(vit, calibration=_calibration(tmp_path / "two"), evaluate=quality, stages=stages))
+    with pytest.raises(RecipeError, match=r"isomorphic\.importance"):
+        _check(_recipe(vit, calibration=_calibration(tmp_path / "two"), evaluate=FEW))
+
+
 def test_images_of_the_training_alone(vit, bare, labelled, tmp_path):
     stages = [_prune(loss="output_norm"), _finetune(images=str(labelled))]
     recipe = _recipe(vit, calibration=_calibration(bare), evaluate=FEW, stages=stages)

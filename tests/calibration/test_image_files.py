@@ -37,7 +37,7 @@ def test_a_folder_per_class(tmp_path):
     found = find_images(tmp_path)
     assert found.held_out is None and isinstance(found.train, FileList)
     assert [path.name for path in found.train.paths] == ["b.png", "a.JPG", "c.png"]
-    assert found.train.labels == ("cat", "cat", "dog") and found.labelled
+    assert found.train.labels == ("cat", "cat", "dog") and found.train.labelled
     assert found.train.classes == ("bird", "cat", "dog"), "an empty folder is a class, too"
 
 
@@ -64,7 +64,7 @@ def test_images_without_labels(tmp_path):
     _image(tmp_path / "a.webp")
     found = find_images(tmp_path)
     assert [path.name for path in found.train.paths] == ["a.webp", "b.png"]
-    assert not found.labelled
+    assert not found.train.labelled
 
 
 def test_an_image_beside_folders_of_classes_is_refused(tmp_path):
@@ -84,7 +84,7 @@ def test_a_table_of_labels(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows))
     assert find_images(tmp_path).train.labels == ("3", "0")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
-    assert not find_images(tmp_path).labelled
+    assert not find_images(tmp_path).train.labelled
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_tensors_of_images(tmp_path):
     _tensors(tmp_path / "parts" / "test.safetensors", count=2, labels=False)
     found = find_images(tmp_path / "parts")
     assert len(found.train) == 5 and found.held_out is not None and len(found.held_out) == 2
-    assert not found.labelled, "the held-out ones have none"
+    assert found.train.labelled and not found.held_out.labelled
     (tmp_path / "parts" / "train").mkdir()
     with pytest.raises(SourceError, match=r"both train and train\.safetensors"):
         find_images(tmp_path / "parts")
