@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice, product
 from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,12 +27,14 @@ from ...calibration.seeds import generator_for
 from ...errors import PlanError, StageError
 from ...progress import Progress, step
 from ...recipes.recovery import TrainingSettings
+from .ahead import one_ahead
 from .ema import MovingAverage
 from .optimizer import adamw
 from .schedule import learning_rate
 from .state import DamagedStateError, TrainingState, read_state, state_key, write_state
 from .weights import training
 
+_Batches = Iterator[tuple[tuple[int, int], Any]]
 _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 # Every process has the whole model: what the state on disk and the moving average go by.
 _LAUNCHED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -50,7 +53,8 @@ class Trainable(Protocol):
     def batch(self, step: int, part: int, parts: int) -> Any:
         """Return part `part` of `parts` equal parts of a step's batch; a pure function.
 
-        What is drawn for the whole batch must not depend on `parts`.
+        What is drawn for the whole batch must not depend on `parts`. It is called from another thread,
+        while the part before is computed.
         """
 
     def loss(self, batch: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -194,10 +198,14 @@ class _Loop:
         if start:
             progress.note(f"training goes on after step {start} of {self._steps}")
         began = time.monotonic()
-        with step(progress, "training", self._steps - start) as steps:
+        turns = product(range(start, self._steps), range(self._settings.accumulate))
+        with (
+            step(progress, "training", self._steps - start) as steps,
+            closing(one_ahead(self._batch, turns)) as batches,
+        ):
             for number in range(start, self._steps):
                 rate = learning_rate(self._settings, number, self._steps)
-                loss, shown = self._step(number, rate)
+                loss, shown = self._step(number, rate, batches)
                 state.losses.append(loss)
                 done = number + 1
                 if done % self._settings.checkpoint_every == 0 and done < self._steps:
@@ -209,21 +217,28 @@ class _Loop:
         rates = [learning_rate(self._settings, number, self._steps) for number in range(self._steps)]
         return Trained(state.losses, rates, start, seconds / max(1, self._steps - start))
 
-    def _step(self, number: int, rate: float) -> tuple[float, dict[str, float]]:
+    def _part(self, turn: int) -> int:
+        """Return which part of a batch this process computes in a turn."""
+        return turn * self._accelerator.num_processes + self._accelerator.process_index
+
+    def _batch(self, place: tuple[int, int]) -> Any:
+        number, turn = place
+        return self._trainable.batch(number, self._part(turn), self._parts)
+
+    def _step(self, number: int, rate: float, batches: _Batches) -> tuple[float, dict[str, float]]:
         """Take one optimizer step; return its loss and what else is shown."""
         accelerator = self._accelerator
         for group in self._inner.param_groups:
             group["lr"] = rate
         total = torch.zeros((), device=accelerator.device)
         sums: dict[str, Tensor] = {}
-        for turn in range(self._settings.accumulate):
-            part = turn * accelerator.num_processes + accelerator.process_index
+        for (_, turn), batch in islice(batches, self._settings.accumulate):
             with (
                 accelerator.accumulate(self._losses),
-                _randomness(self._seed, number, part),
+                _randomness(self._seed, number, self._part(turn), accelerator.device),
                 _attention(self._settings, accelerator.device),
             ):
-                loss, numbers = self._losses(self._trainable.batch(number, part, self._parts))
+                loss, numbers = self._losses(batch)
                 total += loss.detach() / self._settings.accumulate
                 for name, value in numbers.items():
                     sums[name] = sums.get(name, torch.zeros_like(total)) + value / self._settings.accumulate
@@ -273,11 +288,15 @@ class _Loop:
 
 
 @contextmanager
-def _randomness(seed: int, number: int, part: int) -> Iterator[None]:
+def _randomness(seed: int, number: int, part: int, device: torch.device) -> Iterator[None]:
     """Give dropout numbers of its own for one part of one step, and put back what was there."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(generator_for(seed, "dropout", number, part).initial_seed())
+    value = generator_for(seed, "dropout", number, part).initial_seed()
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        # Not torch.manual_seed: where a GPU library is not in use yet, that writes down the whole stack.
+        torch.default_generator.manual_seed(value)
+        if on_gpu:
+            torch.cuda.manual_seed(value)
         yield
 
 
