@@ -143,8 +143,12 @@ def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
 
 
 def train(
-    model: nn.Module, images: Tensor, labels: Tensor, course: Course, args: argparse.Namespace
-) -> nn.Module:
+    model: ViTForImageClassification,
+    images: Tensor,
+    labels: Tensor,
+    course: Course,
+    args: argparse.Namespace,
+) -> ViTForImageClassification:
     """Train and return the moving average of the weights.
 
     Args:
@@ -175,7 +179,7 @@ def train(
         course.steps += 1
         keep = min(args.ema, (1 + course.steps) / (10 + course.steps))
         with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), parameters, 1 - keep)
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
         running += loss.item()
         if course.steps % 500 == 0:
             course.note(running / 500)
@@ -211,7 +215,7 @@ def shipped_accuracy(model: nn.Module, file: Path) -> float:
     return float(hits(model, images, tensors["labels"].long()).double().mean())
 
 
-def save(average: nn.Module, args: argparse.Namespace, course: Course) -> None:
+def save(average: ViTForImageClassification, args: argparse.Namespace, course: Course) -> None:
     """Write the folder, and measure what stands in it."""
     copy.deepcopy(average).to(torch.bfloat16).save_pretrained(args.out)
     ViTImageProcessorPil(
