@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-def one_ahead(make: Callable[[K], V], keys: Iterable[K]) -> Iterator[tuple[K, V]]:
+def one_ahead(make: Callable[[K], V], keys: Iterable[K]) -> Generator[tuple[K, V], None, None]:
     """Yield (key, make(key)) in order; a thread makes the next one meanwhile.
 
     Args:
