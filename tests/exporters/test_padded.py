@@ -54,6 +54,7 @@ def by_the_library_alone(tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("class_name", [VIT, "DeiTForImageClassificationWithTeacher"])
 def test_a_padded_model_loads_with_the_stock_class_and_answers_the_same(
     make_vit, open_cut, tmp_path, by_the_library_alone, class_name

@@ -46,6 +46,7 @@ def test_a_cut_model_comes_back_bit_for_bit(cut, folder, outputs_of):
     assert read_checkpoint(folder)[1].surgery == cut.surgery
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_it_both_ways(cut, folder):
     found = verify_export(cut, folder, seed=3, progress=SilentProgress())
     assert (found.failure, found.max_abs_error) == (None, 0.0)

@@ -76,6 +76,7 @@ def test_layers_of_other_widths_are_said_in_the_librarys_words(opened, written, 
     assert predict_bytes(model.dense(), "compress") == (out / "model.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_it_both_ways(opened, written):
     model = opened(LAYERED)
     found = verify_export(model, written(model), seed=3, progress=SilentProgress())
@@ -95,9 +96,7 @@ def test_saved_by_the_library_it_loads_again(opened, written, outputs_of, tmp_pa
 
 
 @pytest.mark.parametrize("sizes", [UNIFORM, LAYERED])
-def test_going_on_from_a_folder_gives_the_same_model_and_the_same_bytes(
-    opened, written, outputs_of, sizes
-):
+def test_going_on_from_a_folder_gives_the_same_model_and_the_same_bytes(opened, written, outputs_of, sizes):
     model = opened(sizes)
     model.attachments["pruning.json"] = '{"kept": []}\n'
     # What is listed beyond what is needed changes no byte.
