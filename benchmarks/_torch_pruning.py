@@ -34,7 +34,7 @@ def macs(module: Any) -> int:
 
 def gradients(module: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
     """Return the summed gradients of the cross-entropy, as the official script accumulates them."""
-    module.zero_grad()
+    module.eval().requires_grad_(True).zero_grad()
     for pixels, labels in batches:
         functional.cross_entropy(module(pixel_values=pixels).logits, labels).backward()
     found = {name: value.grad.clone() for name, value in module.named_parameters() if value.grad is not None}

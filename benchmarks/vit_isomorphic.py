@@ -122,7 +122,7 @@ class Bench:
         self,
         module: nn.Module,
         calibration: ClassificationCalibration,
-        shares: Mapping[str, float],
+        shares: Mapping[str, Mapping[str, Any]],
         wanted: int,
     ) -> nn.Module:
         labels = calibration.labels
@@ -131,9 +131,11 @@ class Bench:
             (call["pixel_values"], labels[list(rows)])
             for call, rows in zip(calibration.calls(), calibration.batches(), strict=True)
         )
+        stored, module = next(module.parameters()).dtype, module.float()
         summed = gradients(module, batches)
-        kept = {name: shares[name] for name in ("width", "heads", "head_dim")}
-        return pruned_to(module, summed, kept, self.settings("isomorphic").round_to, wanted)
+        proportions = {row["setting"]: row["share"] for row in shares.values()}
+        round_to = self.settings("isomorphic").round_to
+        return pruned_to(module, summed, proportions, round_to, wanted).requires_grad_(False).to(stored)
 
     def _recovered(self, model: OpenModel, calibration: ClassificationCalibration) -> Result:
         """Measure, train and measure again."""
