@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...calibration.objectives import Objective
+from ...errors import PlanError
 from ...models.base import OpenModel
 from ...progress import Progress, step
 from ...recipes.pruning import IsomorphicSettings
@@ -69,17 +70,18 @@ def measure_baselines(
         progress: sees the measurements.
 
     Returns:
-        Ranking -> {"loss", "macs"}.
-
-    Raises:
-        PlanError: a ranking cannot reach as few operations.
+        Ranking -> {"loss", "macs"}; without those that cannot reach as few operations.
     """
     measured: dict[str, Any] = {}
     for name in settings.baselines:
         other = settings.model_copy(update={"ranking": name, "target": None})
-        scopes = ranked(groups, scores, other)
         count = Counter(model.dense(), groups)
-        found = Search(groups, scopes, other, count.cost, {"macs": float(macs)}).find()
+        try:
+            scopes = ranked(groups, scores, other)
+            found = Search(groups, scopes, other, count.cost, {"macs": float(macs)}).find()
+        except PlanError as error:  # the result of the stage does not depend on what it is held against
+            progress.note(f"ranking {name} is not measured: {error.message}")
+            continue
         copied = apart(model)
         cut(copied, groups, realise(groups, scores, found.widths, other), attn_scale=settings.attn_scale)
         measured[name] = {"loss": mean_loss(copied, objective, progress), "macs": copied.size().macs}

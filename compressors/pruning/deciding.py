@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,10 +183,14 @@ def find_widths(
     if found is not None and moment.last:
         assert settings.target is not None
         return found.widths, found.to_json(settings.target, limits)
-    widths = widths_at(
-        groups, scopes, settings, lambda scope: scope.total(scale * moment.part), rounding=moment.last
+    final = widths_at(groups, scopes, settings, lambda scope: scope.total(scale))
+    if moment.last:
+        return final, None
+    partly = widths_at(
+        groups, scopes, settings, lambda scope: scope.total(scale * moment.part), rounding=False
     )
-    return widths, None
+    # A layer that ends whole, or wider for its rounding, must not have lost by then what it keeps.
+    return partly.at_least(final if found is None else found.widths), None
 
 
 def decide(
@@ -212,7 +216,13 @@ def decide(
     """
     scopes = ranked(groups, scored.scores, settings, moment.initial)
     widths, target = find_widths(groups, scopes, model.dense(), settings, moment)
-    selection = realise(groups, scored.scores, widths, settings)
+    if moment.index == 0 and not moment.last:
+        # One step may be too small for any layer; all of them together may not.
+        at_once = replace(moment, count=1)
+        realise(
+            groups, scored.scores, find_widths(groups, scopes, model.dense(), settings, at_once)[0], settings
+        )
+    selection = realise(groups, scored.scores, widths, settings, required=moment.count == 1)
     gradients = scored.gradients
     return Decision(
         selection=selection,

@@ -118,12 +118,24 @@ def widths_at(
 
 
 def realise(
-    groups: Sequence[Group], scores: Mapping[str, Tensor], widths: Widths, settings: IsomorphicSettings
+    groups: Sequence[Group],
+    scores: Mapping[str, Tensor],
+    widths: Widths,
+    settings: IsomorphicSettings,
+    *,
+    required: bool = True,
 ) -> Selection:
     """Pick the best channels of every layer that loses some.
 
+    Args:
+        groups: of the model as it is now.
+        scores: group -> [size] float.
+        widths: what stays, from `widths_at`.
+        settings: of the stage.
+        required: something has to go; not so in every step of a schedule.
+
     Raises:
-        PlanError: no layer loses anything.
+        PlanError: no layer loses anything, and something has to.
     """
     kept: dict[str, tuple[int, ...]] = {}
     heads: dict[str, tuple[int, ...]] = {}
@@ -135,7 +147,7 @@ def realise(
                 kept[group.name], heads[group.name] = kept_of_attention(group, own, *sizes, settings)
         elif widths.channels[group.name] != group.size:
             kept[group.name] = tuple(sorted(best_of(own, widths.channels[group.name])))
-    if not kept:
+    if required and not kept:
         raise PlanError(
             "isomorphic: nothing would be removed",
             hint="ask for larger shares or a smaller target, or lower round_to",

@@ -37,3 +37,15 @@ class Widths:
         """Return group -> channels, of all heads together where it is an attention."""
         products = {name: heads * self.head_dims[name] for name, heads in self.heads.items()}
         return {**self.channels, **products}
+
+    def at_least(self, other: Widths) -> Widths:
+        """Return sizes of which none is below its counterpart in `other`."""
+        return Widths(
+            _larger(self.channels, other.channels),
+            _larger(self.heads, other.heads),
+            _larger(self.head_dims, other.head_dims),
+        )
+
+
+def _larger(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    return {name: max(size, other[name]) for name, size in one.items()}

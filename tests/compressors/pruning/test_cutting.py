@@ -215,6 +215,21 @@ def test_a_second_cut_is_noted_against_the_config(prunable, choose):
     assert model.surgery["vit.layers.0.mlp.fc1"].shapes == {"weight": (16, 8), "bias": (16,)}
 
 
+def test_scales_are_folded_in_float32(prunable, choose):
+    model = prunable("ViTForImageClassification", dtype="bfloat16")
+    groups = [group for group in find_groups(model) if group.kind == "attention"]
+    selection = choose(groups, 0.4)
+    before = {group.name: model.module.get_submodule(group.name).weight.clone() for group in groups}
+    cut(model, groups, selection, attn_scale="preserve")
+    for group in groups:
+        head_dim = len(selection.kept[group.name]) // len(selection.heads[group.name])
+        factor = (head_dim / group.attention.head_dim) ** 0.5
+        assert float(torch.tensor(factor, dtype=torch.bfloat16)) != factor  # else rounding it would not show
+        kept = before[group.name][list(selection.kept[group.name])]
+        wanted = (kept.float() * factor).bfloat16()
+        assert torch.equal(model.module.get_submodule(group.name).weight, wanted)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_flags_and_dtype_stay(prunable, choose, dtype):
     model = prunable("ViTForImageClassification", dtype=dtype)

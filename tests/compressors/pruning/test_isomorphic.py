@@ -217,6 +217,48 @@ def test_baselines_cost_as_much_and_leave_the_model_alone(prunable, recorded, wo
         assert 0.9 * details["macs"][1] < row["macs"] <= details["macs"][1] and row["loss"] > 0
 
 
+def test_a_ranking_that_cannot_go_as_far_is_left_out(prunable, recorded, workspace):
+    model = prunable("SwinForImageClassification", num_heads=(1, 2))  # one head: local leaves it alone
+    notes = []
+    progress = SilentProgress()
+    progress.note = notes.append
+    chosen = IsomorphicSettings(ratios={"heads": 0.3}, round_to=1, baselines=("local",))
+    details = Isomorphic().apply(model, chosen, recorded(model), workspace(), progress)
+    assert details["baselines"] == {} and any("ranking local is not measured" in note for note in notes)
+    rows = [row for entry in details["classes"] for row in entry["members"] if row["heads"]]
+    before, after = (sum(row["heads"][place] for row in rows) for place in (0, 1))
+    assert after == int(0.7 * before)
+
+
+def test_steps_that_are_too_small_for_any_layer_wait_for_the_next(prunable, recorded, workspace):
+    found = []
+    for steps in (1, 7):  # of few heads, fewer go than there are steps
+        model = prunable(VIT)
+        chosen = IsomorphicSettings(ratios={"heads": 0.4}, round_to=1, steps=steps)
+        found.append(totals(apply(model, chosen, recorded(model), workspace(str(steps)))))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_targets_are_met_in_several_steps(steps, prunable, recorded, workspace):
+    model = prunable(VIT, hidden_size=64, intermediate_size=32)
+    chosen = IsomorphicSettings(target={"macs": 0.55}, round_to=16, steps=steps, importance="magnitude")
+    once = prunable(VIT, hidden_size=64, intermediate_size=32)
+    apply(once, chosen.model_copy(update={"steps": 1}), recorded(once), workspace("once"))
+    details = apply(model, chosen, recorded(model), workspace("several"))
+    reached = details["target"]["macs"]
+    assert reached["limit"] == 0.55 * details["macs"][0]  # a share of the original, in every step
+    assert 0.95 * once.size().macs <= details["macs"][1] == reached["reached"] <= reached["limit"]
+
+
+def test_a_schedule_that_removes_nothing_is_refused_at_once(prunable, recorded, workspace):
+    model = prunable(VIT)
+    chosen = IsomorphicSettings(ratios={"ff": 0.01}, round_to=8, rounding="nearest", steps=3)
+    with pytest.raises(PlanError, match="nothing would be removed"):
+        apply(model, chosen, recorded(model), workspace())
+    assert model.surgery == {}
+
+
 @pytest.mark.parametrize("importance", ["taylor", "magnitude"])
 def test_magnitude_needs_no_labels_and_taylor_says_what_to_do(
     importance, prunable, recorded, workspace, images

@@ -5,6 +5,7 @@ import torch
 from compress.compressors.pruning.competition import competition
 from compress.compressors.pruning.details import effective_ratios, widths_after
 from compress.compressors.pruning.groups import Group, Selection
+from compress.compressors.pruning.heads import by_dimension, by_head
 from compress.compressors.pruning.scopes import Member, Scope, rank
 from compress.compressors.pruning.selection import compose, even_scores, select
 from compress.compressors.pruning.widths import Widths
@@ -328,3 +329,28 @@ def test_order_is_of_units_above_the_floors():
     ranked = rank(scope, {"a": torch.tensor([0.1, 0.9, 0.5]), "b": torch.tensor([0.5, 0.2])})
     assert ranked.order.tolist() == [0, 1, 0]
     assert ranked.counts(3) == {"a": 2, "b": 1}
+
+
+def test_heads_and_channels_are_scored_by_means():
+    group = attention(0, heads=2, head_dim=3)
+    scores = torch.tensor([1.0, 5.0, 3.0, 2.0, 2.0, 8.0])
+    assert by_head(group, scores).tolist() == [3.0, 4.0]
+    assert by_dimension(group, scores).tolist() == [1.5, 3.5, 5.5]
+
+
+def test_totals_are_of_the_sizes_before_and_never_above_those_now():
+    scope = Scope("ff", "ff", "ff", 0.9, 1, (Member("a", 6, 10, 1),), torch.zeros(5, dtype=torch.int64))
+    assert scope.wanted() == 1  # 10 * (1 - 0.9) is a little less than 1 in floating point
+    assert scope.total(0.1) == 6  # 9 of 10 would stay, and 6 are left
+
+
+def test_composed_heads_count_in_the_first_layout():
+    first = Selection({"a": (0, 1, 4, 5)}, {"a": (0, 2)}, {"a": 8})
+    second = Selection({"a": (2,)}, {"a": (1,)}, {"a": 4})
+    both = compose(first, second)
+    assert both.heads == {"a": (2,)} and both.kept == {"a": (4,)}
+
+
+def test_widths_that_are_at_least_others():
+    one, other = Widths({"a": 3, "b": 9}, {"c": 2}, {"c": 5}), Widths({"a": 4, "b": 8}, {"c": 1}, {"c": 6})
+    assert one.at_least(other) == Widths({"a": 4, "b": 9}, {"c": 2}, {"c": 6})
