@@ -59,7 +59,7 @@ def _notes(settings: IsomorphicSettings, aimed: bool) -> list[str]:
         notes.append(f"ranking {settings.ranking} is a baseline of the method")
     if settings.steps > 1:
         notes.append(f"scores are computed {settings.steps} times, before each step")
-    return [*notes, "accuracy right after pruning is poor: a stage that recovers (finetune) should follow"]
+    return notes
 
 
 def _scored_numbers(spec: ModelSpec, groups: Sequence[Group]) -> int:
