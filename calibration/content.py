@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -10,13 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from ..models.base import OpenModel
 from ..runtime.atomic import atomic_file, sweep_partials
 from ..runtime.encoders import encoding_hashes
-from ..runtime.hashes import file_sha256
+from ..runtime.hashes import digest, file_sha256
+from ..runtime.tensor_hashes import tensors_sha256
 from .inputs import by_content
 
 if TYPE_CHECKING:
@@ -64,16 +63,12 @@ def content_key(model: OpenModel, settings: Mapping[str, Any]) -> str:
         "settings": settings,
         "versions": {name: version(name) for name in ("torch", "diffusers")},
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    return digest(content)
 
 
 def hash_weights(module: nn.Module) -> str:
     """Return the SHA-256 of what a module holds in memory, 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return tensors_sha256(module.state_dict())
 
 
 def read_index(path: Path) -> dict[str, Any] | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -11,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..runtime.hashes import digest
 from .diffusion import DiffusionCalibration
 
 
@@ -65,7 +64,7 @@ class RecordedCalls:
     def key(self) -> str:
         """Content hash of the recording and of the choice."""
         content = [self.calibration.key, self.steps, self.samples, *([self.start] if self.start else [])]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return digest(content)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield the calls, file by file, from the first timestep to the last."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -18,7 +16,7 @@ from ..models.base import OpenModel
 from ..models.companions import companion_files
 from ..progress import Progress, step
 from ..runtime.atomic import atomic_file
-from ..runtime.hashes import file_sha256
+from ..runtime.hashes import digest, file_sha256
 from .base import Observer
 from .content import content_key, is_intact, read_index, recording_folder, write_index
 from .inputs import by_content, text_file
@@ -113,7 +111,7 @@ class TextCalls:
     def key(self) -> str:
         """Content hash of the sequences and of the choice."""
         content = [self.calibration.key, "text", self.samples, self.start]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return digest(content)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield the calls in their order."""

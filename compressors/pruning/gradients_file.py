@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ...calibration.content import hash_weights
 from ...runtime.atomic import atomic_file, sweep_partials
 from ...runtime.hashes import digest
+from ...runtime.tensor_hashes import tensors_sha256
 
 _VERSION = 1
 """Raise it when the same key would stand for other sums."""
@@ -43,12 +42,7 @@ class Partial:
 
 def key_of(module: nn.Module, objective_key: str, names: Sequence[str]) -> str:
     """Return the hash of all that a sum depends on: weights, samples and loss, the named tensors."""
-    found = hashlib.sha256(digest([_VERSION, objective_key, list(names)]).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        if tensor.numel():
-            found.update(_bytes_of(tensor))
-    return found.hexdigest()
+    return digest([_VERSION, objective_key, list(names), hash_weights(module)])
 
 
 def write(folder: Path, key: str, partial: Partial) -> None:
@@ -62,7 +56,7 @@ def write(folder: Path, key: str, partial: Partial) -> None:
         seen.add(values.data_ptr())
     about = {
         "key": key, "parts": partial.parts, "samples": partial.samples, "loss_sum": partial.loss_sum,
-        "sha256": _checksum(stored),
+        "sha256": tensors_sha256(stored),
     }  # fmt: skip
     with atomic_file(path) as temporary:
         save_file(stored, temporary, metadata={_ABOUT: json.dumps(about)})
@@ -87,7 +81,7 @@ def read(folder: Path, key: str, parameters: Mapping[str, Tensor]) -> Partial | 
             if about["key"] != key or set(file.keys()) != set(parameters):
                 return None
             sums = {name: file.get_tensor(name) for name in parameters}
-        if about["sha256"] != _checksum(sums) or not math.isfinite(about["loss_sum"]):
+        if about["sha256"] != tensors_sha256(sums) or not math.isfinite(about["loss_sum"]):
             return None
         if any(sums[name].shape != parameter.shape for name, parameter in parameters.items()):
             return None
@@ -98,17 +92,3 @@ def read(folder: Path, key: str, parameters: Mapping[str, Tensor]) -> Partial | 
 
 def _path(folder: Path, key: str) -> Path:
     return folder / f"gradients-{key[:16]}.safetensors"
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        found.update(f"{name} {list(tensors[name].shape)} ".encode())
-        if tensors[name].numel():
-            found.update(_bytes_of(tensors[name]))
-    return found.hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> Any:
-    """Return the values as a buffer; arrays are buffers, which their annotations do not say."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

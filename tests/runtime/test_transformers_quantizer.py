@@ -312,5 +312,5 @@ def test_a_dense_folder_opens_with_its_defaults_for_generating(make_llm):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "torchao"}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SourceError, match="which compress does not write for language models"):
+    with pytest.raises(SourceError, match="which compress does not write for models of transformers"):
         compress.load(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from ....runtime.atomic import atomic_file, sweep_partials
 from ....runtime.hashes import digest
 from ....runtime.linear import QuantizedLinear
 from ....runtime.manifest import QuantizedModule
+from ....runtime.tensor_hashes import tensors_sha256
 from ..building import layer_of
 
 _SEPARATOR = "/"
@@ -138,11 +138,5 @@ class Bank:
 
 
 def _checksum(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of what a layer's file says: names, types, shapes, values."""
-    found = hashlib.sha256(digest(described).encode())
-    for key in sorted(tensors):
-        tensor = tensors[key]
-        found.update(f"{key} {tensor.dtype} {list(tensor.shape)} ".encode())
-        values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-        found.update(values)
-    return found.hexdigest()
+    """Return the SHA-256 of what a layer's file says."""
+    return digest([described, tensors_sha256(tensors)])

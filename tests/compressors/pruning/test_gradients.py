@@ -59,7 +59,7 @@ def in_one_pass(module, objective):
     hidden = torch.tanh(nn.functional.linear(objective.x, weights[0], module.first.bias.float()))
     output = nn.functional.linear(hidden, weights[1], module.second.bias.float())
     loss = nn.functional.cross_entropy(output, objective.y, reduction="sum")
-    return torch.autograd.grad(loss, weights), float(loss)
+    return torch.autograd.grad(loss, weights), float(loss.detach())
 
 
 @pytest.mark.parametrize("part", [1, 2, 4, 8])
