@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...calibration.flags import keeping_flags
 from ...calibration.objectives import Objective
 from ...errors import PlanError
 from ...models.base import OpenModel
@@ -36,16 +37,12 @@ def apart(model: OpenModel) -> OpenModel:
 def mean_loss(model: OpenModel, objective: Objective, progress: Progress) -> float:
     """Return the mean loss of a model as it is now, without gradients."""
     total, samples = 0.0, 0
-    training = model.module.training
-    model.module.eval()
-    try:
-        with torch.no_grad(), step(progress, "loss", objective.parts):
-            for loss, count in objective.losses(model):
-                total += float(loss)
-                samples += count
-                progress.advance(1, f"loss {total / samples:.4g}")
-    finally:
-        model.module.train(training)
+    with keeping_flags(model.module), torch.no_grad(), step(progress, "loss", objective.parts):
+        model.module.eval()
+        for loss, count in objective.losses(model):
+            total += float(loss)
+            samples += count
+            progress.advance(1, f"loss {total / samples:.4g}")
     return total / samples
 
 

@@ -7,13 +7,13 @@ else, and nothing fails. So the numbers are compared first, and only then is the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...calibration.flags import keeping_flags
 from ...errors import StageError
 from ...models.base import OpenModel
 from ...models.structure import AttentionSite
@@ -97,8 +97,12 @@ def _run(model: OpenModel) -> None:
         for name, child in module.named_modules()
         if not list(child.children())
     ]
+    parameters = {name: value for name, value in module.named_parameters() if value.is_floating_point()}
     try:
-        with _trained(module) as parameters, torch.enable_grad():
+        with keeping_flags(module), torch.enable_grad():
+            module.eval()
+            for value in parameters.values():
+                value.requires_grad_(True)
             loss = _mean_square(module(**inputs))
             if not bool(torch.isfinite(loss)):
                 raise _not_finite(parameters)
@@ -119,24 +123,6 @@ def _not_finite(parameters: Mapping[str, Tensor]) -> StageError:
         if not bool(torch.isfinite(value).all()):
             return StageError(f"{name}: a weight of the pruned model is not finite")
     return StageError("the pruned model's outputs are not finite on random inputs, though its weights are")
-
-
-@contextmanager
-def _trained(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    """Yield all parameters with gradients on and the module in evaluation mode; restore both."""
-    flags = [(child, child.training) for child in module.modules()]
-    parameters = {name: value for name, value in module.named_parameters() if value.is_floating_point()}
-    wanted = {name: value.requires_grad for name, value in parameters.items()}
-    module.eval()
-    try:
-        for value in parameters.values():
-            value.requires_grad_(True)
-        yield parameters
-    finally:
-        for name, value in parameters.items():
-            value.requires_grad_(wanted[name])
-        for child, training in flags:
-            child.training = training
 
 
 def _mean_square(output: Any) -> Tensor:

@@ -18,7 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...calibration.flags import keeping_flags
 from ...calibration.objectives import Objective
+from ...calibration.precision import computing_in
 from ...errors import StageError
 from ...models.base import OpenModel
 from ...progress import Progress, step
@@ -84,7 +86,7 @@ def accumulate(
     key = key_of(model.module, objective.key, names)
     started = None if folder is None else read(folder, key, parameters)
     with ExitStack() as stack:
-        stack.enter_context(_in_float32(model.module))
+        stack.enter_context(computing_in(model.module, _computed_in(model.module)))
         stack.enter_context(_only(model.module, parameters))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -193,42 +195,19 @@ class _adding_to:  # noqa: N801 (used as a function)
 def _only(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Evaluate, with gradients for these parameters alone; then put all flags back."""
     wanted = set(parameters.values())
-    training = [(child, child.training) for child in module.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    try:
-        module.eval()
-        for parameter, _ in flags:
-            parameter.grad = None
-            parameter.requires_grad_(parameter in wanted)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.grad = None
-            parameter.requires_grad_(flag)
-        for child, mode in training:
-            child.training = mode
+    with keeping_flags(module):
+        try:
+            module.eval()
+            for parameter in module.parameters():
+                parameter.grad = None
+                parameter.requires_grad_(parameter in wanted)
+            yield
+        finally:
+            for parameter in module.parameters():
+                parameter.grad = None
 
 
-@contextmanager
-def _in_float32(module: nn.Module) -> Iterator[None]:
-    """Hold float16 weights in float32 within the context; the very same tensors come back."""
-    parameters = [(item, item.data) for item in module.parameters() if item.dtype == torch.float16]
-    buffers = [
-        (child, name, buffer)
-        for child in module.modules()
-        for name, buffer in child._buffers.items()
-        if buffer is not None and buffer.dtype == torch.float16
-    ]
-    try:
-        for parameter, values in parameters:
-            parameter.grad = None
-            parameter.data = values.float()
-        for child, name, buffer in buffers:
-            child._buffers[name] = buffer.float()
-        yield
-    finally:
-        for parameter, values in parameters:
-            parameter.grad = None
-            parameter.data = values
-        for child, name, buffer in buffers:
-            child._buffers[name] = buffer
+def _computed_in(module: nn.Module) -> torch.dtype | None:
+    """Return float32 where weights are float16, in which gradients overflow; None: as they are stored."""
+    halves = any(parameter.dtype == torch.float16 for parameter in module.parameters())
+    return torch.float32 if halves else None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...models.base import Family, ModelSpec
+from ...models.base import ModelSpec
 from ...recipes.pruning import IsomorphicSettings
 from ...recipes.schema import CalibrationSettings
+from ..activations import activation_bytes
 from ..base import StagePlan
 from .cutting import planned_surgery
 from .deciding import Moment, cost_of, find_widths
@@ -55,11 +54,27 @@ def _notes(settings: IsomorphicSettings, aimed: bool) -> list[str]:
         "which layers lose how much depends on the data; here the shares are spread evenly over the layers"
         + ("; the target is kept whatever the spread is" if aimed else "")
     ]
-    if settings.ranking != "isomorphic":
-        notes.append(f"ranking {settings.ranking} is a baseline of the method")
+    notes += _notes_on_ranking(settings)
     if settings.steps > 1:
         notes.append(f"scores are computed {settings.steps} times, before each step")
     return notes
+
+
+def preview_notes(settings: IsomorphicSettings) -> list[str]:
+    """Return what a plan says of a stage whose scores are known."""
+    notes = _notes_on_ranking(settings)
+    if settings.steps > 1:
+        notes.append(
+            f"all is chosen here by the scores of the first of {settings.steps} steps; the stage computes new"
+            " ones before each, and may choose others"
+        )
+    return notes
+
+
+def _notes_on_ranking(settings: IsomorphicSettings) -> list[str]:
+    if settings.ranking == "isomorphic":
+        return []
+    return [f"ranking {settings.ranking} is a baseline of the method"]
 
 
 def _scored_numbers(spec: ModelSpec, groups: Sequence[Group]) -> int:
@@ -80,38 +95,6 @@ def _peak_bytes(
     peak = stored + (2 * stored if settings.baselines else 0)
     if settings.importance == "magnitude":
         return peak + 3 * 4 * max(prod(spec.tensors[name].shape) for name in scored_tensors(groups))
-    saved = saved_bytes(module, spec.family) * _BATCH
+    saved = activation_bytes(module, spec.family) * _BATCH
     widest = max(prod(tensor.shape) for tensor in spec.tensors.values())
     return peak + 4 * numbers + 3 * 4 * widest + saved
-
-
-def saved_bytes(module: nn.Module, family: Family) -> int:
-    """Return the bytes that a forward pass of one sample keeps for its backward pass.
-
-    Counted on the meta device, by what autograd saves there.
-
-    Args:
-        module: on the meta device.
-        family: its adapter.
-    """
-    own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
-    seen: dict[int, int] = {}
-    kept: list[Tensor] = []  # alive until the end, so that no id is given twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        base = tensor if tensor._base is None else tensor._base
-        if id(base) not in own and id(base) not in seen:
-            kept.append(base)
-            seen[id(base)] = base.numel() * base.element_size()
-        return tensor
-
-    inputs: dict[str, Any] = family.example_inputs(module, 1, torch.Generator().manual_seed(0))
-    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    try:
-        module.requires_grad_(True)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            module(**inputs)
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-    return sum(seen.values())

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-import torch
-from torch import Tensor, nn
-
 from ...models.base import ModelSpec
 from ...recipes.recovery import TrainingSettings
+from ..activations import activation_bytes
 from ..base import StagePlan
 from .state import COPIES_ON_DISK
 
@@ -59,47 +57,14 @@ def training_bytes(spec: ModelSpec, settings: TrainingSettings) -> TrainingBytes
         gradients=weights,
         moments=2 * weights,
         average=weights if settings.ema is not None else 0,
-        activations=items * activation_bytes(spec, settings.precision),
+        activations=items * _activation_bytes(spec, settings.precision),
     )
 
 
-def activation_bytes(spec: ModelSpec, precision: str = "float32") -> int:
-    """Return the bytes that autograd keeps of one item at the reference input, weights apart.
-
-    Found on the meta device: nothing is computed. Of reduced precision half is counted, though
-    norms and losses stay in float32.
-    """
-    module = spec.meta_module().float().train()
-    generator = torch.Generator()
-    generator.manual_seed(0)
-    inputs = spec.family.example_inputs(module, 1, generator)
-    counted = _SavedBytes(module)
-    moved = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(counted.pack, _unpack):
-        output = module(**moved)
-    del output
-    return counted.bytes if precision == "float32" else counted.bytes // 2
-
-
-class _SavedBytes:
-    """Counts what autograd keeps, every storage once and parameters not at all."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.bytes = 0
-        self._kept: list[Tensor] = []  # so that the address of a storage is not given to another
-        self._seen = {tensor.untyped_storage()._cdata for tensor in module.parameters()}
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._seen:
-            self._seen.add(storage._cdata)
-            self._kept.append(tensor)
-            self.bytes += storage.nbytes()
-        return tensor
-
-
-def _unpack(tensor: Tensor) -> Tensor:
-    return tensor
+def _activation_bytes(spec: ModelSpec, precision: str) -> int:
+    """Return what one item keeps; of reduced precision half, though norms and losses stay in float32."""
+    found = activation_bytes(spec.meta_module().float().train(), spec.family)
+    return found if precision == "float32" else found // 2
 
 
 def plan_training(

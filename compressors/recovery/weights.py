@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ...calibration.flags import keeping_flags
+
 
 @contextmanager
 def training(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
@@ -22,21 +24,16 @@ def training(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Itera
         parameters: name -> what is trained.
     """
     dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
-    wanted_before = {name: item.requires_grad for name, item in module.named_parameters()}
-    modes = {name: child.training for name, child in module.named_modules()}
     trained = set(map(id, parameters.values()))
-    try:
-        for parameter in module.parameters():
-            parameter.requires_grad_(id(parameter) in trained)
-        for parameter in parameters.values():
-            parameter.data = parameter.data.to(torch.float32)
-        module.train()
-        yield
-    finally:
-        for name, parameter in parameters.items():
-            parameter.grad = None
-            parameter.data = parameter.data.to(dtypes[name])
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_(wanted_before[name])
-        for name, child in module.named_modules():
-            child.training = modes[name]
+    with keeping_flags(module):
+        try:
+            for parameter in module.parameters():
+                parameter.requires_grad_(id(parameter) in trained)
+            for parameter in parameters.values():
+                parameter.data = parameter.data.to(torch.float32)
+            module.train()
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.grad = None
+                parameter.data = parameter.data.to(dtypes[name])

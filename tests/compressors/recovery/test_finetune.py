@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from compress.calibration.recording import record
+from compress.compressors.activations import activation_bytes
 from compress.compressors.base import Workspace
 from compress.compressors.recovery.details import MAX_POINTS, training_details
 from compress.compressors.recovery.finetune import Finetune
 from compress.compressors.recovery.loop import Trained
-from compress.compressors.recovery.memory import activation_bytes, training_bytes
+from compress.compressors.recovery.memory import training_bytes
 from compress.errors import PlanError
 from compress.models.open import open_model, read_spec
 from compress.progress import SilentProgress
@@ -156,7 +157,7 @@ def test_the_plan_keeps_the_shapes_and_knows_the_disk(place, image_file, opened,
     assert with_teacher.peak_memory_bytes - plan.peak_memory_bytes == spec.size().bytes
 
 
-def test_activations_are_predicted_from_shapes(place):
+def test_activations_are_predicted_from_shapes(place, settings):
     spec = read_spec(ModelRef(id=str(place())))
     model = open_model(ModelRef(id=str(spec.source.folder)), progress=SilentProgress())
     module = model.module.train().requires_grad_(True)
@@ -173,8 +174,12 @@ def test_activations_are_predicted_from_shapes(place):
         output = module(pixel_values=torch.zeros(16, 3, 8, 8))
     real = sum(storage.nbytes() for storage in kept.values())
     assert output.logits.shape == (16, 3)
-    assert 16 * activation_bytes(spec) == pytest.approx(real, rel=0.15)
-    assert activation_bytes(spec, "bfloat16") == activation_bytes(spec) // 2
+    found = activation_bytes(spec.meta_module().float().train(), spec.family)
+    assert 16 * found == pytest.approx(real, rel=0.15)
+    for precision, per_item in (("float32", found), ("bfloat16", found // 2)):
+        asked = settings(precision=precision)
+        items = asked.batch_size // asked.accumulate
+        assert training_bytes(spec, asked).activations == items * per_item
 
 
 def test_a_long_training_is_told_in_few_points():
