@@ -6,7 +6,6 @@ stage is kept in the work directory, and the next run starts after the last of t
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,26 +14,24 @@ from typing import Any
 
 import torch
 
-from . import preflight, publishing, report
+from . import publishing, report
 from .calibration.base import Calibration
 from .calibration.recording import record
 from .compressors import registry
-from .compressors.base import StagePlan, Workspace
+from .compressors.base import Workspace
 from .errors import PlanError
 from .evaluation.by_task import Measurer, evaluator_for
 from .evaluation.evaluator import Evaluation
 from .evaluation.reference import Reference
-from .exporters.formats import as_shipped, predict_bytes, write
-from .exporters.padded import padded_spec
-from .fitting import recovery_notes, sample_notes
+from .exporters.formats import as_shipped, write
 from .fitting_images import data_of
 from .interim import Interim
-from .models.base import ModelSpec, OpenModel
-from .models.open import open_model, read_spec
+from .models.base import OpenModel
+from .models.open import open_model
+from .planning import check_plan
 from .progress import Progress, step
 from .recipes.export import ExportSettings
 from .recipes.loader import LoadedRecipe
-from .recipes.placing import placed
 from .recipes.schema import Recipe
 from .report import describe_model
 from .resuming import Reopener, resume
@@ -45,9 +42,6 @@ from .state import Product, Run, Warnings
 from .variants import Variant, make_variant
 from .workdir import WorkDirectory, digest
 
-# Room for what is neither weights nor statistics: the interpreter and the libraries.
-_PROCESS_BYTES = 600 * 2**20
-_PLAN_SLACK = 0.02
 # Of a stage's details: rows per layer, per measured sensitivity, per allocation that was tried; how scores
 # spread; and times, with which equal runs would write different files.
 _REPORT_ALONE = frozenset({"layers", "sensitivity", "points", "seconds", "histogram"})
@@ -64,102 +58,6 @@ def resolve_device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise PlanError(f"device {name}: no CUDA device is available", hint="use --device cpu")
     return name
-
-
-def plan_stages(spec: ModelSpec, loaded: LoadedRecipe) -> list[StagePlan]:
-    """Plan every stage on the shapes that the stage before it leaves.
-
-    Raises:
-        PlanError: a stage cannot be carried out, with its place in the recipe.
-    """
-    plans: list[StagePlan] = []
-    for index, stage in enumerate(loaded.recipe.stages):
-        try:
-            plan_ = registry.get(stage.method).plan(spec, stage.settings)
-        except PlanError as error:
-            raise placed(error, loaded, index) from None
-        plans.append(plan_)
-        spec = plan_.spec
-    return plans
-
-
-def check_plan(loaded: LoadedRecipe, targets: Sequence[Path], work_root: Path, *, workers: int = 1) -> None:
-    """Plan a recipe and refuse what cannot be reached or does not fit on this machine.
-
-    Args:
-        loaded: the recipe, that has passed the preflight.
-        targets: where its exports are written, in their order.
-        work_root: where a checkpoint per stage is kept.
-        workers: processes that a stage may use.
-
-    Raises:
-        PlanError: a stage, a format, a gate on size, memory or disk speaks against it.
-    """
-    recipe = loaded.recipe
-    spec = read_spec(recipe.model)
-    plans = plan_stages(spec, loaded)
-    written = check_size_gates(recipe, spec, plans[-1].spec if plans else spec)
-    writes = list(zip(targets, written, strict=True))
-    downloads = [
-        write
-        for write, export in zip(writes, recipe.export, strict=True)
-        if export.push is not None and export.push.verify_remote
-    ]
-    _check_disks(plans, writes, work_root, downloads)
-    check_memory(plans, workers)
-
-
-def _check_disks(
-    plans: Sequence[StagePlan],
-    writes: Sequence[tuple[Path, int]],
-    work_root: Path,
-    downloads: Sequence[tuple[Path, int]],
-) -> None:
-    """Refuse a run that the disks cannot hold, before anything is written.
-
-    Args:
-        plans: of the stages.
-        writes: output folder and bytes of every variant; all of them lie on the disk at once.
-        work_root: where a checkpoint per stage is kept, and what the one at work keeps for itself.
-        downloads: output folder and bytes of every variant that is fetched again after its push; that
-            is put beside the folder, and only one of them is there at a time.
-    """
-    kept = sum(item.after.bytes for item in plans) + max((item.disk_bytes for item in plans), default=0)
-    needs = [*writes, (work_root, kept)]
-    by_disk: dict[int, tuple[Path, int]] = {}
-    for path, needed in needs:
-        parent = preflight.nearest_existing(path)
-        first, sofar = by_disk.get(parent.stat().st_dev, (parent, 0))
-        by_disk[parent.stat().st_dev] = (first, sofar + needed)
-    largest: dict[int, int] = {}
-    for path, size in downloads:
-        disk = preflight.nearest_existing(path).stat().st_dev
-        largest[disk] = max(largest.get(disk, 0), size)
-    for disk, size in largest.items():
-        by_disk[disk] = (by_disk[disk][0], by_disk[disk][1] + size)
-    for parent, needed in by_disk.values():
-        free = shutil.disk_usage(parent).free
-        if needed > free:
-            raise PlanError(
-                f"{parent}: {free:,} bytes are free, the run writes about {needed:,}",
-                hint="free some space, or choose --output and --work-dir on other disks",
-            )
-
-
-def check_memory(plans: Sequence[StagePlan], workers: int) -> None:
-    """Refuse a stage whose processes together need more memory than the machine has."""
-    total = preflight.total_memory_bytes()
-    for item in plans:
-        needed = item.peak_memory_bytes + _PROCESS_BYTES
-        several = workers > 1 and item.worker_memory_bytes > 0
-        if several:
-            needed += workers * (item.worker_memory_bytes + _PROCESS_BYTES)
-        if total and needed > total:
-            among = f" with {workers} workers" if several else ""
-            raise PlanError(
-                f"{item.method}: needs about {needed:,} bytes of memory{among}, this machine has {total:,}",
-                hint=f"use fewer {'--workers' if several else 'calibration samples'}, or a larger machine",
-            )
 
 
 def produce(state: Run, device: str, place: Callable[[ExportSettings], Path]) -> list[Variant]:
@@ -344,74 +242,6 @@ def _kept_in_history(details: dict[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in details.items() if name not in _REPORT_ALONE}
     return {
         name: _kept_in_history(value) if isinstance(value, dict) else value for name, value in kept.items()
-    }
-
-
-def check_size_gates(recipe: Recipe, before: ModelSpec, after: ModelSpec) -> list[int]:
-    """Predict the bytes of every export, and refuse gates on size that the plan shows to be out of reach.
-
-    Returns:
-        Bytes of the weight files of each export.
-
-    Raises:
-        PlanError: naming the gate and what is predicted; or a format cannot express the layers.
-    """
-    original = before.size().bytes
-    specs = [padded_spec(after, export.format) if export.padded else after for export in recipe.export]
-    written = [
-        predict_bytes(spec, export.format, max_shard_size=export.max_shard_size)
-        for spec, export in zip(specs, recipe.export, strict=True)
-    ]
-    for export, spec, file_bytes in zip(recipe.export, specs, written, strict=True):
-        size = spec.size()
-        # As they are measured: our own format by its tensors, other containers by their files.
-        stored = size.bytes if export.format == "compress" else file_bytes
-        predicted = {
-            "size_ratio": stored / original,
-            "bytes": float(stored),
-            "bits_per_weight": 8 * stored / size.parameters,
-        }
-        for name, value in predicted.items():
-            gate = recipe.require.get(name)
-            if gate is None or gate.operator not in ("<=", "<"):
-                continue
-            # What is decided on data (rotations, run-time scales) is counted at its largest: leave it room.
-            least = value * (1.0 - _PLAN_SLACK)
-            if not gate.holds(least):
-                which = "" if len(recipe.export) == 1 else f" by {export.path} ({export.format})"
-                raise PlanError(
-                    f"require.{name}: {gate} cannot be reached{which}; the plan predicts {value:.4g}",
-                    hint="use fewer bits for more layers, or relax the gate",
-                )
-    return written
-
-
-def plan_document(loaded: LoadedRecipe, progress: Progress) -> dict[str, Any]:
-    """Return the plan document of a recipe that has passed the preflight."""
-    recipe = loaded.recipe
-    spec = read_spec(recipe.model)
-    with step(progress, "plan"):
-        plans = plan_stages(spec, loaded)
-    final = plans[-1].spec if plans else spec
-    exports = [
-        {"format": export.format, "path": str(export.path), "bytes": size}
-        for export, size in zip(recipe.export, check_size_gates(recipe, spec, final), strict=True)
-    ]
-    return {
-        "recipe": recipe.model_dump(mode="json"),
-        "model": describe_model(spec),
-        "stages": [
-            {
-                "method": item.method,
-                "before": item.before.to_json(),
-                "after": item.after.to_json(),
-                "peak_memory_bytes": item.peak_memory_bytes + _PROCESS_BYTES,
-                "notes": [*item.notes, *sample_notes(recipe, index), *recovery_notes(recipe, index)],
-                "layers": list(item.layers),
-            }
-            for index, item in enumerate(plans)
-        ],
-        "export": exports[0] if len(exports) == 1 else exports,
     }
 
 

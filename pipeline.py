@@ -1,7 +1,7 @@
 """The public face of a run: `plan`, `preview`, `run`, `evaluate`. Refuses first, imports torch after.
 
 A wrong recipe, an unusable output folder or a damaged checkpoint is answered before the heavy
-half (`execution`) is imported; see `preflight`.
+half (`planning`, `execution`) is imported; see `preflight`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def plan(recipe: RecipeSource, *, progress: Progress | None = None) -> dict[str,
     """
     loaded = _as_loaded(recipe)
     preflight.check_stages(loaded, checkpoints.locate(loaded.recipe.model, weights=False))
-    from .execution import plan_document
+    from .planning import plan_document
 
     return plan_document(loaded, progress or SilentProgress())
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .calibration.recording import record
 from .compressors import registry
-from .compressors.base import Previewing, Workspace
+from .compressors.base import Preview, Previewing, Workspace
 from .errors import UsageError
-from .execution import check_memory, plan_document, plan_stages, resolve_device
+from .execution import resolve_device
 from .models.open import open_model, read_spec
+from .planning import check_memory, document_of, plan_exports, plan_stages
 from .progress import Progress, step
 from .recipes.loader import LoadedRecipe
 
@@ -19,7 +21,7 @@ from .recipes.loader import LoadedRecipe
 def preview_document(loaded: LoadedRecipe, progress: Progress) -> dict[str, Any]:
     """Return the plan document of a recipe, its first stage with the details of what it would remove.
 
-    What it would leave replaces what the plan assumes. Stages after it are planned as without data.
+    The stages after it and the exports are planned on what it would leave.
 
     Raises:
         UsageError: the first stage decides nothing by scores.
@@ -33,10 +35,24 @@ def preview_document(loaded: LoadedRecipe, progress: Progress) -> dict[str, Any]
             f"--with-scores: the recipe begins with {first}, which removes nothing by scores",
             hint="leave --with-scores out; it is for recipes that begin with a pruning stage",
         )
-    document = plan_document(loaded, progress)
-    check_memory(plan_stages(read_spec(recipe.model), loaded)[:1], workers=1)
+    spec = read_spec(recipe.model)
+    with step(progress, "plan"):
+        assumed = plan_stages(spec, loaded)
+        plan_exports(loaded, spec, assumed[-1].spec)  # refuses what is out of reach before weights are read
+        check_memory(assumed[:1], workers=1)
+    seen = _preview(method, loaded, progress)
+    first = replace(assumed[0], spec=seen.spec, after=seen.spec.size(), notes=seen.notes)
+    plans = plan_stages(spec, loaded, [first])
+    exports = plan_exports(loaded, spec, plans[-1].spec, decided=True)
+    document = document_of(loaded, spec, plans, exports)
+    document["stages"][0]["details"] = seen.details
+    return document
+
+
+def _preview(method: Previewing, loaded: LoadedRecipe, progress: Progress) -> Preview:
+    """Let the first stage decide on the weights and the calibration samples."""
+    recipe = loaded.recipe
     model = open_model(recipe.model, device=resolve_device(recipe.device), progress=progress)
-    settings = recipe.stages[0].settings
     with tempfile.TemporaryDirectory(prefix="compress-plan-") as name:
         folder = Path(name)
         calibration = record(
@@ -44,19 +60,7 @@ def preview_document(loaded: LoadedRecipe, progress: Progress) -> dict[str, Any]
         )
         workspace = Workspace(_made(folder / "stage"), _made(folder / "measured"))
         with step(progress, f"{recipe.stages[0].method}, without cutting"):
-            details = method.preview(model, settings, calibration, workspace, progress)
-    document["stages"][0]["details"] = details
-    _put_in(document["stages"], details)
-    return document
-
-
-def _put_in(stages: list[dict[str, Any]], details: dict[str, Any]) -> None:
-    """Let the sizes be those of the decision, where later stages leave them as the first does."""
-    for name in ("macs", "parameters", "bytes"):
-        assumed, found = stages[0]["after"][name], details[name][1]
-        for size in (stage[side] for stage in stages for side in ("before", "after")):
-            if size[name] == assumed:
-                size[name] = found
+            return method.preview(model, recipe.stages[0].settings, calibration, workspace, progress)
 
 
 def _made(folder: Path) -> Path:

@@ -216,7 +216,7 @@ def _check_source(origin: Origin, progress: Progress) -> checkpoints.Checkpoint:
 
 def _run_again(origin: Origin, scratch: Path, progress: Progress) -> tuple[dict[str, Any], dict[str, str]]:
     """Carry out the recipe below `scratch`; return the new report and name -> SHA-256 of what it wrote."""
-    from . import execution
+    from . import execution, planning
     from .state import Run, Warnings
 
     recipe, environment = origin.loaded.recipe, recorded_environment(origin.report)
@@ -229,7 +229,7 @@ def _run_again(origin: Origin, scratch: Path, progress: Progress) -> tuple[dict[
             hint="reproduce it on a machine of that kind",
         ) from None
     out = scratch / "out"
-    execution.check_plan(origin.loaded, [out], scratch)
+    planning.check_plan(origin.loaded, [out], scratch)
     state = Run(
         origin.loaded, WorkDirectory(scratch / "work"), Warnings(progress),
         fresh=True, overwrite=False, strict=False, recorded_recipe=origin.report["recipe"],

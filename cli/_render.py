@@ -152,8 +152,21 @@ def plan(document: Document) -> list[Section]:
     found = document["export"]
     for export in found if isinstance(found, list) else [found]:
         of = f" of {export['path']} ({export['format']})" if isinstance(found, list) else ""
-        sections.append(f"predicted size of the exported weights{of}: {size(export['bytes'])}")
+        sections.append(f"predicted size of the exported weights{of}: {_predicted(export)}")
     return sections
+
+
+def _predicted(export: Document) -> str:
+    """Say what an export will take; of a padded one also what padding costs."""
+    least, unpadded = export["bytes"], export.get("bytes_unpadded")
+    if unpadded is None:
+        return size(least)
+    if export["bytes_at_most"] == least:
+        return f"{size(least)}, padded to equal widths; without padding {size(unpadded)}"
+    return (
+        f"{size(least)} to {size(export['bytes_at_most'])}, padded to the widest layers, which scores decide"
+        f" (see --with-scores); without padding {size(unpadded)}"
+    )
 
 
 def anything(document: Document, title: str = "") -> list[Section]:

@@ -88,6 +88,21 @@ class Compressor(Protocol[S_contra]):
         """Change `model` in place and return the details for the report (JSON values)."""
 
 
+@dataclass(frozen=True)
+class Preview:
+    """What a stage would do, decided on the data.
+
+    Attributes:
+        details: that the stage would report, as far as they are known before.
+        spec: the model after the stage; the next stage plans on it.
+        notes: sentences for the user, in the place of the plan's.
+    """
+
+    details: dict[str, Any]
+    spec: ModelSpec
+    notes: Sequence[str] = ()
+
+
 @runtime_checkable
 class Previewing(Protocol):
     """A method that can say what it would do without doing it."""
@@ -99,5 +114,5 @@ class Previewing(Protocol):
         calibration: Calibration,
         workspace: Workspace,
         progress: Progress,
-    ) -> dict[str, Any]:
-        """Return the details that `apply` would, as far as they are known before; `model` stays as it is."""
+    ) -> Preview:
+        """Return what `apply` would do; `model` stays as it is."""

@@ -1,7 +1,7 @@
 import shutil
 
 import pytest
-from compress import execution
+from compress import planning
 from compress.errors import PlanError
 from compress.pipeline import plan, run
 from compress.recipes.loader import load_recipe
@@ -45,17 +45,17 @@ def test_the_download_that_verifies_a_push_is_counted(tiny_dit, tmp_path, monkey
     free = shutil.disk_usage(tmp_path)
 
     def needed(loaded):
-        monkeypatch.setattr(execution.shutil, "disk_usage", lambda _: free._replace(free=0))
+        monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: free._replace(free=0))
         with pytest.raises(PlanError, match="the run writes about") as caught:
-            execution.check_plan(loaded, targets, tmp_path / "work")
+            planning.check_plan(loaded, targets, tmp_path / "work")
         return int(caught.value.message.rpartition(" ")[2].replace(",", ""))
 
-    spec = execution.read_spec(recipe.model)
-    one, two = execution.check_size_gates(recipe, spec, execution.plan_stages(spec, loaded)[-1].spec)
+    spec = planning.read_spec(recipe.model)
+    one, two = planning.plan_exports(loaded, spec, planning.plan_stages(spec, loaded)[-1].spec)
     off = [{**part, "push": {**part["push"], "verify_remote": False}} for part in exports]
     unverified = load_recipe(_recipe(tiny_dit, tmp_path, export=off))
     # One of them at a time is on the disk.
-    assert needed(loaded) - needed(unverified) == one == two > 0
+    assert needed(loaded) - needed(unverified) == one.bytes == two.bytes > 0
 
 
 def _written(tmp_path, model, stage):
@@ -91,19 +91,19 @@ TWO_SAMPLES = {"samples": 2, "steps": 1}
 
 def test_layers_at_all_bits_are_counted_on_the_disk_of_the_work_directory(tiny_dit, tmp_path, monkeypatch):
     loaded = load_recipe(_recipe(tiny_dit, tmp_path, stages=MIXED, calibration=TWO_SAMPLES))
-    spec = execution.read_spec(loaded.recipe.model)
-    (planned,) = execution.plan_stages(spec, loaded)
+    spec = planning.read_spec(loaded.recipe.model)
+    (planned,) = planning.plan_stages(spec, loaded)
     assert any(f"about {planned.disk_bytes:,} bytes" in note for note in planned.notes)
-    (written,) = execution.check_size_gates(loaded.recipe, spec, planned.spec)
-    needed = written + planned.after.bytes + planned.disk_bytes
+    (written,) = planning.plan_exports(loaded, spec, planned.spec)
+    needed = written.bytes + planned.after.bytes + planned.disk_bytes
     usage = shutil.disk_usage(tmp_path)
     for free in (needed, needed - 1):
-        monkeypatch.setattr(execution.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        monkeypatch.setattr(planning.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
         if free == needed:
-            execution.check_plan(loaded, [tmp_path / "out"], tmp_path / "work")
+            planning.check_plan(loaded, [tmp_path / "out"], tmp_path / "work")
             continue
         with pytest.raises(PlanError, match=f"the run writes about {needed:,}"):
-            execution.check_plan(loaded, [tmp_path / "out"], tmp_path / "work")
+            planning.check_plan(loaded, [tmp_path / "out"], tmp_path / "work")
 
 
 def test_every_worker_is_counted_in_the_memory(tiny_dit, tmp_path, monkeypatch):
@@ -111,12 +111,12 @@ def test_every_worker_is_counted_in_the_memory(tiny_dit, tmp_path, monkeypatch):
     targets, work = [tmp_path / "out"], tmp_path / "work"
 
     def needed(workers):
-        monkeypatch.setattr(execution.preflight, "total_memory_bytes", lambda: 1)
+        monkeypatch.setattr(planning.preflight, "total_memory_bytes", lambda: 1)
         with pytest.raises(PlanError, match="bytes of memory") as caught:
-            execution.check_plan(loaded, targets, work, workers=workers)
+            planning.check_plan(loaded, targets, work, workers=workers)
         assert ("--workers" in caught.value.hint) is (workers > 1)
         return int(caught.value.message.partition("about ")[2].partition(" ")[0].replace(",", ""))
 
     one, two, three = map(needed, (1, 2, 3))
-    spec = execution.read_spec(loaded.recipe.model)
+    spec = planning.read_spec(loaded.recipe.model)
     assert three - two == (two - one) / 2 > 4 * spec.size().bytes / spec.dtype.itemsize

@@ -20,10 +20,10 @@ from ...calibration.objectives import Objective, objective_for
 from ...models.base import ModelSpec, OpenModel
 from ...progress import Progress, step
 from ...recipes.pruning import IsomorphicSettings
-from ..base import StagePlan, Workspace
+from ..base import Preview, StagePlan, Workspace
 from .baselines import apart, mean_loss, measure_baselines
 from .checking import check
-from .cutting import cut
+from .cutting import cut, planned_surgery
 from .deciding import (
     Decision,
     Moment,
@@ -38,7 +38,7 @@ from .deciding import (
 from .details import ATTACHMENT, class_rows, effective_ratios, paper_pair, selection_document, widths_after
 from .graph import find_groups
 from .groups import Group, Selection
-from .planning import plan_stage
+from .planning import plan_stage, preview_notes
 from .selection import compose
 from .target import Counter
 from .widths import Widths
@@ -79,8 +79,8 @@ class Isomorphic:
         calibration: Calibration,
         workspace: Workspace,
         progress: Progress,
-    ) -> dict[str, Any]:
-        """Return what the first step of `apply` would decide, in the form of its details; nothing is cut.
+    ) -> Preview:
+        """Return what the first step of `apply` would decide; nothing is cut.
 
         Of a schedule with several steps it is the whole share by the scores of the first.
 
@@ -90,7 +90,12 @@ class Isomorphic:
         once = settings.model_copy(update={"steps": 1, "baselines": ()})
         run = _Run(model, once, calibration, workspace, progress)
         decision = run.decide(0, run.groups)
-        return {**run.told(decision, decision.selection), "selection": decision.selection.to_json()}
+        chosen = decision.selection
+        after = widths_after(run.groups, chosen)
+        kept = {name: len(places) for name, places in chosen.kept.items()}
+        spec = run.before.cut(planned_surgery(run.before, run.groups, kept, after.heads))
+        details = {**run.told(decision, chosen), "selection": chosen.to_json()}
+        return Preview(details, spec, preview_notes(settings))
 
 
 class _Run:

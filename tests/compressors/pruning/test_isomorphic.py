@@ -180,8 +180,9 @@ def test_a_preview_is_what_the_stage_then_does(prunable, recorded, workspace):
     assert model.surgery == {} and model.attachments == {}
     done = apply(model, chosen, calibration, workspace("done"))
     for key in ("classes", "macs", "parameters", "target", "ratios", "samples"):
-        assert seen[key] == done[key], key
-    assert seen["selection"] == json.loads(model.attachments["pruning.json"])["selection"]
+        assert seen.details[key] == done[key], key
+    assert seen.spec.size() == model.size() and seen.spec.surgery == model.surgery
+    assert seen.details["selection"] == json.loads(model.attachments["pruning.json"])["selection"]
 
 
 def test_details_are_those_of_the_module(prunable, recorded, workspace):

@@ -1,0 +1,227 @@
+"""What a run will come to, predicted from shapes: sizes after every stage, bytes on the disk, memory.
+
+What cannot be reached, or does not fit on this machine, is refused here, before a weight is read.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import preflight
+from .compressors import registry
+from .compressors.base import StagePlan
+from .errors import PlanError
+from .exporters.formats import predict_bytes
+from .exporters.padded import padded_spec
+from .fitting import recovery_notes, sample_notes
+from .models.base import ModelSpec
+from .models.open import read_spec
+from .progress import Progress, step
+from .reachable import check_gates
+from .recipes.export import ExportSettings
+from .recipes.loader import LoadedRecipe
+from .recipes.placing import placed
+from .report import describe_model
+
+# Room for what is neither weights nor statistics: the interpreter and the libraries.
+_PROCESS_BYTES = 600 * 2**20
+
+
+def plan_stages(spec: ModelSpec, loaded: LoadedRecipe, known: Sequence[StagePlan] = ()) -> list[StagePlan]:
+    """Plan every stage on the shapes that the stage before it leaves.
+
+    Args:
+        spec: of the original.
+        loaded: the recipe.
+        known: plans of its first stages, which are taken as they are.
+
+    Raises:
+        PlanError: a stage cannot be carried out, with its place in the recipe.
+    """
+    plans = list(known)
+    spec = plans[-1].spec if plans else spec
+    for index, stage in list(enumerate(loaded.recipe.stages))[len(plans) :]:
+        try:
+            plan_ = registry.get(stage.method).plan(spec, stage.settings)
+        except PlanError as error:
+            raise placed(error, loaded, index) from None
+        plans.append(plan_)
+        spec = plan_.spec
+    return plans
+
+
+def check_plan(loaded: LoadedRecipe, targets: Sequence[Path], work_root: Path, *, workers: int = 1) -> None:
+    """Plan a recipe and refuse what cannot be reached or does not fit on this machine.
+
+    Args:
+        loaded: the recipe, that has passed the preflight.
+        targets: where its exports are written, in their order.
+        work_root: where a checkpoint per stage is kept.
+        workers: processes that a stage may use.
+
+    Raises:
+        PlanError: a stage, a format, a gate on size, memory or disk speaks against it.
+    """
+    recipe = loaded.recipe
+    spec = read_spec(recipe.model)
+    plans = plan_stages(spec, loaded)
+    exports = plan_exports(loaded, spec, plans[-1].spec if plans else spec)
+    writes = [(target, item.most_bytes) for target, item in zip(targets, exports, strict=True)]
+    downloads = [
+        write
+        for write, export in zip(writes, recipe.export, strict=True)
+        if export.push is not None and export.push.verify_remote
+    ]
+    _check_disks(plans, writes, work_root, downloads)
+    check_memory(plans, workers)
+
+
+def _check_disks(
+    plans: Sequence[StagePlan],
+    writes: Sequence[tuple[Path, int]],
+    work_root: Path,
+    downloads: Sequence[tuple[Path, int]],
+) -> None:
+    """Refuse a run that the disks cannot hold, before anything is written.
+
+    Args:
+        plans: of the stages.
+        writes: output folder and bytes of every variant; all of them lie on the disk at once.
+        work_root: where a checkpoint per stage is kept, and what the one at work keeps for itself.
+        downloads: output folder and bytes of every variant that is fetched again after its push; that
+            is put beside the folder, and only one of them is there at a time.
+    """
+    kept = sum(item.after.bytes for item in plans) + max((item.disk_bytes for item in plans), default=0)
+    needs = [*writes, (work_root, kept)]
+    by_disk: dict[int, tuple[Path, int]] = {}
+    for path, needed in needs:
+        parent = preflight.nearest_existing(path)
+        first, sofar = by_disk.get(parent.stat().st_dev, (parent, 0))
+        by_disk[parent.stat().st_dev] = (first, sofar + needed)
+    largest: dict[int, int] = {}
+    for path, size in downloads:
+        disk = preflight.nearest_existing(path).stat().st_dev
+        largest[disk] = max(largest.get(disk, 0), size)
+    for disk, size in largest.items():
+        by_disk[disk] = (by_disk[disk][0], by_disk[disk][1] + size)
+    for parent, needed in by_disk.values():
+        free = shutil.disk_usage(parent).free
+        if needed > free:
+            raise PlanError(
+                f"{parent}: {free:,} bytes are free, the run writes about {needed:,}",
+                hint="free some space, or choose --output and --work-dir on other disks",
+            )
+
+
+def check_memory(plans: Sequence[StagePlan], workers: int) -> None:
+    """Refuse a stage whose processes together need more memory than the machine has."""
+    total = preflight.total_memory_bytes()
+    for item in plans:
+        needed = item.peak_memory_bytes + _PROCESS_BYTES
+        several = workers > 1 and item.worker_memory_bytes > 0
+        if several:
+            needed += workers * (item.worker_memory_bytes + _PROCESS_BYTES)
+        if total and needed > total:
+            among = f" with {workers} workers" if several else ""
+            raise PlanError(
+                f"{item.method}: needs about {needed:,} bytes of memory{among}, this machine has {total:,}",
+                hint=f"use fewer {'--workers' if several else 'calibration samples'}, or a larger machine",
+            )
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What an export will hold.
+
+    Attributes:
+        export: of the recipe.
+        spec: of what is written; its layers are padded where the export is.
+        bytes: of the weight files, headers and index included.
+        most_bytes: what they take at the most; more than `bytes` only where scores have yet to say how wide
+            the widest layers are, to which the others are padded.
+        unpadded_bytes: what they would take without padding; None where nothing is padded.
+    """
+
+    export: ExportSettings
+    spec: ModelSpec
+    bytes: int
+    most_bytes: int
+    unpadded_bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan document's form."""
+        document = {"format": self.export.format, "path": str(self.export.path), "bytes": self.bytes}
+        if self.unpadded_bytes is None:
+            return document
+        return {**document, "bytes_at_most": self.most_bytes, "bytes_unpadded": self.unpadded_bytes}
+
+
+def plan_exports(
+    loaded: LoadedRecipe, before: ModelSpec, after: ModelSpec, *, decided: bool = False
+) -> list[ExportPlan]:
+    """Predict every export, and refuse gates that the plan shows to be out of reach.
+
+    Args:
+        loaded: the recipe.
+        before: of the original.
+        after: of the model after the last stage.
+        decided: the first stage has decided on the data what it removes.
+
+    Raises:
+        PlanError: naming the gate and what is predicted; or a format cannot express the layers.
+    """
+    exports = [_plan_export(export, before, after, decided) for export in loaded.recipe.export]
+    for item in exports:
+        check_gates(loaded.recipe, item.export, before, item.spec, item.bytes, decided=decided)
+    return exports
+
+
+def _plan_export(export: ExportSettings, before: ModelSpec, after: ModelSpec, decided: bool) -> ExportPlan:
+    def predict(spec: ModelSpec) -> int:
+        return predict_bytes(spec, export.format, max_shard_size=export.max_shard_size)
+
+    if not export.padded:
+        found = predict(after)
+        return ExportPlan(export, after, found, found)
+    spec = padded_spec(after, export.format)
+    # Planned layers are equally wide, and the widest of the real ones decides: the original's at the most.
+    most = spec if decided else before
+    unpadded = predict_bytes(after, "compress", max_shard_size=export.max_shard_size)
+    return ExportPlan(export, spec, predict(spec), predict(most), unpadded)
+
+
+def plan_document(loaded: LoadedRecipe, progress: Progress) -> dict[str, Any]:
+    """Return the plan document of a recipe that has passed the preflight."""
+    spec = read_spec(loaded.recipe.model)
+    with step(progress, "plan"):
+        plans = plan_stages(spec, loaded)
+        exports = plan_exports(loaded, spec, plans[-1].spec if plans else spec)
+    return document_of(loaded, spec, plans, exports)
+
+
+def document_of(
+    loaded: LoadedRecipe, spec: ModelSpec, plans: Sequence[StagePlan], exports: Sequence[ExportPlan]
+) -> dict[str, Any]:
+    """Put a plan into the form of its document."""
+    recipe = loaded.recipe
+    written = [item.to_json() for item in exports]
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "model": describe_model(spec),
+        "stages": [
+            {
+                "method": item.method,
+                "before": item.before.to_json(),
+                "after": item.after.to_json(),
+                "peak_memory_bytes": item.peak_memory_bytes + _PROCESS_BYTES,
+                "notes": [*item.notes, *sample_notes(recipe, index), *recovery_notes(recipe, index)],
+                "layers": list(item.layers),
+            }
+            for index, item in enumerate(plans)
+        ],
+        "export": written[0] if len(written) == 1 else written,
+    }

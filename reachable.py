@@ -1,0 +1,89 @@
+"""Gates on sizes that a plan shows to be out of reach: refused before anything is computed."""
+
+from __future__ import annotations
+
+from .errors import PlanError
+from .models.base import ModelSpec
+from .recipes.export import ExportSettings
+from .recipes.pruning import IsomorphicSettings
+from .recipes.schema import Recipe
+
+# What is decided on data (rotations, run-time scales) is counted at its largest.
+_DATA_SLACK = 0.02
+# How a cut is spread over the layers moves what is counted; on a ConvNeXt by 8 %, elsewhere by less.
+_SPREAD_SLACK = 0.1
+_AIMS = {"macs": ("macs",), "parameters": ("parameters",), "bytes": ("bytes", "size_ratio")}
+
+
+def check_gates(
+    recipe: Recipe,
+    export: ExportSettings,
+    before: ModelSpec,
+    after: ModelSpec,
+    file_bytes: int,
+    *,
+    decided: bool = False,
+) -> None:
+    """Refuse gates on an export's sizes that the plan shows to be out of reach.
+
+    Args:
+        recipe: that requires them.
+        export: one of the recipe's.
+        before: of the original.
+        after: of what the export holds.
+        file_bytes: of its weight files, headers included.
+        decided: the first stage has decided on the data what it removes.
+
+    Raises:
+        PlanError: naming the gate and what is predicted.
+    """
+    size, original = after.size(), before.size()
+    # As they are measured: our own format by its tensors, other containers by their files.
+    stored = size.bytes if export.format == "compress" else file_bytes
+    predicted: dict[str, int | float] = {
+        "size_ratio": stored / original.bytes,
+        "bytes": stored,
+        "bits_per_weight": 8 * stored / size.parameters,
+        "parameters": size.parameters,
+        "macs": size.macs,
+    }
+    for name, value in predicted.items():
+        gate = recipe.require.get(name)
+        if gate is None or gate.operator not in ("<=", "<"):
+            continue
+        if not gate.holds(value * (1.0 - _slack(recipe, name, decided=decided))):
+            which = "" if len(recipe.export) == 1 else f" by {export.path} ({export.format})"
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+            raise PlanError(
+                f"require.{name}: {gate} cannot be reached{which}; the plan predicts {shown}",
+                hint=_hint(recipe, name),
+            )
+
+
+def _slack(recipe: Recipe, name: str, *, decided: bool) -> float:
+    """Return by which share a metric may come out below its prediction."""
+    stages = [stage.settings for stage in recipe.stages]
+    cuts = [item for item in stages if isinstance(item, IsomorphicSettings)]
+    known = decided and len(cuts) == 1 and cuts[0].steps == 1
+    if cuts and not known and not _is_aimed_at(cuts[-1], name):
+        return _SPREAD_SLACK
+    return 0.0 if name in ("macs", "parameters") and (known or not cuts) else _DATA_SLACK
+
+
+def _is_aimed_at(stage: IsomorphicSettings, name: str) -> bool:
+    """Tell whether a stage goes as near to a limit of this metric as widths allow; of several, one binds."""
+    asked = [] if stage.target is None else list(stage.target.model_dump(exclude_none=True))
+    return len(asked) == 1 and name in _AIMS[asked[0]]
+
+
+def _hint(recipe: Recipe, name: str) -> str:
+    """Say which stages of the recipe could bring the metric down."""
+    phases = {stage.settings.phase for stage in recipe.stages}
+    ways = ["remove more (`target` or `ratios` of isomorphic)"] if "prune" in phases else []
+    if "quantize" in phases and name not in ("macs", "parameters"):
+        ways.append("use fewer bits for more layers")
+    if any(export.padded for export in recipe.export):
+        ways.append("leave `padded` out of the export")
+    if not ways and name in ("macs", "parameters"):
+        ways.append("add a pruning stage: no stage of the recipe removes anything")
+    return ", or ".join([*ways, "relax the gate"])
