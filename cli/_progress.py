@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from ..recipes.secrets import redact
@@ -91,8 +92,21 @@ class PlainProgress:
         self._write(f"warning: {message}")
 
 
+@dataclass
+class _Bar:
+    """An open step on the terminal: its row, and whether the row has anything to count."""
+
+    label: str
+    task: TaskID
+    started: float
+    counts: bool
+
+
 class RichProgress:
     """Bars on a terminal: one per open step, with detail and time left; finished steps leave a line.
+
+    A step that counts nothing itself has no row while another one runs inside it: that one's row is
+    labelled with both.
 
     Args:
         console: of stderr.
@@ -100,20 +114,12 @@ class RichProgress:
     """
 
     def __init__(self, console: Console, *, on_start: Callable[[], None] = lambda: None) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from ._bars import bars
 
         self._on_start = on_start
         self._console = console
-        self._bars = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}", markup=False, style="dim"),
-            console=console,
-            transient=True,
-        )
-        self._steps: list[tuple[str, TaskID, float]] = []
+        self._bars = bars(console)
+        self._steps: list[_Bar] = []
 
     def close(self) -> None:
         """Remove what is drawn; the terminal is as before."""
@@ -125,23 +131,33 @@ class RichProgress:
         self._bars.start()
         guard_streams()  # while bars are drawn, rich has put streams of its own in their place
         label = redact(label)
-        task = self._bars.add_task("  " * len(self._steps) + label, total=total, detail="")
-        self._steps.append((label, task, time.monotonic()))
+        if self._steps and not self._steps[-1].counts:
+            self._bars.update(self._steps[-1].task, visible=False)
+        task = self._bars.add_task(self._described(label), total=total, detail="")
+        self._steps.append(_Bar(label, task, time.monotonic(), total is not None))
+
+    def _described(self, label: str) -> str:
+        """Put the labels of hidden rows before a label; shift it in under those that are seen."""
+        hidden = list(takewhile(lambda bar: not bar.counts, reversed(self._steps)))[::-1]
+        shown = sum(bar.counts for bar in self._steps)
+        return "  " * shown + " > ".join([*(bar.label for bar in hidden), label])
 
     def advance(self, units: int = 1, detail: str = "") -> None:
         """Finish units of the innermost step."""
         if self._steps:
-            self._bars.update(self._steps[-1][1], advance=units, detail=redact(detail))
+            self._steps[-1].counts = True
+            self._bars.update(self._steps[-1].task, advance=units, detail=redact(detail))
 
     def finish(self, completed: bool = True) -> None:
         """End the innermost step; an outermost one that was completed leaves a line."""
-        label, task, started = self._steps.pop()
-        self._bars.remove_task(task)
-        if not self._steps:
-            self._bars.stop()
-            if not completed:
-                return
-            self._print(f"{label}  {duration(time.monotonic() - started)}", "green")
+        bar = self._steps.pop()
+        self._bars.remove_task(bar.task)
+        if self._steps:
+            self._bars.update(self._steps[-1].task, visible=True)
+            return
+        self._bars.stop()
+        if completed:
+            self._print(f"{bar.label}  {duration(time.monotonic() - bar.started)}", "green")
 
     def note(self, message: str) -> None:
         """Print above the bars."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import time
 
 from compress.cli._progress import PlainProgress, RichProgress
 from compress.progress import step, track
@@ -70,3 +72,47 @@ def test_bars_nest_and_clean_up():
     progress.close()
     text = stream.getvalue()
     assert "outer [bold]" in text and "look [here]" in text and "inner" in text
+
+
+def drawn(stream):
+    """Return the last frame that was drawn, as lines of text."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue().rpartition("\x1b[2K")[2])
+    return [
+        re.sub(r"(?<=\S) +", " ", line.rstrip())
+        for line in text.replace("\r", "").splitlines()
+        if line.strip()
+    ]
+
+
+def test_a_long_detail_leaves_bar_and_time_at_80_columns():
+    stream = io.StringIO()
+    progress = RichProgress(Console(file=stream, force_terminal=True, width=80))
+    with step(progress, "finetune"), step(progress, "training", 313):
+        progress.advance(130, "step 130 of 313, loss 0.2294, labels 1.286, original 0.1121, lr 0.000683")
+        time.sleep(0.01)
+        progress.advance(1, "step 131 of 313, loss 0.2294, labels 1.286, original 0.1121, lr 0.000683")
+        progress._bars.refresh()
+        (line,) = drawn(stream)
+    progress.close()
+    assert line.startswith("finetune > training ━━━━━━") and " 131/313 " in line and " s left " in line
+    assert "step 131 of" in line and line.endswith("…") and len(line) <= 80
+
+
+def test_a_step_that_counts_nothing_has_no_row_while_another_runs_inside():
+    stream = io.StringIO()
+    progress = RichProgress(Console(file=stream, force_terminal=True, width=80))
+    with step(progress, "finetune"):
+        progress._bars.refresh()
+        (line,) = drawn(stream)
+        assert line.startswith("finetune ━") and "0/?" not in line and line.endswith(" s")
+        with step(progress, "answers", 4), step(progress, "images"):
+            progress._bars.refresh()
+            outer, inner = drawn(stream)
+            assert outer.startswith("finetune > answers ━") and " 0/4 " in outer
+            assert inner.startswith("  images ━")
+        progress.advance(2)
+        with step(progress, "more", 1):
+            progress._bars.refresh()
+            outer, inner = drawn(stream)
+            assert outer.startswith("finetune ━") and " 2 " in outer and inner.startswith("  more ━")
+    progress.close()
