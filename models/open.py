@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import SourceError, UsageError
 from ..progress import Progress, step
+from ..runtime.stored_tensors import TORCH_DTYPES
 from .base import Family, ModelSpec, OpenModel, Source, TensorSpec, count_parameters
 from .checkpoint import Checkpoint, locate, read_json
 from .headers import TensorHeader, by_file
@@ -24,11 +25,6 @@ from .shapes import expected_shapes
 if TYPE_CHECKING:
     from ..recipes.schema import ModelRef
 
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "U8": torch.uint8,
-    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-}  # fmt: skip
 _WORKING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEFAULT_DTYPE = torch.bfloat16  # of a model known by its config alone: what checkpoints mostly are
 

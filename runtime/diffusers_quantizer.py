@@ -19,13 +19,10 @@ from torch import Tensor, nn
 from ..errors import SourceError
 from .encoders import check_encoders
 from .modules import ALIGNMENT, dtype_of, exact_names, name_of, swap_linears
-from .stored_section import StoredSection, check_cut, check_layers, check_stored_shapes, refuse_empty
+from .stored_section import StoredSection, check_cut, check_layers, refuse_empty
+from .stored_tensors import check_tensors
 from .surgery import apply_surgery
-from .validate import (
-    QUANT_METHOD,
-    check_quantized,
-    read_header,
-)
+from .validate import QUANT_METHOD, TensorEntry, check_quantized, read_header
 
 _AS_INTEGER = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
@@ -60,7 +57,7 @@ class CompressQuantizer(DiffusersQuantizer):
         self._dtype = dtype_of(quantization_config.dtype)
         self._packed: dict[str, torch.dtype] = {}
         self._loaded: list[str] = []
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._stored: dict[str, TensorEntry] = {}
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         """Use the checkpoint's own dtype where the caller names none (diffusers would use float32)."""
@@ -69,13 +66,13 @@ class CompressQuantizer(DiffusersQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
         """Validate the files' headers against the config; announce the copies that are not stored."""
-        tensors = {}
+        tensors: dict[str, TensorEntry] = {}
         for file in checkpoint_files:
             tensors.update(read_header(Path(file))[0])
         where = str(Path(checkpoint_files[0]).parent)
         check_quantized(self._manifest, self.quantization_config.dtype, tensors, where)
         check_encoders(self._manifest.quantization, Path(where))
-        self._shapes = {name: entry.shape for name, entry in tensors.items()}
+        self._stored = tensors
         self._loaded = [*loaded_keys, *self._manifest.shared]
         return self._loaded
 
@@ -90,8 +87,7 @@ class CompressQuantizer(DiffusersQuantizer):
             # diffusers only warns and initialises what is missing; a damaged file must not load.
             what = f"{min(missing)} is missing" if missing else f"{min(unexpected)} is not part of the model"
             raise SourceError(f"the checkpoint does not fit its config: tensor {what}")
-        if self._manifest.surgery:
-            check_stored_shapes(model, self._shapes)
+        check_tensors(model, self._stored, shared=self._manifest.shared, cut=bool(self._manifest.surgery))
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add the copies that are not stored, and disguise what must not be cast."""

@@ -18,17 +18,11 @@ from .language_config import implied_copies, is_language_class
 from .layered import check_layers_agree
 from .manifest import Manifest
 from .modules import dtype_of, exact_names, name_of, swap_linears
+from .stored_tensors import TORCH_DTYPES, check_dtype, check_tensors, dense_tensors
 from .surgery import apply_surgery
 from .transformers_config import is_transformers_class
 from .transformers_model import build_transformers_model
 from .validate import CONFIG_NAME, QUANT_METHOD, StoredCheckpoint, TensorEntry, open_folder, read_json
-
-_TORCH_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 def load(
@@ -106,7 +100,10 @@ def _refuse_other_formats(stored: StoredCheckpoint) -> None:
 
 def _load_stock(stored: StoredCheckpoint, dtype: str | torch.dtype | None) -> nn.Module:
     target = dtype_of(dtype or stored.dtype)
-    _check_tables(stored, target)
+    bare = _without_memory(stored, target)
+    _check_tables(stored, bare)
+    for name, tensor in dense_tensors(bare, stored.tensors):
+        check_dtype(name, stored.tensors[name], tensor.dtype)
     try:
         module, info = model_class(stored).from_pretrained(
             str(stored.folder), torch_dtype=target, output_loading_info=True, use_safetensors=True
@@ -139,7 +136,8 @@ def skeleton(stored: StoredCheckpoint, dtype: torch.dtype) -> nn.Module:
     """
     from accelerate import init_empty_weights
 
-    _check_tables(stored, dtype)
+    if stored.class_name not in DEFAULTS:  # of those, torch-free limits know what they compute
+        _check_tables(stored, _without_memory(stored, dtype))
     with init_empty_weights():
         module = _from_config(stored, dtype)
     apply_surgery(module, stored.manifest.surgery)
@@ -172,12 +170,14 @@ def _from_config(stored: StoredCheckpoint, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def _check_tables(stored: StoredCheckpoint, dtype: torch.dtype) -> None:
-    """Learn what a class computes before it does, where the torch-free limits know nothing of it."""
-    if stored.class_name in DEFAULTS:
-        return
+def _without_memory(stored: StoredCheckpoint, dtype: torch.dtype) -> nn.Module:
+    """Build the stock module on the meta device, its buffers too."""
     with torch.device("meta"):
-        module = _from_config(stored, dtype)
+        return _from_config(stored, dtype)
+
+
+def _check_tables(stored: StoredCheckpoint, module: nn.Module) -> None:
+    """Learn what a class computes while it is built, before it does."""
     needed = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
     available = sum(entry.bytes for entry in stored.tensors.values())
     if needed > available + SPARE_TABLE_BYTES:
@@ -234,18 +234,7 @@ def _check_names(stored: StoredCheckpoint, module: nn.Module) -> None:
             f"{stored.folder}: tensor {what} ({len(missing)} missing, {len(unexpected)} unexpected)",
             hint="config and weights do not belong together",
         )
-    for name, tensor in expected.items():
-        entry = stored.tensors[shared.get(name, name)]
-        if tuple(tensor.shape) != entry.shape:
-            raise SourceError(
-                f"{stored.folder}: tensor {name} has shape {list(entry.shape)}; "
-                f"{_source_of(stored)} {list(tensor.shape)}",
-                hint="config and weights do not belong together",
-            )
-
-
-def _source_of(stored: StoredCheckpoint) -> str:
-    return "config and manifest imply" if stored.manifest.surgery else "the config implies"
+    check_tensors(module, stored.tensors, shared=shared, cut=bool(stored.manifest.surgery))
 
 
 def _not_stored(stored: StoredCheckpoint) -> dict[str, str]:
@@ -301,7 +290,7 @@ def read_tensor(entry: TensorEntry) -> Tensor:
         file.seek(entry.start)
         if file.readinto(memoryview(array)) != entry.bytes:
             raise SourceError(f"{entry.file} was changed while it was read")
-    return data.view(_TORCH_DTYPES[entry.dtype]).view(entry.shape)
+    return data.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
 
 
 def _place(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -27,7 +27,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 AttributeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$", max_length=128)]
 SurgeryAttribute = Literal[
     "num_attention_heads", "head_dim", "scaling",  # of transformers
-    "heads", "inner_dim", "inner_kv_dim", "cross_attention_dim", "query_dim", "out_dim", "scale",  # diffusers
+    "heads", "inner_dim", "inner_kv_dim", "scale",  # of diffusers
 ]  # fmt: skip
 Scale = Annotated[float, Field(gt=0.0, le=2.0**20, allow_inf_nan=False)]
 FilePath = Annotated[

@@ -48,21 +48,6 @@ def refuse_empty(model: nn.Module) -> None:
         raise SourceError(f"tensor {empty[0]} was not loaded")
 
 
-def check_stored_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Hold the headers' shapes against the module that was built, before anything is allocated.
-
-    Raises:
-        SourceError: naming the first tensor of another shape.
-    """
-    for name, tensor in model.state_dict().items():
-        stored = shapes.get(name)
-        if stored is not None and stored != tuple(tensor.shape):
-            raise SourceError(
-                f"tensor {name} has shape {list(stored)}; config and manifest imply {list(tensor.shape)}",
-                hint="config and weights do not belong together",
-            )
-
-
 def check_cut(manifest: Manifest, state: Mapping[str, Tensor]) -> None:
     """Refuse to write a model of which more was cut since it was loaded.
 

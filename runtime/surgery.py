@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -34,6 +33,7 @@ def apply_surgery(module: nn.Module, surgery: Mapping[str, ModuleSurgery]) -> No
         SourceError: a name is not there, a size is none that pruning can leave, or what is left does not
             fit together.
     """
+    attentions = {name: _head_dim_before(module, name) for name in _attentions_near(surgery)}
     for name, cut in surgery.items():
         child = _find(module, name)
         depthwise = _is_depthwise(child)
@@ -43,8 +43,8 @@ def apply_surgery(module: nn.Module, surgery: Mapping[str, ModuleSurgery]) -> No
             _set(child, name, attribute, value)
         follow_weight(child)
         _check_module(child, name, depthwise)
-    for name in _attentions_near(surgery):
-        _check_attention(module, name, surgery)
+    for name, head_dim in attentions.items():
+        _check_attention(module.get_submodule(name), name, head_dim)
 
 
 def _find(module: nn.Module, name: str) -> nn.Module:
@@ -126,83 +126,124 @@ def _check_module(child: nn.Module, name: str, depthwise: bool) -> None:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a library names what an attention is made of."""
+    """How a library names what an attention is made of.
+
+    Attributes:
+        heads, scale: attributes of the attention.
+        widths: attributes that say channels of all heads.
+        table: path of a parameter with a column per head, in the attentions that have one.
+    """
 
     heads: str
+    scale: str
+    widths: tuple[str, ...]
     q: str
     k: str
     v: str
     out: str
-    scale: str
+    table: tuple[str, str] | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Paths of the modules that an attention is cut in."""
+        table = () if self.table is None else (self.table[0],)
+        return (self.q, self.k, self.v, self.out, *table)
 
 
+_TABLE = ("relative_position_bias", "relative_position_bias_table")
 _LAYOUTS = (
-    _Layout("num_attention_heads", "q_proj", "k_proj", "v_proj", "o_proj", "scaling"),
-    _Layout("heads", "to_q", "to_k", "to_v", "to_out.0", "scale"),
+    _Layout("num_attention_heads", "scaling", (), "q_proj", "k_proj", "v_proj", "o_proj", _TABLE),
+    _Layout("heads", "scale", ("inner_dim", "inner_kv_dim"), "to_q", "to_k", "to_v", "to_out.0"),
 )
 
 
 def _attentions_near(surgery: Mapping[str, ModuleSurgery]) -> Iterator[str]:
-    """Yield the modules that may be attentions of which a part is listed, each once."""
+    """Yield the attentions of which anything is listed, each once."""
     names: dict[str, None] = {}
-    for name in surgery:
-        names[name] = None
-        for layout in _LAYOUTS:
-            for part in (layout.q, layout.k, layout.v, layout.out):
-                if name.endswith(f".{part}"):
-                    names[name.removesuffix(f".{part}")] = None
+    for name, cut in surgery.items():
+        if cut.attributes:
+            names[name] = None
+        for part in (part for layout in _LAYOUTS for part in layout.parts):
+            if name.endswith(f".{part}"):
+                names[name.removesuffix(f".{part}")] = None
     yield from names
 
 
-def _check_attention(module: nn.Module, name: str, surgery: Mapping[str, ModuleSurgery]) -> None:
-    """Refuse an attention whose numbers of heads and channels are not those of its projections.
+def _layout_of(attention: nn.Module, name: str) -> _Layout:
+    """Return how an attention is laid out.
 
-    Stock code splits whatever it gets: with stale numbers it would compute something else, silently.
+    Raises:
+        SourceError: it is none of which is known what computes with its heads.
     """
-    attention = module.get_submodule(name)
     for layout in _LAYOUTS:
-        parts = [_linear(attention, path) for path in (layout.q, layout.k, layout.v, layout.out)]
-        heads = vars(attention).get(layout.heads)
-        if not isinstance(heads, int) or any(part is None for part in parts):
-            continue
-        q, k, v, out = (part for part in parts if part is not None)
-        head_dim = _head_dim(attention, heads, q, name)
-        stated = getattr(attention, "inner_kv_dim", k.out_features)
-        _expect(name, "queries", q.out_features, heads * head_dim)
-        _expect(name, "keys", k.out_features, stated)
-        _expect(name, "values", v.out_features, k.out_features)
-        _expect(name, "inputs of the output projection", out.in_features, q.out_features)
-        if k.out_features % head_dim or q.out_features % k.out_features:
-            raise SourceError(
-                f"module {name}: {k.out_features} channels of keys make no heads of {head_dim}", hint=_HINT
-            )
-        attributes: dict[Any, int | float] = surgery[name].attributes if name in surgery else {}
-        listed = attributes.get(layout.scale)
-        if listed is not None and not math.isclose(listed, head_dim**-0.5, rel_tol=_SCALE_TOLERANCE):
-            raise SourceError(
-                f"module {name}: {layout.scale} {listed} is not that of {head_dim} channels a head",
-                hint=_HINT,
-            )
+        linears = (_linear(attention, path) for path in (layout.q, layout.k, layout.v, layout.out))
+        if type(vars(attention).get(layout.heads)) is int and None not in linears:
+            return layout
+    raise SourceError(
+        f"module {name}: a {type(attention).__name__} is no attention that pruning cuts", hint=_HINT
+    )
 
 
-def _head_dim(attention: nn.Module, heads: int, q: nn.Linear, name: str) -> int:
-    stated = getattr(attention, "head_dim", None)
-    if isinstance(stated, int):
+def _head_dim_before(module: nn.Module, name: str) -> int:
+    attention = _find(module, name)
+    return _head_dim(attention, _layout_of(attention, name), name)
+
+
+def _check_attention(attention: nn.Module, name: str, head_dim_before: int) -> None:
+    """Refuse an attention whose numbers are not those of its projections.
+
+    Stock code splits whatever it gets into the heads that it was told of, and scales by what it was told:
+    with numbers of before the cut it would compute something else, silently.
+    """
+    layout = _layout_of(attention, name)
+    heads, head_dim = int(vars(attention)[layout.heads]), _head_dim(attention, layout, name)
+    if head_dim > head_dim_before:
+        raise SourceError(
+            f"module {name}: the manifest leaves heads of {head_dim} channels, and before the cut they had"
+            f" {head_dim_before}",
+            hint=_HINT,
+        )
+    width = heads * head_dim
+    for what, path in (("queries", layout.q), ("keys", layout.k), ("values", layout.v)):
+        _expect(name, f"channels of {what}", attention.get_submodule(path).out_features, width)
+    out = attention.get_submodule(layout.out)
+    _expect(name, "channels as inputs of the output projection", out.in_features, width)
+    for attribute in layout.widths:
+        _expect(name, f"as {attribute}", getattr(attention, attribute), width)
+    if layout.table is not None and _has(attention, layout.table[0]):
+        table = attention.get_submodule(layout.table[0]).get_parameter(layout.table[1])
+        _expect(name, f"columns of {layout.table[1]}", table.shape[1], heads)
+    scale = vars(attention).get(layout.scale)
+    if not isinstance(scale, int | float) or not math.isclose(
+        scale, head_dim**-0.5, rel_tol=_SCALE_TOLERANCE
+    ):
+        raise SourceError(
+            f"module {name}: {layout.scale} {scale} is not that of {head_dim} channels a head,"
+            f" {head_dim**-0.5}",
+            hint=_HINT,
+        )
+
+
+def _head_dim(attention: nn.Module, layout: _Layout, name: str) -> int:
+    stated = vars(attention).get("head_dim")
+    if type(stated) is int:
         return stated
-    width = getattr(attention, "inner_dim", q.out_features)
+    heads = vars(attention)[layout.heads]
+    width = attention.get_submodule(layout.q).get_parameter("weight").shape[0]
     if width % heads:
         raise SourceError(f"module {name}: {width} channels make no {heads} heads", hint=_HINT)
     return int(width // heads)
 
 
 def _linear(attention: nn.Module, path: str) -> nn.Linear | None:
-    try:
-        found = attention.get_submodule(path)
-    except AttributeError:
-        return None
+    found = attention.get_submodule(path) if _has(attention, path) else None
     return found if isinstance(found, nn.Linear) else None
 
 
-def _expect(name: str, what: str, found: int, wanted: int) -> None:
+def _has(attention: nn.Module, path: str) -> bool:
+    return any(name == path for name, _ in attention.named_modules())
+
+
+def _expect(name: str, what: str, found: object, wanted: int) -> None:
     if found != wanted:
-        raise SourceError(f"module {name}: {found} channels of {what}; its heads make {wanted}", hint=_HINT)
+        raise SourceError(f"module {name}: {found} {what}; its heads make {wanted}", hint=_HINT)

@@ -21,7 +21,8 @@ from ..errors import SourceError
 from .layered import KEY, check_layers_agree, homogeneous
 from .manifest import Manifest
 from .modules import ALIGNMENT, name_of, quantized_layers, swap_linears
-from .stored_section import StoredSection, check_cut, check_layers, check_stored_shapes, refuse_empty
+from .stored_section import StoredSection, check_cut, check_layers, refuse_empty
+from .stored_tensors import check_tensors
 from .surgery import apply_surgery
 from .validate import (
     QUANT_METHOD,
@@ -85,8 +86,7 @@ class CompressQuantizer(HfQuantizer):
         swap_linears(model, self._manifest.quantization, target)
         self.quantization_config.dtype = name_of(target)
         _check_names(model, tensors, where)
-        if self._manifest.surgery:
-            check_stored_shapes(model, {name: entry.shape for name, entry in tensors.items()})
+        check_tensors(model, tensors, shared=self._manifest.shared, cut=bool(self._manifest.surgery))
         guard = guard_name(class_name, self._manifest)
         ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
         if guard is not None:

@@ -22,6 +22,35 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(32, 32)
 
 
+class WindowAttention(Attention):
+    """With a table of a column per head, as Swin has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.relative_position_bias = nn.Module()
+        self.relative_position_bias.relative_position_bias_table = nn.Parameter(torch.zeros(9, 4))
+
+
+class DiffusersAttention(nn.Module):
+    """As diffusers names things; its code splits `inner_dim` by `heads`."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.inner_dim, self.inner_kv_dim, self.scale = 4, 32, 32, 8**-0.5
+        self.to_q, self.to_k, self.to_v = (nn.Linear(32, 32) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(32, 32), nn.Dropout(0.0)])
+
+
+class GroupedAttention(nn.Module):
+    """As language models have it: its heads are said by the config, which no surgery changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.head_dim, self.scaling = 8, 8**-0.5
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(32, 32), nn.Linear(32, 16), nn.Linear(32, 16)
+        self.o_proj = nn.Linear(32, 32)
+
+
 def network():
     """Return one module of every kind that is cut."""
     return nn.ModuleDict(
@@ -32,6 +61,9 @@ def network():
             "patches": nn.Conv2d(3, 8, 4, stride=4),
             "grouped": nn.Conv2d(8, 8, 3, groups=2),
             "attention": Attention(),
+            "windows": WindowAttention(),
+            "diffusers": DiffusersAttention(),
+            "language": GroupedAttention(),
         }
     )
 
@@ -40,16 +72,26 @@ def cut(**shapes):
     return ModuleSurgery(shapes=shapes)
 
 
-def heads(count, head_dim, /, **attributes):
-    """Return the surgery of the attention: everything that goes with so many heads."""
+def heads(count, head_dim, /, attention="attention", **attributes):
+    """Return the surgery of an attention: everything that goes with so many heads; None leaves out."""
     width = count * head_dim
     stated = {"num_attention_heads": count, "head_dim": head_dim, "scaling": head_dim**-0.5}
-    listed = {**stated, **attributes}
-    rows = {f"attention.{name}_proj": cut(weight=(width, 32), bias=(width,)) for name in "qkv"}
+    return whole(attention, width, "{}_proj", "o_proj", {**stated, **attributes})
+
+
+def diffusers_heads(count, head_dim, /, **attributes):
+    width = count * head_dim
+    stated = {"heads": count, "inner_dim": width, "inner_kv_dim": width, "scale": head_dim**-0.5}
+    return whole("diffusers", width, "to_{}", "to_out.0", {**stated, **attributes})
+
+
+def whole(attention, width, inner, out, attributes):
+    listed = {key: value for key, value in attributes.items() if value is not None}
+    rows = {f"{attention}.{inner.format(name)}": cut(weight=(width, 32), bias=(width,)) for name in "qkv"}
     return {
         **rows,
-        "attention.o_proj": cut(weight=(32, width)),
-        "attention": ModuleSurgery(attributes=listed),
+        f"{attention}.{out}": cut(weight=(32, width)),
+        attention: ModuleSurgery(attributes=listed),
     }
 
 
@@ -70,6 +112,14 @@ def test_sizes_follow_the_weight():
     assert (module["attention"].num_attention_heads, module["attention"].head_dim) == (3, 6)
     assert norm(linear.weight.new_zeros(2, 5)).shape == (2, 5)
     assert depthwise(torch.zeros(1, 5, 4, 4)).shape == (1, 5, 4, 4)
+
+
+def test_every_known_attention_is_cut():
+    module = network()
+    table = {"windows.relative_position_bias": cut(relative_position_bias_table=(9, 3))}
+    apply_surgery(module, {**heads(3, 6, "windows"), **table, **diffusers_heads(2, 4)})
+    assert module["windows"].relative_position_bias.relative_position_bias_table.shape == (9, 3)
+    assert (module["diffusers"].inner_dim, module["diffusers"].scale) == (8, 0.5)
 
 
 def test_a_depthwise_convolution_may_keep_one_channel():
@@ -100,14 +150,39 @@ REFUSED = {
         {name: item for name, item in heads(3, 8).items() if name != "attention"}, "24 channels of queries"),
     "attributes without heads": ({"attention": heads(3, 8)["attention"]}, "32 channels of queries"),
     "keys of another width": (
-        {**heads(3, 8), "attention.k_proj": cut(weight=(16, 32), bias=(16,))}, "24 channels of values"),
+        {**heads(3, 8), "attention.k_proj": cut(weight=(16, 32), bias=(16,))},
+        "16 channels of keys; its heads make 24"),
+    "values of another width": (
+        {**heads(3, 8), "attention.v_proj": cut(weight=(8, 32), bias=(8,))}, "8 channels of values"),
     "an output left wide": (
         {name: item for name, item in heads(3, 8).items() if name != "attention.o_proj"},
         "inputs of the output projection"),
     "another scale": (heads(3, 8, scaling=1.0), "scaling 1.0 is not that of 8 channels"),
     "more heads": (heads(8, 4), "sets num_attention_heads to 8"),
     "half a head": (heads(3, 8, head_dim=7.5), "sets head_dim to 7.5"),
-    "a number of something else": ({"linear": ModuleSurgery(attributes={"heads": 3})}, "no number heads"),
+    "no scale for narrower heads": (heads(4, 4, scaling=None), r"scaling 0.35\d+ is not that of 4 channels"),
+    "the scale of heads that stayed": (heads(2, 8, scaling=4**-0.5), "scaling 0.5 is not that of 8"),
+    "wider heads": (
+        {**heads(2, 8, head_dim=None), "attention.q_proj": cut(weight=(32, 32))}, "32 channels of queries"),
+    "a number of something else": (
+        {"linear": ModuleSurgery(attributes={"heads": 3})}, "a Linear is no attention"),
+    "a scale that the config decides": (
+        {"language": ModuleSurgery(attributes={"scaling": 1.0})}, "a GroupedAttention is no attention"),
+    "heads that the config counts": (
+        {"language.q_proj": cut(weight=(16, 32), bias=(16,))}, "a GroupedAttention is no attention"),
+    "a table of another attention": (heads(3, 8, "windows"), "4 columns of relative_position_bias_table"),
+    "a table by itself": (
+        {"windows.relative_position_bias": cut(relative_position_bias_table=(9, 1))}, "1 columns of"),
+    "diffusers: no scale": (diffusers_heads(4, 4, scale=None), r"scale 0.35\d+ is not that of 4 channels"),
+    "diffusers: no heads": (diffusers_heads(3, 8, heads=None), "scale .* is not that of 6 channels"),
+    "diffusers: no heads, and a scale of fewer": (
+        diffusers_heads(3, 6, heads=None), "18 channels make no 4 heads"),
+    "diffusers: fewer heads, and their channels left": (
+        {"diffusers": ModuleSurgery(attributes={"heads": 2, "scale": 16**-0.5})},
+        "heads of 16 channels, and before the cut they had 8"),
+    "diffusers: a width of before": (
+        diffusers_heads(3, 8, inner_dim=None), "32 as inner_dim; its heads make 24"),
+    "diffusers: a width of keys of before": (diffusers_heads(3, 8, inner_kv_dim=None), "32 as inner_kv_dim"),
 }  # fmt: skip
 
 
@@ -140,6 +215,7 @@ def test_where_nothing_is_cut_no_byte_changes():
         ({"a.b": {"shapes": {"weight": [2**40]}}}, "less than or equal to"),
         ({"a.b": {"shapes": {"we/ight": [2]}}}, "pattern"),
         ({"a.b": {"attributes": {"forward": 2}}}, "forward"),
+        ({"a.b": {"attributes": {"query_dim": 2}}}, "query_dim"),
         ({"a.b": {"attributes": {"scale": float("inf")}}}, r"attributes\.scale"),
         ({"a.b": {"hooks": {}}}, "hooks"),
         ({"../b": {}}, "pattern"),
