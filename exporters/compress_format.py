@@ -17,7 +17,7 @@ from ..models.base import ModelSpec, OpenModel
 from ..runtime.language_config import without_code
 from ..runtime.manifest import FILE_NAME, Manifest, QuantizedModule
 from ..runtime.modules import name_of, quantized_layers
-from ..runtime.validate import expected_tensors, guard_name, quantization_section
+from ..runtime.validate import STOP_KEY, STOP_TEXT, expected_tensors, guard_name, quantization_section
 from .bits_file import bits_files
 from .form import stored_form
 from .formats import Layout
@@ -43,6 +43,8 @@ def layout(model: OpenModel) -> Layout:
     name = str(model.config.get("_class_name") or type(model.module).__name__)
     if quantization or form.surgery:
         config["quantization_config"] = quantization_section(manifest, dtype)
+        if model.family.library == "transformers":
+            config[STOP_KEY] = STOP_TEXT
         loads_with = ["compress.load(path)", registered_way(name)]
     else:
         loads_with = ["compress.load(path)", stock_way(name, dtype)]
@@ -87,7 +89,7 @@ def _guard(class_name: str, quantization: Mapping[str, QuantizedModule]) -> list
 
 def stock_config(model: OpenModel) -> dict[str, Any]:
     """Return the model's config without anything that only applies to how it was stored before."""
-    dropped = ("quantization_config", "_name_or_path")
+    dropped = ("quantization_config", "_name_or_path", STOP_KEY)
     config = {key: value for key, value in model.config.items() if key not in dropped}
     if model.family.library == "transformers":
         del config["_class_name"]  # ours alone: transformers goes by `architectures` and `model_type`

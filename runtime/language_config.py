@@ -42,7 +42,7 @@ _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 # They choose code instead of a structure: kernels, classes of the repository's own.
 _CODE = frozenset({"attn_implementation", "auto_map", "experts_implementation"})
 _INTERNAL = "_internal"  # behind a leading underscore: how stock code keeps its choice
-_NOT_STRUCTURE = _CODE | {"architectures", "quantization_config", "per_layer_config"}
+_NOT_STRUCTURE = _CODE | {"architectures", "quantization_config", "per_layer_config", "transformers_weights"}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 transformers gives every tensor the dtype that the module has for it, so the grids of quantized layers
 arrive as they are stored; what is left to do is to build the layers first and to refuse a folder whose
-tensors do not fit them. See `validate.guard_name` for what stops a process that lacks this quantizer.
+tensors do not fit them. See `validate.check_stop` and `validate.guard_name` for what stops a process that
+lacks this quantizer.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from .stored_tensors import check_tensors
 from .surgery import apply_surgery
 from .validate import (
     QUANT_METHOD,
+    STOP_KEY,
     check_quantized,
+    check_stop,
     guard_name,
     quantization_section,
     read_header,
@@ -53,11 +56,12 @@ class CompressQuantizer(HfQuantizer):
         self._layered: dict[str, Any] = {}
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Let the stock class build from the sizes that hold for the whole model.
+        """Let the library find the weights, and the stock class build from the sizes of the whole model.
 
-        The name is of the library, which asks here before the module is built and no sooner. A stock class
-        refuses to build from sizes per layer; they are held against the module once it is cut.
+        The name is of the library, which asks here before files are looked for and the module is built. A
+        stock class refuses to build from sizes per layer; they are held against the module once it is cut.
         """
+        check_stop(vars(config).pop(STOP_KEY, None), "config.json")
         if not getattr(config, "is_heterogeneous", False):
             return config
         document = config.to_dict()

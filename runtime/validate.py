@@ -31,6 +31,8 @@ LANGUAGE_WEIGHTS_NAME = "model.safetensors"
 INDEX_SUFFIX = ".index.json"
 QUANT_METHOD = "compress"
 DTYPE_CODES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+STOP_KEY = "transformers_weights"
+STOP_TEXT = "compress has to be imported first, or load the folder with compress.load"
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 
 
@@ -289,6 +291,7 @@ def open_folder(folder: Path) -> StoredCheckpoint:
         stated = parse_section(section, str(folder / CONFIG_NAME))  # type: ignore[arg-type]
         manifest = manifest or stated
         _check_same(manifest, stated, folder)
+        check_stop(config.get(STOP_KEY), str(folder / CONFIG_NAME))
         take_guard(class_name_of(config), manifest, tensors, str(folder))
         check_quantized(manifest, str(section["dtype"]), tensors, str(folder))  # type: ignore[index]
     elif manifest is not None and method is None and _needs_section(manifest):
@@ -310,6 +313,23 @@ def guard_name(class_name: str | None, manifest: Manifest) -> str | None:
     if not is_transformers_class(class_name) or not manifest.quantization:
         return None
     return f"{min(manifest.quantization)}.weight"
+
+
+def check_stop(value: object, where: str) -> None:
+    """Check what config.json says under `STOP_KEY`: the name of the weights' file, for transformers.
+
+    What we write there is no name of a file. transformers looks at it before it builds or reads anything, and
+    refuses with its text, whatever it was told to ignore; our quantizer is asked before that, and takes it
+    away. The library's own `save_pretrained` drops the key: of a folder that it wrote again, tensors of
+    other sizes than the config's are the only stop.
+
+    Raises:
+        SourceError: it is there, and something else.
+    """
+    if value is not None and value != STOP_TEXT:
+        raise SourceError(
+            f"{where}: {STOP_KEY} {value!r} is not what compress writes", hint="export the folder again"
+        )
 
 
 def take_guard(

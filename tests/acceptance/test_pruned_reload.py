@@ -36,11 +36,18 @@ import importlib, json, sys
 answers = {}
 for library, name, folder in json.loads(sys.argv[1]):
     stock = getattr(importlib.import_module(library), name)
-    try:
-        stock.from_pretrained(folder)
-        answers[name] = None
-    except Exception as error:
-        answers[name] = f"{type(error).__name__}: {error}"
+    flags = [{}, {"ignore_mismatched_sizes": True}]
+    if library == "transformers":
+        flags += [{"ignore_mismatched_sizes": True, "attn_implementation": "eager"}]
+    else:
+        flags += [{"ignore_mismatched_sizes": True, "low_cpu_mem_usage": False}]
+    answers[name] = []
+    for options in flags:
+        try:
+            stock.from_pretrained(folder, **options)
+            answers[name].append(None)
+        except Exception as error:
+            answers[name].append(f"{type(error).__name__}: {error}")
 assert "compress" not in sys.modules
 print(json.dumps(answers))
 """
@@ -178,10 +185,10 @@ def test_stock_code_without_us_refuses_it(pruned, exported, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, timeout=300)
     answers = json.loads(done.stdout.splitlines()[-1])
     for class_name in CLASSES:
-        assert answers[class_name] is not None, f"{class_name} was loaded with weights that nobody trained"
-    assert "AmbiguousGlobalPerLayerAttributeError" in answers[VIT]
-    assert "mismatch" in answers[SWIN] and "mismatch" in answers[CONVNEXT]
-    assert "quantization" in answers[DIT]
+        reason = "quantization type" if class_name in (DIT, PIXART) else "compress has to be imported first"
+        for answer in answers[class_name]:
+            assert answer is not None, f"{class_name} was loaded with weights that nobody trained"
+            assert reason in answer
 
 
 @pytest.mark.slow

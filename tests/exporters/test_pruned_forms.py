@@ -126,6 +126,14 @@ def test_a_config_of_layers_that_does_not_fit_is_refused(opened, written):
             load(out)
 
 
+def test_a_stock_folder_says_no_name_of_weights(make_vit, open_cut, written):
+    source = make_vit()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "transformers_weights": "model.safetensors"}))
+    out = written(open_cut(source, UNIFORM))
+    assert "transformers_weights" not in json.loads((out / "config.json").read_text())
+
+
 def test_names_of_attachments_are_known(opened, tmp_path):
     model = opened(UNIFORM)
     model.attachments["weights.bin"] = "no"

@@ -188,16 +188,40 @@ def test_stock_transformers_stops_instead_of_guessing_until_compress_is_imported
     # The other order, compress first, is how every run verifies its folder.
     program = (
         "import sys, transformers\n"
-        f"load = lambda: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
-        "try:\n    load()\n"
-        "except RuntimeError as error:\n    assert 'ignore_mismatched_sizes' in str(error)\n"
-        "else:\n    sys.exit('it loaded')\n"
+        f"load = lambda **o: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}, **o)\n"
+        "for options in {}, {'ignore_mismatched_sizes': True}:\n"
+        "    try:\n        load(**options)\n"
+        "    except ValueError as error:\n        assert 'compress has to be imported' in str(error)\n"
+        "    else:\n        sys.exit('it loaded')\n"
         "import compress\n"
         "print(type(load().model.layers[0].mlp.up_proj).__name__)\n"
     )
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "QuantizedLinear"
+
+
+def test_saved_by_the_library_its_guard_still_stops_stock_transformers(exported_llm, tmp_path):
+    compress.load(exported_llm()[1]).save_pretrained(tmp_path / "saved")
+    assert "transformers_weights" not in json.loads((tmp_path / "saved/config.json").read_text())
+    program = (
+        "import sys, transformers\n"
+        f"try:\n    transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'saved')!r})\n"
+        "except RuntimeError as error:\n    assert 'ignore_mismatched_sizes' in str(error)\n"
+        "else:\n    sys.exit('it loaded')\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("loader", [_from_pretrained, compress.load])
+def test_another_name_of_the_weights_is_refused(loader, exported_llm):
+    _, folder, _ = exported_llm()
+    config = json.loads((folder / "config.json").read_text())
+    config["transformers_weights"] = "other.safetensors"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match=r"transformers_weights 'other\.safetensors' is not what compress"):
+        loader(folder)
 
 
 @pytest.mark.parametrize("loader", [_from_pretrained, compress.load])
