@@ -240,9 +240,13 @@ def _run_stage(
 def _kept_in_history(details: dict[str, Any]) -> dict[str, Any]:
     """Return the details of a stage without what stands in the report alone."""
     kept = {name: value for name, value in details.items() if name not in _REPORT_ALONE}
-    return {
-        name: _kept_in_history(value) if isinstance(value, dict) else value for name, value in kept.items()
-    }
+    return {name: _kept_inside(value) for name, value in kept.items()}
+
+
+def _kept_inside(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _kept_in_history(value)
+    return [_kept_inside(item) for item in value] if isinstance(value, list) else value
 
 
 def execute(

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from .calibration.inputs import OWN_TEXTS, check_table, text_file
 from .errors import SourceError
+from .exporters.pruning_table import recovery_advice
 from .models.registry import FAMILY_NAMES, task_of
 from .recipes.allocation import AllocationSettings
 from .recipes.gates import CLASSIFIER_ONLY, DENOISER_ONLY, LANGUAGE_ONLY
@@ -30,9 +31,6 @@ _DENOISER_KEYS = ("steps", "guidance_scale", "scheduler", "classes", "prompts", 
 _LANGUAGE_KEYS = ("text", "length")
 _CLASSIFIER_KEYS = ("images", "strict")
 _SAMPLING_KEYS = ("steps", "guidance_scale")
-_FINE_TUNING = (
-    "fine-tuning required: no stage trains the model after this one, and pruned models answer badly"
-)
 
 
 def check_kind(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
@@ -180,10 +178,19 @@ def sample_notes(recipe: Recipe, index: int) -> list[str]:
     ]
 
 
-def recovery_notes(recipe: Recipe, index: int) -> list[str]:
-    """Say of a pruning stage that nothing trains the model afterwards."""
+def recovery_notes(recipe: Recipe, index: int, family: str) -> list[str]:
+    """Say of the last pruning stage that nothing trains the model afterwards.
+
+    Args:
+        recipe: that fits its model.
+        index: of the stage.
+        family: of the model.
+    """
     phases = [stage.settings.phase for stage in recipe.stages]
-    return [_FINE_TUNING] if phases[index] == "prune" and "recover" not in phases[index:] else []
+    if phases[index] != "prune" or "prune" in phases[index + 1 :]:
+        return []
+    advice = recovery_advice([stage.method for stage in recipe.stages], family)
+    return [] if advice is None else [advice]
 
 
 def allocations(recipe: Recipe) -> Iterator[tuple[Location, AllocationSettings]]:

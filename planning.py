@@ -218,7 +218,11 @@ def document_of(
                 "before": item.before.to_json(),
                 "after": item.after.to_json(),
                 "peak_memory_bytes": item.peak_memory_bytes + _PROCESS_BYTES,
-                "notes": [*item.notes, *sample_notes(recipe, index), *recovery_notes(recipe, index)],
+                "notes": [
+                    *item.notes,
+                    *sample_notes(recipe, index),
+                    *recovery_notes(recipe, index, spec.family.name),
+                ],
                 "layers": list(item.layers),
             }
             for index, item in enumerate(plans)

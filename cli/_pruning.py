@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..exporters.pruning_table import change, layers_of, prunings, recoveries, shown_class, span, widths_of
+from ..exporters.pruning_table import (
+    change,
+    layers_of,
+    prunings,
+    recoveries,
+    recovery_advice,
+    shown_class,
+    span,
+    widths_of,
+)
 from ._tables import Section, Table
 from ._units import amount
 
 Document = Mapping[str, Any]
-
-FINE_TUNING_REQUIRED = "fine-tuning required: nothing in this recipe trains the model after it is pruned"
 
 _COSTS = (
     ("parameters", "parameters"),
@@ -28,26 +35,39 @@ def sections(document: Document) -> Iterator[Section]:
     """
     found, trained = prunings(document), recoveries(document)
     for stage in found:
-        yield _table(stage)
+        yield removed(stage)
         yield _cost(stage)
         yield from _compared(stage)
+        yield from _measured(stage)
     for stage in trained:
-        yield _training(stage)
-    if found and not _recovers(document, found[-1]):
-        yield FINE_TUNING_REQUIRED
+        yield training(stage)
+        yield from _measured(stage)
 
 
-def _recovers(document: Document, last: Document) -> bool:
-    """Tell whether a stage of the recipe trains after the last one that removes."""
-    from ..recipes.stages import STAGES
-
-    stages = list(document["stages"])
-    later = stages[stages.index(last) + 1 :]
-    phases = {STAGES[stage["method"]].phase for stage in later if stage["method"] in STAGES}
-    return "recover" in phases or bool(recoveries({"stages": later}))
+def advice(document: Document) -> Iterator[str]:
+    """Yield what a report's reader should do before the model is used; a plan has it among its notes."""
+    methods = [stage["method"] for stage in document["stages"]]
+    found = recovery_advice(methods, document["model"]["family"])
+    if found is not None:
+        yield found
 
 
-def _table(stage: Document) -> Table:
+def _measured(stage: Document) -> Iterator[str]:
+    """Yield what was measured on held-out images right after a stage that was not the last."""
+    metrics = stage["details"].get("measured") or {}
+    parts = []
+    if "accuracy" in metrics:
+        parts.append(
+            f"accuracy {metrics['accuracy']:.2%}, of the original {metrics['accuracy_original']:.2%}"
+        )
+    if "top1_agreement" in metrics:
+        parts.append(f"{metrics['top1_agreement']:.2%} answered as the original does")
+    if parts:
+        yield f"{stage['method']}: right after it, on held-out images: {'; '.join(parts)}"
+
+
+def removed(stage: Document) -> Table:
+    """Return a table of the classes of a pruning stage, and of heads and their channels."""
     details = stage["details"]
     rows = [
         [shown_class(entry), str(len(entry["members"])), *_counts(entry["channels"]), _span(entry["members"])]
@@ -72,6 +92,17 @@ def _span(members: Sequence[Document]) -> str:
     return span([member["after"] for member in members])
 
 
+def costs(stage: Document) -> Table:
+    """Return a table of what the model took before a pruning stage, and after it."""
+    details = stage["details"]
+    rows = []
+    for key, name in _COSTS:
+        pair = details.get(key)
+        if pair:
+            rows.append([name, *(amount(value) for value in pair), f"{pair[1] / pair[0]:.1%}"])
+    return Table("", ["", "before", "after", "kept"], rows)
+
+
 def _cost(stage: Document) -> str:
     details = stage["details"]
     parts = []
@@ -82,7 +113,7 @@ def _cost(stage: Document) -> str:
     if details.get("samples"):
         parts.append(f"scored on {details['samples']:,} calibration samples")
     elif details["importance"] == "magnitude":
-        parts.append("scored by the weights alone, on 0 calibration samples")
+        parts.append("scored by the weights alone")
     return f"{stage['method']}: {', '.join(parts)}"
 
 
@@ -97,9 +128,18 @@ def _compared(stage: Document) -> Iterator[str]:
     yield f"{stage['method']}: loss on the calibration samples: {before}after: {', '.join(rows)}"
 
 
-def _training(stage: Document) -> str:
+def training(stage: Document) -> str:
+    """Say how long a recovery stage trained, and how its loss fell."""
     details = stage["details"]
     first, last = change(details["loss"])
     images = details.get("images")
     on = f" on {images:,} images" if isinstance(images, int) else ""
-    return f"{stage['method']}: {details['steps']:,} steps{on}, training loss {first:.4g} -> {last:.4g}"
+    without = [
+        f", {details[key]:,} {what} left out"
+        for key, what in (("skipped", "that cannot be read"), ("held_out", "that are held out"))
+        if details.get(key)
+    ]
+    return (
+        f"{stage['method']}: {details['steps']:,} steps{on}{''.join(without)}, training loss {first:.4g} ->"
+        f" {last:.4g}"
+    )

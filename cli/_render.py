@@ -79,6 +79,7 @@ def report(document: Document) -> list[Section]:
         sections.append(Table("stages", ["stage", "time", "peak memory", "bytes after"], rows))
         sections += [line for stage in stages for line in _allocation.lines(stage)]
         sections += _pruning.sections(document)
+        sections += _pruning.advice(document)
         sections.append(before_after(stages[0]["before"], stages[-1]["after"]))
     for single in single_reports(document):
         sections += judgement(single)

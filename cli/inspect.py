@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import _options, _render
+from . import _inspection, _options
 
 
 def inspect(
@@ -23,4 +23,4 @@ def inspect(
     from ..exporters.inspection import inspect as inspect_folder
 
     document = inspect_folder(folder)
-    sink.result(document, _render.anything(document))
+    sink.result(document, _inspection.sections(document))

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .card_subject import Subject
-from .markdown import code, table
+from .markdown import code, sentence, table
 from .pruning_table import (
     Document,
     change,
     layers_of,
     prunings,
     recoveries,
+    recovery_advice,
     shown_class,
     span,
     widths_of,
@@ -33,7 +34,6 @@ _LOSSES = {
     "output_norm": "mean square of the outputs",
     "denoising": "error of the denoiser on its own samples",
 }
-TRAIN_AFTERWARDS = "Nothing trained the model after it was pruned: fine-tuning is required before it is used."
 
 
 def pruning(subject: Subject) -> Iterator[str]:
@@ -44,7 +44,8 @@ def pruning(subject: Subject) -> Iterator[str]:
     yield from ("## What was removed" if found else "## What was trained", "")
     for stage in found:
         yield from _stage(stage)
-    yield from _recovery(trained, bool(found))
+    yield from _recovery(trained)
+    yield from _advice(subject)
     yield from _accuracy(subject.document, found, trained)
 
 
@@ -112,7 +113,7 @@ def _losses(details: Document) -> Iterator[str]:
         yield from table(("ranking", "loss before", "loss after", "multiply-accumulates"), rows)
 
 
-def _recovery(trained: Sequence[Document], pruned: bool) -> Iterator[str]:
+def _recovery(trained: Sequence[Document]) -> Iterator[str]:
     for stage in trained:
         details = stage["details"]
         images = details.get("images")
@@ -120,10 +121,23 @@ def _recovery(trained: Sequence[Document], pruned: bool) -> Iterator[str]:
         first, last = change(details["loss"])
         yield f"Trained afterwards by {code(stage['method'])}: {details['steps']:,} steps{on}; training loss"
         yield f"{first:.4g} at the start, {last:.4g} at the end."
+        yield from _left_out(details)
         yield ""
-    if pruned and not trained:
-        yield f"**{TRAIN_AFTERWARDS}**"
-        yield ""
+
+
+def _advice(subject: Subject) -> Iterator[str]:
+    methods = [stage["method"] for stage in subject.document["stages"]]
+    advice = recovery_advice(methods, subject.model["family"])
+    if advice is not None:
+        yield from (f"**{sentence(advice)}**", "")
+
+
+def _left_out(details: Document) -> Iterator[str]:
+    """Say which images of a training's place it did not see."""
+    if details.get("skipped"):
+        yield f"{details['skipped']:,} image files could not be read and were left out."
+    if details.get("held_out"):
+        yield f"{details['held_out']:,} images were left out because they are held out for measuring."
 
 
 def _accuracy(document: Document, found: Sequence[Document], trained: Sequence[Document]) -> Iterator[str]:

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..models.registry import task_of
+from ..recipes.stages import STAGES
+
 Document = Mapping[str, Any]
 
 KINDS = {"width": "residual stream", "ff": "feed-forward", "attention": "attention"}
@@ -39,6 +42,22 @@ def recoveries(document: Document) -> list[Document]:
 
 def _trained(details: Document) -> bool:
     return bool(details.get("steps")) and isinstance(details.get("loss"), list | tuple)
+
+
+def recovery_advice(methods: Sequence[str], family: str) -> str | None:
+    """Say of a recipe that nothing trains the model after it is pruned; None where something does.
+
+    Args:
+        methods: of the stages, in order.
+        family: of the model.
+    """
+    phases = [STAGES[method].phase if method in STAGES else None for method in methods]
+    if "prune" not in phases or "recover" in phases[len(phases) - phases[::-1].index("prune") :]:
+        return None
+    required = "fine-tuning required: no stage trains the model after it is pruned"
+    if task_of(family) == "classify":
+        return f"{required}, and pruned models answer badly; the stage for it is finetune"
+    return f"{required}; the stage finetune is for classifiers alone, so this takes other tools"
 
 
 def numbered(name: str, number: int) -> str:

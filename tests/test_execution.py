@@ -1,7 +1,7 @@
 import shutil
 
 import pytest
-from compress import planning
+from compress import execution, planning
 from compress.errors import PlanError
 from compress.pipeline import plan, run
 from compress.recipes.loader import load_recipe
@@ -120,3 +120,12 @@ def test_every_worker_is_counted_in_the_memory(tiny_dit, tmp_path, monkeypatch):
     one, two, three = map(needed, (1, 2, 3))
     spec = planning.read_spec(loaded.recipe.model)
     assert three - two == (two - one) / 2 > 4 * spec.size().bytes / spec.dtype.itemsize
+
+
+def test_what_a_report_has_alone_stays_out_of_the_manifest_at_any_depth():
+    details = {
+        "classes": [{"name": "ff", "histogram": {"kept": [1]}, "members": [{"after": 2}]}],
+        "seconds": 1,
+    }
+    kept = execution._kept_in_history({**details, "inside": {"layers": [], "macs": [2, 1]}})
+    assert kept == {"classes": [{"name": "ff", "members": [{"after": 2}]}], "inside": {"macs": [2, 1]}}

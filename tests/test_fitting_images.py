@@ -203,7 +203,53 @@ def test_stages_of_others_do_not_fit(model, stage):
 
 def test_pruning_without_training_is_told():
     notes = [
-        recovery_notes(load_recipe(_recipe(VIT, stages=stages)).recipe, 0)
+        recovery_notes(load_recipe(_recipe(VIT, stages=stages)).recipe, 0, "vit")
         for stages in ([PRUNE], [PRUNE, _finetune()])
     ]
     assert len(notes[0]) == 1 and "fine-tuning required" in notes[0][0] and notes[1] == []
+
+
+def _varied(folder, classes, each, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for index in range(each):
+            pixels = torch.randint(0, 256, (16, 16, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / name / f"{index}.png")
+    return folder
+
+
+@pytest.mark.parametrize("where", ["calibration", "held out", "training"])
+def test_strict_looks_at_all_files_before_anything_is_changed(vit, tmp_path, where):
+    """The broken file is none of the two that are calibrated on: the run would meet it after the cut."""
+    images = _varied(tmp_path / "images" / "train", ["cat", "dog"], 8).parent
+    _varied(images / "test", ["cat", "dog"], 3, seed=1)
+    more = _varied(tmp_path / "more", ["cat", "dog"], 8, seed=2)
+    place = {"calibration": images / "train", "held out": images / "test", "training": more}[where]
+    for name in ("0.png", "2.png"):
+        (place / "dog" / name).write_bytes((place / "dog" / name).read_bytes()[:100])
+    recipe = _recipe(
+        vit, calibration={**_calibration(images, 2), "strict": True}, evaluate=FEW,
+        stages=[PRUNE, _finetune(images=str(more), batch_size=4)],
+    )  # fmt: skip
+    with pytest.raises(SourceError, match=r"dog.0\.png: cannot be .*\(and 1 more of 38\)") as found:
+        pipeline.run(recipe, work_dir=tmp_path / "work")
+    assert "calibration.strict" in str(found.value.hint)
+    assert not list((tmp_path / "work").rglob("*")), "no stage was started"
+    del recipe["calibration"]["strict"]
+    _check(recipe)
+
+
+@pytest.mark.parametrize("where", ["images", "more"])
+def test_strict_refuses_an_empty_folder_of_a_class(vit, tmp_path, where):
+    for name, seed in (("images", 0), ("more", 1)):
+        _varied(tmp_path / name, ["cat"], 12, seed)
+    (tmp_path / where / "dog").mkdir()
+    recipe = _recipe(
+        vit, calibration={**_calibration(tmp_path / "images", 2), "strict": True}, evaluate=FEW,
+        stages=[PRUNE, _finetune(images=str(tmp_path / "more"))],
+    )  # fmt: skip
+    with pytest.raises(SourceError, match=rf"{where}: no image is in the folder 'dog'"):
+        _check(recipe)
+    del recipe["calibration"]["strict"]
+    _check(recipe)

@@ -6,8 +6,9 @@ import copy
 
 import pytest
 from compress.cli import _render
-from compress.cli._pruning import FINE_TUNING_REQUIRED
 from compress.cli._tables import to_markdown, to_plain
+
+REQUIRED = "fine-tuning required: no stage trains the model after it is pruned"
 
 
 def member(name, block, before, after, heads=None, head_dim=None):
@@ -59,7 +60,12 @@ def test_classes_widths_cost_and_training_are_shown(pruned):
     loss = "isomorphic: loss on the calibration samples: 0.5 before; after: isomorphic 1.25, global 1.75"
     assert loss in lines
     assert "finetune: 400 steps on 5,000 images, training loss 2 -> 0.5" in lines
-    assert FINE_TUNING_REQUIRED not in lines
+    assert REQUIRED not in shown(pruned)
+
+
+def test_images_that_a_training_left_out_are_counted(pruned):
+    pruned["stages"][1]["details"] |= {"skipped": 2, "held_out": 1}
+    assert "on 5,000 images, 2 that cannot be read left out, 1 that are held out left out," in shown(pruned)
 
 
 def test_a_job_summary_has_the_same(pruned):
@@ -70,16 +76,16 @@ def test_a_job_summary_has_the_same(pruned):
 
 def test_a_recipe_without_recovery_is_told_that_it_needs_one(pruned):
     alone = {**pruned, "stages": pruned["stages"][:1]}
-    assert FINE_TUNING_REQUIRED in shown(alone)
+    assert REQUIRED in shown(alone)
     before = {**pruned, "stages": pruned["stages"][::-1]}  # trained, then pruned
-    assert FINE_TUNING_REQUIRED in shown(before)
+    assert REQUIRED in shown(before)
 
 
 def test_magnitude_says_that_it_looked_at_no_sample(pruned):
     details = pruned["stages"][0]["details"]
     details |= {"importance": "magnitude", "samples": 0, "loss": None, "baselines": {}}
     text = shown(pruned)
-    assert "scored by the weights alone" in text
+    assert "scored by the weights alone" in text and "sample" not in text.split("scored by")[1].split("\n")[0]
     assert "loss on the calibration samples" not in text
 
 
@@ -95,10 +101,47 @@ def test_a_plan_shows_what_it_knows(pruned):
     document["stages"] = [{**planned, "details": stage["details"]}, {**planned, "method": "finetune"}]
     text = "\n".join(to_plain(section) for section in _render.plan(document))
     assert "what competed" in text
-    assert FINE_TUNING_REQUIRED not in text
+    assert REQUIRED not in text
 
 
 def test_other_reports_say_nothing_of_pruning(report):
     text = shown(report)
     assert "what competed" not in text
-    assert FINE_TUNING_REQUIRED not in text
+    assert REQUIRED not in text
+
+
+def test_accuracy_right_after_pruning_is_shown(pruned):
+    assert "right after it" not in shown(pruned)
+    measured = {"accuracy": 0.747, "accuracy_original": 0.896, "top1_agreement": 0.792}
+    pruned["stages"][0]["details"]["measured"] = measured
+    line = (
+        "isomorphic: right after it, on held-out images: accuracy 74.70%, of the original 89.60%;"
+        " 79.20% answered as the original does"
+    )
+    assert line in shown(pruned).splitlines()
+
+
+def test_a_denoiser_is_not_told_to_use_a_stage_for_classifiers(pruned):
+    alone = {**pruned, "stages": pruned["stages"][:1], "model": {**pruned["model"], "family": "dit"}}
+    (line,) = [line for line in shown(alone).splitlines() if line.startswith(REQUIRED)]
+    assert line.endswith("; the stage finetune is for classifiers alone, so this takes other tools")
+
+
+@pytest.mark.parametrize(
+    ("export", "text"),
+    [
+        ({"bytes": 689_000}, "689 kB"),
+        (
+            {"bytes": 705_000, "bytes_at_most": 1_370_000, "bytes_unpadded": 689_000},
+            "705 kB to 1.37 MB, padded to the widest layers, which scores decide (see --with-scores);"
+            " without padding 689 kB",
+        ),
+        (
+            {"bytes": 850_000, "bytes_at_most": 850_000, "bytes_unpadded": 689_000},
+            "850 kB, padded to equal widths; without padding 689 kB",
+        ),
+    ],
+)
+def test_a_plan_says_what_padding_costs(export, text):
+    sections = _render.plan({"stages": [], "export": export})
+    assert sections == [f"predicted size of the exported weights: {text}"]
