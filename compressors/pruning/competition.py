@@ -12,8 +12,8 @@ from ...recipes import patterns
 from ...recipes.pruning import IsomorphicSettings, RatioSettings
 from .classes import classes
 from .groups import Group
-from .scopes import Member, Scope, Unit, least_units, stuck
-from .widths import Widths
+from .scopes import Member, Scope, least_units, stuck
+from .widths import Unit, Widths
 
 PAPER = RatioSettings(width=0.5, heads=0.5, head_dim=0.25)
 """Proportions of a target without ratios: those of the paper's largest DeiT."""
@@ -195,17 +195,11 @@ def _members(
 ) -> tuple[Member, ...]:
     now = Widths.of(groups)
     step = 1 if unit == "heads" else settings.round_to
-    sizes, before = (
-        (now.heads, initial.heads)
-        if unit == "heads"
-        else (now.head_dims, initial.head_dims)
-        if unit == "head_dim"
-        else (now.channels, initial.channels)
-    )
-    return tuple(
-        Member(name, sizes[name], before[name], least_units(before[name], sizes[name], step))
-        for name in (group.name for group in groups)
-    )
+    found = []
+    for group in groups:
+        size, before = now.size(group.name, unit), initial.size(group.name, unit)
+        found.append(Member(group.name, size, before, least_units(before, size, step)))
+    return tuple(found)
 
 
 def _that_can(scopes: list[Scope], strict: bool) -> list[Scope]:

@@ -83,12 +83,7 @@ def effective_ratios(
     """
     found = {}
     for scope in competition(groups, settings):
-        counts = [
-            after.channels[member.group]
-            if member.group in after.channels
-            else (after.heads if scope.unit == "heads" else after.head_dims)[member.group]
-            for member in scope.members
-        ]
+        counts = [after.size(member.group, scope.unit) for member in scope.members]
         found[scope.name if scope.unit != "head_dim" else f"{scope.name} head_dim"] = {
             "setting": scope.setting,
             "share": scope.share,

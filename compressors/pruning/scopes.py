@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .heads import best_of
+from .widths import Unit
 
-Unit = Literal["width", "ff", "heads", "head_dim"]
 _EXACT = 1e-9  # 10 * (1 - 0.9) is a little less than 1
 
 

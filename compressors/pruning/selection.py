@@ -102,19 +102,13 @@ def widths_at(
         total_of: scope -> units before rounding.
         rounding: see `select`.
     """
-    now = Widths.of(groups)
-    channels, heads, head_dims = dict(now.channels), dict(now.heads), dict(now.head_dims)
+    widths = Widths.of(groups)
     for scope in scopes:
         counts = scope.counts(total_of(scope))
         kept = scope.rounded(counts, settings.rounding) if rounding else counts
         for name, count in kept.items():
-            if name in channels:
-                channels[name] = count
-            elif scope.unit == "heads":
-                heads[name] = count
-            else:
-                head_dims[name] = count
-    return Widths(channels, heads, head_dims)
+            widths = widths.with_size(name, scope.unit, count)
+    return widths
 
 
 def realise(

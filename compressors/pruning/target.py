@@ -9,7 +9,7 @@ is left at the end goes to single layers. The limit is never exceeded.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -18,13 +18,14 @@ from ...models.base import ModelSpec, count_parameters
 from ...recipes.pruning import IsomorphicSettings, TargetSettings
 from .cutting import cut_shapes
 from .groups import Group
-from .scopes import Scope, Unit, next_width
+from .scopes import Scope, next_width
 from .selection import widths_at
-from .widths import Widths
+from .widths import Unit, Widths
 
 _COARSE: tuple[Unit, ...] = ("width", "heads", "head_dim", "ff")
 _HALVINGS = 40
 _CLOSE = 0.9995  # of a limit: nothing finer is worth a count
+_NEAR = 0.995  # of a limit: worth another search
 Limits = Mapping[str, float]
 
 
@@ -146,15 +147,42 @@ class Search:
         """
         self._refuse(strict)
         highest = max(1.0 / scope.share for scope in self._scopes)
-        fixed: dict[str, int] = {}
-        scale = first = self._bisect(fixed, highest)
+        first = self._bisect({}, highest)
+        best = self._settle({}, first)
+        cost = self._count(best)
         for unit in _COARSE:
-            held = {scope.name: scope.total(scale) for scope in self._scopes if scope.unit == unit}
-            fixed |= held
-            if held and len(fixed) < len(self._scopes) and self._load(fixed, scale) < _CLOSE:
-                scale = self._bisect(fixed, scale)
-        widths = self._fill(self._widths(fixed, scale))
-        return Found(first, widths, self._count(widths))
+            if cost.load(self._limits) >= _NEAR:
+                break
+            wider = self._with_one_more(unit, first)
+            if not wider or self._load(wider, highest) > 1.0:
+                continue
+            tried = self._settle(wider, self._bisect(wider, highest))
+            if self._count(tried).load(self._limits) > cost.load(self._limits):
+                best, cost = tried, self._count(tried)
+        return Found(first, best, cost)
+
+    def _settle(self, fixed: Mapping[str, int], scale: float) -> Widths:
+        """Hold one kind after the other, coarsest first, and give what that leaves to the kinds after it."""
+        held = dict(fixed)
+        for unit in _COARSE:
+            new = {
+                scope.name: scope.total(scale)
+                for scope in self._scopes
+                if scope.unit == unit and scope.name not in fixed
+            }
+            held |= new
+            if new and len(held) < len(self._scopes) and self._load(held, scale) < _CLOSE:
+                scale = self._bisect(held, scale)
+        return self._fill(self._widths(held, scale))
+
+    def _with_one_more(self, unit: Unit, scale: float) -> dict[str, int]:
+        """Return the totals of a kind one step above those of a scale: other kinds can give more."""
+        found = {}
+        for scope in self._scopes:
+            total = scope.total(scale)
+            if scope.unit == unit and total < scope.size:
+                found[scope.name] = min(total - total % scope.step + scope.step, scope.size)
+        return found
 
     def _refuse(self, strict: bool) -> None:
         now = self._count(Widths.of(self._groups))
@@ -209,12 +237,10 @@ class Search:
             if self._count(widths).load(self._limits) >= _CLOSE:
                 break
             member = scope.members[place]
-            sizes = dict(_sizes(widths, scope, member.group))
-            higher = next_width(sizes[member.group], member, scope.step)
+            higher = next_width(widths.size(member.group, scope.unit), member, scope.step)
             if higher is None:
                 continue
-            sizes[member.group] = higher
-            wider = _with_sizes(widths, scope, member.group, sizes)
+            wider = widths.with_size(member.group, scope.unit, higher)
             if self._count(wider).load(self._limits) <= 1.0:
                 widths = wider
         return widths
@@ -222,21 +248,9 @@ class Search:
 
 def _places_after(scope: Scope, widths: Widths) -> list[int]:
     """Return members in the order in which their next units come, each once per round, few rounds."""
-    kept = sum(_sizes(widths, scope, member.group)[member.group] for member in scope.members)
+    kept = sum(widths.size(member.group, scope.unit) for member in scope.members)
     order = list(dict.fromkeys(scope.order[max(kept - scope.least, 0) :].tolist()))
     return order * 2
-
-
-def _sizes(widths: Widths, scope: Scope, group: str) -> Mapping[str, int]:
-    if group in widths.channels:
-        return widths.channels
-    return widths.heads if scope.unit == "heads" else widths.head_dims
-
-
-def _with_sizes(widths: Widths, scope: Scope, group: str, sizes: Mapping[str, int]) -> Widths:
-    if group in widths.channels:
-        return replace(widths, channels=sizes)
-    return replace(widths, heads=sizes) if scope.unit == "heads" else replace(widths, head_dims=sizes)
 
 
 def _figures(values: Mapping[str, float]) -> str:

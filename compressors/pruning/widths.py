@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from .groups import Group
 from .heads import heads_of
+
+Unit = Literal["width", "ff", "heads", "head_dim"]
+"""What is counted of a layer."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,22 @@ class Widths:
         """Return group -> channels, of all heads together where it is an attention."""
         products = {name: heads * self.head_dims[name] for name, heads in self.heads.items()}
         return {**self.channels, **products}
+
+    def size(self, group: str, unit: Unit) -> int:
+        """Return the units of a group; of one that is no attention all units are its channels."""
+        return self._of(group, unit)[group]
+
+    def with_size(self, group: str, unit: Unit, size: int) -> Widths:
+        """Return sizes in which a group has another one."""
+        changed = {**self._of(group, unit), group: size}
+        if group in self.channels:
+            return replace(self, channels=changed)
+        return replace(self, heads=changed) if unit == "heads" else replace(self, head_dims=changed)
+
+    def _of(self, group: str, unit: Unit) -> Mapping[str, int]:
+        if group in self.channels:
+            return self.channels
+        return self.heads if unit == "heads" else self.head_dims
 
     def at_least(self, other: Widths) -> Widths:
         """Return sizes of which none is below its counterpart in `other`."""

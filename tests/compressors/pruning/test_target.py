@@ -41,6 +41,21 @@ def test_close_below_and_never_above(ranking, share, found):
     assert 0.995 <= result.cost.load(asked) <= 1
 
 
+@pytest.mark.parametrize("share", [0.97, 0.94, 0.9])
+def test_a_mild_target_is_met_where_one_step_of_the_widest_axis_takes_more(share, found):
+    """A step of 32 of 192 residual channels takes a sixth of the model: other kinds give it instead."""
+    result, asked, _, _ = found(VIT, {"macs": share}, config=LARGER, seed=1, round_to=32)
+    assert 0.995 <= result.cost.load(asked) <= 1
+
+
+@pytest.mark.parametrize("share", [0.83, 0.88])
+def test_what_rounding_leaves_is_filled_with_single_layers(share, found):
+    """Heads of one layer are given back where eight channels more of all its heads would be too many."""
+    ratios = {"heads": 0.5, "head_dim": 0.3}
+    result, asked, _, _ = found(VIT, {"macs": share}, config=LARGER, seed=1, ratios=ratios, round_to=8)
+    assert 0.995 <= result.cost.load(asked) <= 1
+
+
 @pytest.mark.parametrize("rounding", ["down", "nearest"])
 def test_the_tightest_limit_decides(rounding, found):
     limits = {"macs": 0.9, "parameters": 0.5, "bytes": 0.8}
