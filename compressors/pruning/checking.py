@@ -19,15 +19,19 @@ from ...models.base import OpenModel
 from ...models.structure import AttentionSite
 from .cutting import attribute_values, surgery_of
 from .graph import find_groups
+from .groups import Group
 
 _SEED = 0
 _SCALE_TOLERANCE = 1e-6
 
 
-def check(model: OpenModel) -> None:
+def check(model: OpenModel) -> list[Group]:
     """Check every size, then run the model forwards and backwards on random inputs.
 
     Flags, gradients, weights and random state stay as they are.
+
+    Returns:
+        The groups of the model as it is now.
 
     Raises:
         StageError: naming the layer that does not fit.
@@ -41,7 +45,7 @@ def check(model: OpenModel) -> None:
         if found.get(name) != model.surgery.get(name):
             raise StageError(f"{name}: what is noted of its sizes is not what it has")
     _run(model)
-    find_groups(model)  # every axis follows the channels of its group, or this refuses
+    return find_groups(model)  # every axis follows the channels of its group, or this refuses
 
 
 def _check_layer(name: str, child: nn.Module) -> None:

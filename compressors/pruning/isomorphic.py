@@ -154,8 +154,7 @@ class _Run:
                     self._write_down(done)
                 if decision.selection.kept:  # a step of a long schedule can be too small for any layer
                     cut(self.model, groups, decision.selection, attn_scale=self.settings.attn_scale)
-                    check(self.model)
-                    groups = find_groups(self.model) if index + 1 < self.settings.steps else groups
+                    groups = check(self.model)
                 self.progress.advance(1, f"step {index + 1} of {self.settings.steps}")
         return done
 
