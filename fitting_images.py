@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .calibration.image_files import FileList, Layout, find_images, held_out_count
+from .calibration.image_files import EMPTY_HINT, FileList, Layout, find_images, held_out_count
 from .calibration.inputs import OWN_IMAGES, image_place
 from .calibration.labels import class_numbers
 from .errors import SourceError
@@ -54,12 +54,9 @@ def check_images(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
             f"is accuracy for a classifier, and the images of {place} have no labels",
             "leave it out, or give labels",
         )
-    for index, stage in enumerate(recipe.stages):
-        location: Location = ("stages", index, stage.method)
-        if isinstance(stage.settings, IsomorphicSettings):
-            _check_scores(loaded, location, stage.settings, layout)
-        if isinstance(stage.settings, FinetuneSettings):
-            _check_training(loaded, location, stage.settings, layout, checkpoint)
+    trained = list(_check_stages(loaded, layout, checkpoint))
+    if recipe.calibration.strict:
+        _check_strict(layout, trained, int(checkpoint.config.get("num_channels", 3)))
 
 
 def data_of(recipe: Recipe, index: int) -> str | None:
@@ -86,10 +83,41 @@ def _needs(recipe: Recipe) -> Iterator[str]:
 
 
 def _check_classes(layout: Layout, checkpoint: Checkpoint) -> None:
-    parts = [part for part in (layout.train, layout.held_out) if isinstance(part, FileList)]
-    names = sorted({name for part in parts for name in part.classes})
-    if names:
-        class_numbers(names, checkpoint.config, layout.path)
+    if layout.classes:
+        class_numbers(layout.classes, checkpoint.config, layout.path)
+
+
+def _check_stages(loaded: LoadedRecipe, layout: Layout, checkpoint: Checkpoint) -> Iterator[Layout]:
+    """Hold the stages against the images of the calibration; yield those that trainings name."""
+    for index, stage in enumerate(loaded.recipe.stages):
+        location: Location = ("stages", index, stage.method)
+        if isinstance(stage.settings, IsomorphicSettings):
+            _check_scores(loaded, location, stage.settings, layout)
+        if isinstance(stage.settings, FinetuneSettings):
+            yield _check_training(loaded, location, stage.settings, layout, checkpoint)
+
+
+def _check_strict(layout: Layout, trained: Sequence[Layout], channels: int) -> None:
+    """Decode all files that a run may read: a broken one would stop it after weights were changed.
+
+    Raises:
+        SourceError: one cannot be decoded, or a folder of a class is empty.
+    """
+    from .calibration.decoding import unreadable
+
+    measured = [] if layout.held_out is None else [layout.held_out]
+    for other in (layout, *trained):
+        if other.emptiness:
+            raise SourceError(other.emptiness, hint=EMPTY_HINT)
+    parts = [layout.train, *measured, *(other.train for other in trained)]
+    paths = list(dict.fromkeys(path for part in parts if isinstance(part, FileList) for path in part.paths))
+    found = unreadable(paths, 1 if channels == 1 else 3)
+    if found:
+        others = f" (and {len(found) - 1:,} more of {len(paths):,})" if len(found) > 1 else ""
+        raise SourceError(
+            f"{found[0]}{others}",
+            hint="remove what cannot be read, or leave out calibration.strict to skip it",
+        )
 
 
 def _check_counts(recipe: Recipe, layout: Layout) -> None:
@@ -133,12 +161,13 @@ def _check_training(
     settings: FinetuneSettings,
     calibrated: Layout,
     checkpoint: Checkpoint,
-) -> None:
+) -> Layout:
+    """Return the images that a training names, or those of the calibration."""
     layout = calibrated if settings.images is None else find_images(settings.images)
     if layout is not calibrated:
         _check_classes(layout, checkpoint)
     if layout.train.labelled:
-        return
+        return layout
     if settings.distill is None:
         raise loaded.error(
             location,
@@ -152,3 +181,4 @@ def _check_training(
             f" {layout.path} have none",
             "write 1, or give labels",
         )
+    return layout

@@ -26,7 +26,7 @@ import torch
 from _common import parser, say, start, table
 from _torch_pruning import gradients, macs, pruned_to
 from compress.calibration.classification import ClassificationCalibration
-from compress.calibration.images import ImageSet
+from compress.calibration.image_sets import ImageSet
 from compress.calibration.recording import record
 from compress.compressors import registry
 from compress.compressors.base import Workspace

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,9 +12,11 @@ from torch import Tensor
 from ..errors import StageError
 from ..models.base import OpenModel
 from ..progress import Progress, step
+from ..runtime.hashes import digest
 from .base import Observer
 from .content import content_key
-from .images import ImageSet, Pools, pools_of
+from .image_sets import ImageSet, Pools
+from .images import pools_of
 from .inputs import image_place
 from .replay import replay
 
@@ -130,7 +130,7 @@ class ImageCalls:
     def key(self) -> str:
         """Content hash of the images and of the choice."""
         content = [self.calibration.key, "images", self.samples, self.start]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return digest(content)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield the calls in their order."""
@@ -163,18 +163,21 @@ def record_images(
         chosen = pools.train.first(settings.samples)
     for note in pools.notes:
         progress.note(note)
-    warn_of_skipped(chosen, pools.train.path.as_posix(), progress)
+    warn_of_left_out(chosen, pools.train.path.as_posix(), progress)
     content = {"format": FORMAT_VERSION, "images": chosen.key, "all": pools.train.key, "seed": seed,
                "batch_size": settings.batch_size}  # fmt: skip
     return ClassificationCalibration(seed, content_key(model, content), chosen, pools, settings.batch_size)
 
 
-def warn_of_skipped(images: ImageSet, place: str, progress: Progress) -> None:
-    """Warn once of files that were left out, with the name of the first."""
+def warn_of_left_out(images: ImageSet, place: str, progress: Progress) -> None:
+    """Warn once of files that cannot be read, with the name of the first, and once of held-out images."""
     count = len(images.skipped)
     if count:
         what = "file cannot be read and is" if count == 1 else "files cannot be read and are"
         progress.warn(f"{place}: {count} {what} left out, the first is {images.skipped[0]}")
+    if images.copies:
+        what = "image is" if images.copies == 1 else "images are"
+        progress.warn(f"{place}: {images.copies} {what} held out for measuring and left out here")
 
 
 def _batches(start: int, stop: int, size: int) -> list[range]:

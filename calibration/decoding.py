@@ -5,7 +5,11 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from os import cpu_count
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -16,6 +20,7 @@ MAX_PIXELS = 2**26
 MAX_ASPECT = 32
 """Resizing the short side of a narrower image would make it huge."""
 _MODES = {1: "L", 3: "RGB"}
+_MAX_READERS = 8
 _DEEP = ("I", "F")
 """Modes of more than eight bits begin so; converting them would clip, not scale."""
 _DAMAGED = (
@@ -61,8 +66,30 @@ def decode(path: Path, channels: int) -> np.ndarray:
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
+def unreadable(paths: Sequence[Path], channels: int) -> list[str]:
+    """Decode files and return what is wrong with those that cannot be, in their order.
+
+    Args:
+        paths: of the files.
+        channels: see `decode`.
+    """
+
+    def problem(path: Path) -> str:
+        try:
+            decode(path, channels)
+        except Unreadable as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(min(_MAX_READERS, cpu_count() or 1)) as readers:
+        return [found for found in readers.map(problem, paths) if found]
+
+
 def _opened(path: Path) -> Image.Image:
     try:
+        # A pipe or a device would keep whoever opens it waiting.
+        if not S_ISREG(path.stat().st_mode):
+            raise Unreadable(f"{path}: no regular file")
         with warnings.catch_warnings():
             # Sizes are judged below, by a limit of our own.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)

@@ -6,8 +6,6 @@ the error is taken of what the scheduler asks the model for. No training data is
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from ..errors import StageError
 from ..models.base import OpenModel
+from ..runtime.hashes import digest
 from .diffusion import DiffusionCalibration
 from .sampler import make_scheduler, place
 from .seeds import generator_for
@@ -68,7 +67,7 @@ class DenoisingObjective:
     def key(self) -> str:
         """Content hash of the samples, the schedule and the loss."""
         content = [self.calibration.key, "denoising", self.timesteps, self.kept.tolist(), self.prediction]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return digest(content)
 
     @property
     def samples(self) -> int:

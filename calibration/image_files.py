@@ -7,17 +7,17 @@ without labels; or one of these below train/ and validation/, val/ or test/. A s
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from stat import S_ISREG
 
 from ..errors import SourceError
 from ..models.headers import read_header
-from ..runtime.hashes import file_sha256
+from ..runtime.hashes import digest, file_sha256
+from .image_tables import METADATA, read_table
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 TRAIN = "train"
@@ -25,16 +25,17 @@ HELD_OUT = ("validation", "val", "test")
 """Names of the other part, the first that is there."""
 PIXELS, LABELS = "pixels", "labels"
 _TABLE_SUFFIX = ".safetensors"
-_METADATA = ("metadata.csv", "metadata.jsonl")
-_FILE_NAME, _LABEL = "file_name", "label"
-_MAX_METADATA_BYTES = 2**30
 _HASHED_BYTES = 2**30
 """Folders up to this size count by the content of all files; larger ones by names, sizes and times."""
+_SHOWN = 3
 HELD_OUT_PARTS = 5
 """One of so many parts is held out where a place does not say what is."""
 _LAYOUT_HINT = (
     "a folder with a folder per class, one with a metadata.csv (file_name, label), or a safetensors file"
 )
+
+
+EMPTY_HINT = "add images to it or remove it, or leave out calibration.strict"
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,34 @@ class FileList:
         """Whether there are labels."""
         return self.labels is not None
 
+    @property
+    def empty(self) -> tuple[str, ...]:
+        """Classes whose folders hold no image."""
+        return tuple(sorted(set(self.classes) - set(self.labels or ())))
+
+    @cached_property
+    def sizes(self) -> tuple[int | None, ...]:
+        """Bytes of the files; None: not there, or no regular file."""
+        stats = map(_stat, self.paths)
+        return tuple(None if stat is None else stat.st_size for stat in stats)
+
+    @cached_property
+    def hashes(self) -> tuple[str | None, ...] | None:
+        """SHA-256 of the files; None: cannot be read. None instead of all where they are too many to read."""
+        if sum(size or 0 for size in self.sizes) > _HASHED_BYTES:
+            return None
+        return tuple(
+            None if size is None else _hash(path) for path, size in zip(self.paths, self.sizes, strict=True)
+        )
+
     def fingerprint(self) -> str:
         """Return a hash of what the images are, 64 hexadecimal digits; see `_HASHED_BYTES`."""
-        stats = [_stat(path) for path in self.paths]
-        by_content = sum(stat.st_size for stat in stats) <= _HASHED_BYTES
-        rows = [
-            [path.relative_to(self.root).as_posix(), *_identity(path, stat, by_content)]
-            for path, stat in zip(self.paths, stats, strict=True)
-        ]
-        return hashlib.sha256(json.dumps([rows, self.labels, self.classes]).encode()).hexdigest()
+        names = [path.relative_to(self.root).as_posix() for path in self.paths]
+        if self.hashes is not None:
+            return digest([names, self.hashes, self.labels, self.classes])
+        stats = map(_stat, self.paths)
+        found = [None if stat is None else [stat.st_size, stat.st_mtime_ns] for stat in stats]
+        return digest([names, found, self.labels, self.classes])
 
 
 @dataclass(frozen=True)
@@ -98,7 +118,7 @@ class TensorFile:
         try:
             return file_sha256(self.path)
         except OSError as error:
-            raise _unreadable(self.path, error) from None
+            raise _cannot_read(self.path, error) from None
 
 
 Images = FileList | TensorFile
@@ -118,10 +138,27 @@ class Layout:
     train: Images
     held_out: Images | None
 
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes of all parts, sorted; none where labels are numbers or there are none."""
+        files = [part for part in (self.train, self.held_out) if isinstance(part, FileList)]
+        return sorted({name for part in files for name in part.classes})
+
+    @property
+    def emptiness(self) -> str:
+        """Which folders of classes hold no image, as a sentence; empty: none."""
+        files = [part for part in (self.train, self.held_out) if isinstance(part, FileList) and part.empty]
+        return "; ".join(
+            f"{part.root}: no image is in the folder{'s' if len(part.empty) > 1 else ''} "
+            + ", ".join(map(repr, part.empty[:_SHOWN]))
+            + (f" and {len(part.empty) - _SHOWN} more" if len(part.empty) > _SHOWN else "")
+            for part in files
+        )
+
     def fingerprint(self) -> str:
         """Return a hash of all images and their labels, 64 hexadecimal digits."""
         held_out = None if self.held_out is None else self.held_out.fingerprint()
-        return hashlib.sha256(json.dumps([self.train.fingerprint(), held_out]).encode()).hexdigest()
+        return digest([self.train.fingerprint(), held_out])
 
 
 def held_out_count(images: int) -> int:
@@ -167,19 +204,24 @@ def _parts(path: Path) -> dict[str, Path]:
 
 
 def _part(path: Path) -> Images:
-    return _folder(path) if path.is_dir() else _tensor_file(path)
+    if path.is_dir():
+        return _folder(path)
+    if not path.is_file():
+        raise SourceError(f"{path}: neither a folder nor a safetensors file", hint=_LAYOUT_HINT)
+    return _tensor_file(path)
 
 
 def _folder(root: Path) -> FileList:
     entries = _entries(root)
-    metadata = [path for path in entries if path.name in _METADATA]
+    metadata = [path for path in entries if path.name in METADATA]
     if len(metadata) > 1:
         raise SourceError(f"{root}: has both {metadata[0].name} and {metadata[1].name}", hint="keep one")
     if metadata:
-        return _from_metadata(root, metadata[0])
-    folders = [path for path in entries if path.is_dir()]
-    by_class = {path.name: tuple(_below(path)) for path in folders}
-    flat = tuple(path for path in entries if path.suffix.lower() in SUFFIXES and path.is_file())
+        paths, given = read_table(root, metadata[0])
+        return FileList(root, paths, given, tuple(sorted(set(given or ()))))
+    seen = {_place(root): root}
+    by_class = {path.name: tuple(_below(path, seen)) for path in entries if path.is_dir()}
+    flat = tuple(path for path in entries if path.suffix.lower() in SUFFIXES and not path.is_dir())
     if not any(by_class.values()):
         if not flat:
             raise SourceError(f"{root}: holds no images", hint=_LAYOUT_HINT)
@@ -198,63 +240,36 @@ def _entries(folder: Path) -> list[Path]:
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise _unreadable(folder, error) from None
+        raise _cannot_read(folder, error) from None
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """Yield the images in a folder and in those below it."""
-    for path in _entries(folder):
+def _below(folder: Path, seen: dict[tuple[int, int], Path]) -> Iterator[Path]:
+    """Yield the images in a folder and in those below it; `seen` has the folders that were entered.
+
+    What is no regular file is yielded, too: it is counted as one that cannot be read.
+    """
+    waiting = [folder]
+    while waiting:
+        path = waiting.pop()
         if path.is_dir():
-            yield from _below(path)
+            other = seen.setdefault(_place(path), path)
+            if other is not path:
+                raise SourceError(
+                    f"{path}: is the same folder as {other}, so its images would count twice",
+                    hint="remove the link",
+                )
+            waiting.extend(reversed(_entries(path)))
         elif path.suffix.lower() in SUFFIXES:
             yield path
 
 
-def _from_metadata(root: Path, table: Path) -> FileList:
-    rows = list(_rows(table))
-    if not rows:
-        raise SourceError(f"{table}: has no rows", hint=f"its columns are {_FILE_NAME} and {_LABEL}")
-    paths = tuple(_inside(root, table, number, row.get(_FILE_NAME)) for number, row in enumerate(rows, 1))
-    given = [row.get(_LABEL) for row in rows]
-    if all(label is None for label in given):
-        return FileList(root, paths, None)
-    for number, label in enumerate(given, 1):
-        if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
-            raise SourceError(
-                f"{table}: row {number} has no label", hint="give all images a label, or none of them"
-            )
-    labels = tuple(str(label) for label in given)
-    return FileList(root, paths, labels, tuple(sorted(set(labels))))
-
-
-def _rows(table: Path) -> Iterator[Mapping[str, Any]]:
+def _place(folder: Path) -> tuple[int, int]:
+    """Return what a folder is on its disk, whatever leads there."""
     try:
-        if table.stat().st_size > _MAX_METADATA_BYTES:
-            raise SourceError(f"{table}: larger than {_MAX_METADATA_BYTES:,} bytes")
-        with table.open(encoding="utf-8-sig", newline="") as stream:
-            if table.suffix == ".csv":
-                yield from csv.DictReader(stream)
-                return
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise SourceError(f"{table}: line {number} is no JSON object")
-                    yield row
-    except (UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
-        raise SourceError(f"{table}: cannot be read: {error}") from None
+        stat = folder.stat()
     except OSError as error:
-        raise _unreadable(table, error) from None
-
-
-def _inside(root: Path, table: Path, number: int, name: Any) -> Path:
-    """Return the place of a row's file; it may not lead out of the folder."""
-    if not isinstance(name, str) or not name:
-        raise SourceError(f"{table}: row {number} has no {_FILE_NAME}")
-    given = PurePosixPath(name)
-    if given.is_absolute() or ".." in given.parts or "\\" in name:
-        raise SourceError(f"{table}: row {number}: {name!r} leads out of the folder")
-    return root / given
+        raise _cannot_read(folder, error) from None
+    return stat.st_dev, stat.st_ino
 
 
 def _tensor_file(path: Path) -> TensorFile:
@@ -276,30 +291,21 @@ def _tensor_file(path: Path) -> TensorFile:
     return TensorFile(path, shape[0], (shape[1], shape[2]), channels, labels is not None)
 
 
-def _stat(path: Path) -> Any:
+def _stat(path: Path) -> os.stat_result | None:
+    """Return what is known of a regular file; None: it is none, or a table names what is not there."""
     try:
-        return path.stat()
+        stat = path.stat()
     except OSError:
-        return _Missing()
+        return None
+    return stat if S_ISREG(stat.st_mode) else None
 
 
-class _Missing:
-    """Stands for a file that a table names and that is not there."""
-
-    st_size = 0
-    st_mtime_ns = 0
-
-
-def _identity(path: Path, stat: Any, by_content: bool) -> list[Any]:
-    if isinstance(stat, _Missing):
-        return ["missing"]
-    if not by_content:
-        return [stat.st_size, stat.st_mtime_ns]
+def _hash(path: Path) -> str | None:
     try:
-        return [file_sha256(path)]
+        return file_sha256(path)
     except OSError:
-        return ["unreadable"]
+        return None
 
 
-def _unreadable(path: Path, error: OSError) -> SourceError:
+def _cannot_read(path: Path, error: OSError) -> SourceError:
     return SourceError(f"{path}: cannot be read: {error.strerror or error}")

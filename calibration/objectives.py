@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +12,7 @@ from torch.nn import functional as F
 
 from ..errors import StageError
 from ..models.base import OpenModel
+from ..runtime.hashes import digest
 from .base import Calibration
 from .classification import ClassificationCalibration, NoImages
 from .denoising import DenoisingObjective
@@ -65,7 +64,7 @@ class ClassificationObjective:
     def key(self) -> str:
         """Content hash of images, labels and loss."""
         labels = None if self.labels is None else self.labels.tolist()
-        return hashlib.sha256(json.dumps([self.calibration.key, self.loss, labels]).encode()).hexdigest()
+        return digest([self.calibration.key, self.loss, labels])
 
     @property
     def samples(self) -> int:

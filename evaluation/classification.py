@@ -7,8 +7,6 @@ answers are (accuracy of both).
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..calibration.classification import warn_of_skipped
+from ..calibration.classification import warn_of_left_out
 from ..calibration.content import content_key
-from ..calibration.images import ImageSet, Pools, pools_of
+from ..calibration.image_sets import ImageSet, Pools
+from ..calibration.images import pools_of
 from ..calibration.labels import class_names
 from ..calibration.sampler import place
 from ..errors import SourceError
 from ..models.base import OpenModel
 from ..progress import Progress, step, track
 from ..recipes.schema import CalibrationSettings, EvaluateSettings
+from ..runtime.hashes import digest
 from .evaluator import Evaluation
 from .layers import Powers, compare_layers, layer_rows, record_layers
 from .metrics import class_agreement, powers
@@ -35,6 +35,7 @@ from .size import linear_inventory
 LOGITS_FILE = "logits.safetensors"
 _LOGITS = "logits"
 _LAYER_IMAGES = 8
+_SHOWN = 3
 
 
 class ClassificationEvaluator:
@@ -65,14 +66,17 @@ class ClassificationEvaluator:
             SourceError: the images do not fit the model, or there are too few, or labels are missing.
         """
         if self._samples() == 0:
-            return recorded(cache, _digest([model.source.id, "nothing"]), lambda _: {}, fresh=fresh)
+            return recorded(cache, digest([model.source.id, "nothing"]), lambda _: {}, fresh=fresh)
         pools, images = self._images(model)
         if self._settings.quality is not None and images.labels is None:
             raise SourceError(
                 f"{pools.held_out.path}: the images have no labels, so accuracy cannot be measured",
                 hint="leave out evaluate.quality, or give labels",
             )
-        warn_of_skipped(images, pools.held_out.path.as_posix(), progress)
+        warn_of_left_out(images, pools.held_out.path.as_posix(), progress)
+        absent = absent_classes(model, pools) if self._settings.quality is not None else []
+        if absent:
+            progress.note(f"accuracy: {_absent_note(absent)}")
 
         def record(folder: Path) -> dict[str, Any]:
             with step(progress, "record the original"):
@@ -148,6 +152,7 @@ class ClassificationEvaluator:
             result.metrics |= accuracies(before[rows], after[rows], labels)
             result.details["quality"] = {
                 "samples": quality.samples,
+                "absent_classes": absent_classes(model, pools),
                 "per_class": per_class(before[rows], after[rows], labels, class_names(model.config)),
             }
 
@@ -226,6 +231,21 @@ def per_class(before: Tensor, after: Tensor, labels: Tensor, names: list[str]) -
     return rows
 
 
+def absent_classes(model: OpenModel, pools: Pools) -> list[str]:
+    """Return the names of the model's classes of which no image is held out; none without labels."""
+    labels = pools.held_out.labels
+    if labels is None:
+        return []
+    there = set(labels[list(pools.held_out.order)].tolist())
+    return [name for number, name in enumerate(class_names(model.config)) if number not in there]
+
+
+def _absent_note(absent: list[str]) -> str:
+    shown = ", ".join(map(repr, absent[:_SHOWN])) + (", ..." if len(absent) > _SHOWN else "")
+    which = "class has" if len(absent) == 1 else "classes have"
+    return f"{len(absent):,} {which} no held-out image ({shown}), so it says nothing of them"
+
+
 def _layer_images(images: ImageSet) -> range:
     return range(min(_LAYER_IMAGES, len(images)))
 
@@ -238,7 +258,3 @@ def _call(model: OpenModel, images: ImageSet, rows: range) -> dict[str, Any]:
 def _logits(model: OpenModel, images: ImageSet, rows: range) -> Tensor:
     logits: Tensor = model.module(**_call(model, images, rows), return_dict=False)[0]
     return logits.float().cpu()
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

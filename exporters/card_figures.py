@@ -146,6 +146,10 @@ def _image_notes(details: Mapping[str, Any]) -> Iterator[str]:
     skipped = details["images"].get("skipped")
     if skipped:
         yield f"- {skipped:,} image files could not be read and were left out."
+    absent = (details.get("quality") or {}).get("absent_classes")
+    if absent:
+        shown = ", ".join(map(code, absent[:3])) + (", ..." if len(absent) > 3 else "")
+        yield f"- Classes of the model without a held-out image: {len(absent):,} ({shown})."
     yield ""
 
 

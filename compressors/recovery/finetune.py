@@ -9,18 +9,20 @@ measured on is ever looked at.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from ...calibration.base import Calibration
-from ...calibration.classification import ClassificationCalibration, warn_of_skipped
+from ...calibration.classification import ClassificationCalibration, warn_of_left_out
 from ...calibration.content import hash_weights
-from ...calibration.images import ImageSet, training_images
+from ...calibration.image_sets import ImageSet
+from ...calibration.images import training_images
 from ...errors import PlanError
 from ...models.base import ModelSpec, OpenModel
 from ...models.open import read_spec
 from ...progress import Progress
 from ...recipes.recovery import FinetuneSettings
-from ...recipes.schema import CalibrationSettings, ModelRef
+from ...recipes.schema import ModelRef
 from ...runtime.hashes import digest
 from ..base import StagePlan, Workspace
 from .classification import Classification, Images, Teacher
@@ -36,7 +38,7 @@ class Finetune:
 
     method: ClassVar[str] = FinetuneSettings.method
     families: ClassVar[frozenset[str]] = FinetuneSettings.families
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def plan(self, spec: ModelSpec, settings: FinetuneSettings) -> StagePlan:
         """Predict memory and disk; the shapes stay.
@@ -67,8 +69,7 @@ class Finetune:
         _refuse_quantized(bool(model.quantization))
         images = _images(model, settings, calibration)
         _check_labels(images, settings, model)
-        if settings.images is not None:  # those of the calibration are told there
-            warn_of_skipped(images, str(settings.images), progress)
+        _tell(images, settings, calibration, progress)
         kept = KeptImages(images)
         steps = step_count(settings, len(images))
         teacher = _teacher(settings, workspace)
@@ -84,7 +85,8 @@ class Finetune:
             folder=workspace.folder,
             progress=progress,
         )
-        return {**training_details(trained), "images": len(images)}
+        left_out = {"skipped": len(images.skipped), "held_out": images.copies}
+        return {**training_details(trained), "images": len(images), **left_out}
 
 
 def _refuse_quantized(quantized: bool) -> None:
@@ -134,9 +136,21 @@ def _images(model: OpenModel, settings: FinetuneSettings, calibration: Calibrati
         raise PlanError("finetune: there are no images to train on", hint="it is for classifiers")
     if settings.images is None:
         return calibration.training()
-    pool = calibration.pools.train
-    place = CalibrationSettings.model_validate({"images": pool.path, "strict": pool.strict})
-    return training_images(model, settings.images, place, calibration.seed)
+    return training_images(model, settings.images, calibration.pools, calibration.seed)
+
+
+def _tell(images: ImageSet, settings: FinetuneSettings, calibration: Calibration, progress: Progress) -> None:
+    """Tell what is left out and what was assumed, as far as the calibration has not told it."""
+    if not isinstance(calibration, ClassificationCalibration):
+        return
+    told, place = calibration.images, calibration.pools.train.path
+    if settings.images is not None and images.source is not told.source:
+        for note in images.notes:
+            if note not in told.notes:
+                progress.note(note)
+        warn_of_left_out(images, str(settings.images), progress)
+    elif len(images.skipped) > len(told.skipped):  # it looked no further than it had to
+        warn_of_left_out(replace(images, copies=0), str(place), progress)
 
 
 def _check_labels(images: Images, settings: FinetuneSettings, model: OpenModel) -> None:

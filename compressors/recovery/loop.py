@@ -101,15 +101,43 @@ def train(
 
     Raises:
         PlanError: the device cannot compute in the precision, or the batch does not divide.
-        StageError: a loss or gradient is not finite; the last state stays on disk.
+        StageError: a loss, a gradient or a trained weight is not finite; the last state stays on disk.
     """
     parameters = trainable.parameters()
     if not parameters:
         raise StageError("nothing to train: the model has no parameter left that is trained")
     device = next(iter(parameters.values())).device
+    dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
     with training(trainable.module, parameters), _accelerator(settings, device) as accelerator:
         run = _Loop(trainable, settings, steps, seed, accelerator)
-        return run.go(state_key(key, parameters), folder, progress)
+        trained = run.go(state_key(key, parameters), folder, progress)
+        _refuse_overflow(parameters, dtypes, settings)
+        return trained
+
+
+@torch.no_grad()
+def _refuse_overflow(
+    parameters: Mapping[str, nn.Parameter], dtypes: Mapping[str, torch.dtype], settings: TrainingSettings
+) -> None:
+    """Look at the weights after the last step, which no loss has seen, as they are going to be stored.
+
+    Raises:
+        StageError: one is not finite, or too large for its type; with its name.
+    """
+    for name, parameter in parameters.items():
+        stored = dtypes[name]
+        if parameter.to(stored).isfinite().all():
+            continue
+        kind = str(stored).removeprefix("torch.")
+        if parameter.isfinite().all():
+            largest = float(parameter.abs().max())
+            raise StageError(
+                f"{settings.method}: {name} has the value {largest:.4g} after training, too large for {kind}",
+                hint=f"lower lr ({settings.lr:g}), or load the model with dtype: bfloat16 or float32",
+            )
+        raise StageError(
+            f"{settings.method}: {name} is not finite after the last step", hint=f"lower lr ({settings.lr:g})"
+        )
 
 
 @contextmanager

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +16,7 @@ from torch.optim import Optimizer
 from ...errors import CompressError
 from ...runtime.atomic import atomic_file, sweep_partials
 from ...runtime.hashes import digest
+from ...runtime.tensor_hashes import tensors_sha256
 from .ema import MovingAverage
 
 _FILE = "training.safetensors"
@@ -72,7 +71,7 @@ def write_state(folder: Path, state: TrainingState) -> None:
     """
     tensors = state.tensors()
     about = {"key": state.key, "scaler": state.scaler.state_dict() if state.scaler else None}
-    about["sha256"] = _checksum(tensors)
+    about["sha256"] = tensors_sha256(tensors)
     with atomic_file(folder / _FILE) as temporary:
         save_file(tensors, temporary, metadata={_ABOUT: json.dumps(about, sort_keys=True)})
 
@@ -91,7 +90,7 @@ def read_state(folder: Path, state: TrainingState) -> int:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             about = json.loads(file.metadata()[_ABOUT])
-        whole = about["sha256"] == _checksum(tensors)
+        whole = about["sha256"] == tensors_sha256(tensors)
         same = about["key"] == state.key
     except (OSError, SafetensorError, TypeError, LookupError, ValueError) as error:
         raise DamagedStateError(f"{path}: not a state of a training ({error})") from None
@@ -123,13 +122,3 @@ def _restore(state: TrainingState, tensors: Mapping[str, Tensor]) -> None:
 def state_key(key: str, parameters: Mapping[str, nn.Parameter]) -> str:
     """Return the key of a training: what the caller says that it depends on, and what is trained."""
     return digest([key, [(name, list(parameter.shape)) for name, parameter in parameters.items()]])
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-        found.update(values)
-    return found.hexdigest()

@@ -91,8 +91,8 @@ def test_a_table_of_labels(tmp_path):
     ("text", "message"),
     [
         ("file_name,label\n", "has no rows"),
-        ("name,label\na.png,cat\n", "row 1 has no file_name"),
-        ("file_name,label\na.png,cat\nb.png\n", "row 2 has no label"),
+        ("name,label\na.png,cat\n", "line 1 names the columns 'name', 'label', and no 'file_name'"),
+        ("file_name,label\na.png,cat\nb.png\n", "line 3 has no label"),
         ("file_name,label\n../a.png,cat\n", "leads out of the folder"),
         ("file_name,label\n/etc/a.png,cat\n", "leads out of the folder"),
     ],

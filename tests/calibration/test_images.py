@@ -43,7 +43,7 @@ def test_parts_are_never_mixed(model, tmp_path):
     pools = pools_of(model, _settings(folder), 0)
     assert set(pools.train.all().labels.tolist()) == {0, 2}
     assert pools.held_out.all().labels.tolist() == [1, 1, 1]
-    assert len(training_images(model, None, _settings(folder), 0)) == 8
+    assert len(training_images(model, None, pools, 0)) == 8
 
 
 def test_labels_belong_to_their_images(model, tmp_path):
@@ -115,15 +115,17 @@ def test_tensors(make_vit, tmp_path):
     found = images.pixels([2, 5])
     wanted = pixels[[images.rows[2], images.rows[5]]].float() / 127.5 - 1
     assert torch.allclose(found, wanted[:, None].expand(2, 3, 16, 16), atol=1e-6)
-    save_file({"pixels": pixels, "labels": torch.full((10,), 10)}, path)
-    with pytest.raises(SourceError, match="the label 10 is out of range; the model has 10 classes"):
-        pools_of(model, _settings(path), 0)
+    for wrong in (10, -1):
+        save_file({"pixels": pixels, "labels": torch.tensor([*range(9), wrong])}, path)
+        with pytest.raises(SourceError, match=f"the label {wrong} is out of range; the model has 10 classes"):
+            pools_of(model, _settings(path), 0)
 
 
 def test_coloured_tensors_do_not_fit_a_grey_model(make_vit, tmp_path):
     model = open_model(ModelRef(id=str(make_vit(num_channels=1))), progress=SilentProgress())
     path = tmp_path / "x.safetensors"
-    save_file({"pixels": torch.zeros(4, 16, 16, 3).byte()}, path)
+    pixels = torch.arange(4)[:, None, None, None].expand(4, 16, 16, 3).byte().contiguous()
+    save_file({"pixels": pixels}, path)
     with pytest.raises(SourceError, match="the images have 3 channels, the model takes 1"):
         pools_of(model, _settings(path), 0).train.all().pixels([0])
 
@@ -133,7 +135,7 @@ def test_images_that_come_with_the_model(model, tmp_path):
         pools_of(model, CalibrationSettings(), 0)
     assert "images: FOLDER" in str(found.value.hint)
     by_class(model.source.folder / "images" / "train", ["red"], 3)
-    by_class(model.source.folder / "images" / "test", ["red"], 2)
+    by_class(model.source.folder / "images" / "test", ["red"], 2, seed=1)
     assert len(pools_of(model, CalibrationSettings(), 0).train.all()) == 3
 
 
@@ -145,14 +147,12 @@ def test_one_image_cannot_be_divided(model, tmp_path):
 def test_training_on_a_place_of_its_own(model, tmp_path):
     calibration = by_class(tmp_path / "images", ["red", "green"], 5)
     other = by_class(tmp_path / "more", ["blue"], 4)
-    settings = _settings(calibration)
-    assert len(training_images(model, other, settings, 0)) == 4, "nothing is measured on it"
-    held_out = {
-        pools_of(model, settings, 0).held_out.source.paths[row]
-        for row in pools_of(model, settings, 0).held_out.order
-    }
+    write_images(other, [f"blue/{number:03d}.png" for number in range(4)], seed=1)
+    pools = pools_of(model, _settings(calibration), 0)
+    assert len(training_images(model, other, pools, 0)) == 4, "nothing is measured on it"
+    held_out = {pools.held_out.source.paths[row] for row in pools.held_out.order}
     for path in (None, calibration, calibration / ".." / "images"):
-        images = training_images(model, path, settings, 0)
+        images = training_images(model, path, pools, 0)
         assert len(images) == 8
         assert not held_out & {images.source.paths[row] for row in images.rows}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compress.calibration.objectives import objective_for
+from compress.calibration.objectives import ClassificationObjective, objective_for
 from compress.calibration.recording import record
 from compress.errors import StageError
 from compress.models.open import open_model
@@ -105,6 +105,24 @@ def test_keys_follow_images_and_losses(make_vit, labelled):
     calibration = _images(model, labelled)
     keys = {objective_for(model, calibration, loss).key for loss in (None, "pseudo_labels", "output_norm")}
     assert len(keys) == 3 and objective_for(model, calibration, "cross_entropy").key in keys
+
+
+def test_a_key_without_labels(make_vit, tmp_path):
+    model = _open(make_vit())
+    folder = write_images(tmp_path / "images", [f"{number}.png" for number in range(8)])
+    calibration = _images(model, folder)
+    found = objective_for(model, calibration, "output_norm")
+    assert found.labels is None and found.key == objective_for(model, calibration, "output_norm").key
+    given = [
+        ClassificationObjective(calibration, "output_norm", labels)
+        for labels in (None, torch.zeros(5).long())
+    ]
+    others = [
+        ClassificationObjective(calibration, "cross_entropy", None),
+        objective_for(model, calibration, "pseudo_labels"),
+    ]
+    assert given[0].key == found.key
+    assert len({objective.key for objective in (*given, *others)}) == 4
 
 
 @pytest.mark.parametrize("loss", ["denoising", "nonsense"])

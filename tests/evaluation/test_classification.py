@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import torch
+from compress.calibration.image_files import find_images
 from compress.calibration.images import pools_of
+from compress.calibration.labels import class_names
 from compress.errors import SourceError
 from compress.evaluation.agreement import compare_metrics
 from compress.evaluation.by_task import evaluator_for
@@ -19,6 +22,7 @@ from compress.evaluation.classification import (
 from compress.models.open import open_model
 from compress.progress import SilentProgress
 from compress.recipes.schema import CalibrationSettings, EvaluateSettings, ModelRef
+from safetensors.torch import save_file
 
 EVALUATE = EvaluateSettings.model_validate(
     {"fidelity": {"samples": 16}, "quality": {"samples": 40, "batch_size": 20}}
@@ -165,10 +169,11 @@ def test_accuracy_needs_labels_and_enough_images(make_vit, shared_data):
 
 
 def test_accuracy_without_labels_is_refused(make_vit, tmp_path, shared_data):
-    import shutil
-
-    for part in ("train", "test"):
-        shutil.copytree(shared_data / "data" / "images", tmp_path / "photographs" / part)
+    photographs = sorted(find_images(shared_data / "data" / "images").train.paths)
+    for part, chosen in (("train", photographs[:4]), ("test", photographs[4:])):
+        (tmp_path / "photographs" / part).mkdir(parents=True)
+        for path in chosen:
+            shutil.copy(path, tmp_path / "photographs" / part)
     settings = EvaluateSettings.model_validate({"fidelity": None, "quality": {"samples": 2}})
     evaluator = ClassificationEvaluator(settings, 0, CalibrationSettings(images=tmp_path / "photographs"))
     with pytest.raises(SourceError, match="have no labels, so accuracy cannot be measured"):
@@ -185,3 +190,33 @@ def test_accuracy_without_labels_is_refused(make_vit, tmp_path, shared_data):
 def test_how_far_figures_may_move_on_another_machine(name, measured, agrees):
     found = compare_metrics({name: 0.8}, {name: measured}, quality_samples=120, fidelity_samples=20)
     assert found.holds == agrees
+
+
+class _Told(SilentProgress):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, message):
+        self.notes.append(message)
+
+
+def test_classes_without_a_held_out_image_are_told(vit, tmp_path):
+    """Accuracy says nothing of them, and must not seem to."""
+    generator = torch.Generator().manual_seed(0)
+    for part, labels in (("train", range(10)), ("test", (0, 1, 2, 3, 4, 5, 6, 9, 9))):
+        pixels = torch.randint(0, 256, (len(labels), 28, 28), generator=generator, dtype=torch.uint8)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        tensors = {"pixels": pixels, "labels": torch.tensor(labels)}
+        save_file(tensors, tmp_path / "images" / f"{part}.safetensors")
+    images = CalibrationSettings(images=tmp_path / "images")
+    settings = EvaluateSettings.model_validate({"fidelity": None, "quality": {"samples": 4}})
+    evaluator, told = evaluator_for(vit, settings, 0, images), _Told()
+    reference = evaluator.reference(vit, None, told)
+    names = class_names(vit.config)[7:9]
+    assert told.notes == [
+        f"accuracy: 2 classes have no held-out image ({names[0]!r}, {names[1]!r}), so it says nothing of them"
+    ]
+    assert evaluator.compare(vit, reference, QUIET).details["quality"]["absent_classes"] == names
+    told = _Told()
+    evaluator_for(vit, EVALUATE, 0, CalibrationSettings()).reference(vit, None, told)
+    assert told.notes == []

@@ -136,7 +136,7 @@ def test_later_stages_have_pictures_of_their_own(tmp_path, pruned):
 def test_the_card_of_a_classifier_says_what_was_measured_on_which_images(pruned):
     pruned["evaluation"] |= {
         "images": {"held_out": 2000, "skipped": 3, "seed": 7}, "fidelity": {"samples": 64},
-        "quality": {"samples": 500, "per_class": []},
+        "quality": {"samples": 500, "per_class": [], "absent_classes": ["a", "b", "c", "d"]},
     }  # fmt: skip
     card = render_card(pruned, [], "")
     assert "| accuracy on images that were not trained on | 88.00% | 87.50% |" in card
@@ -148,6 +148,7 @@ def test_the_card_of_a_classifier_says_what_was_measured_on_which_images(pruned)
     )
     assert "original on 64, accuracy on 500." in card
     assert "- 3 image files could not be read and were left out." in card
+    assert "- Classes of the model without a held-out image: 4 (`a`, `b`, `c`, ...)." in card
     assert "denoiser" not in card
     assert "language" not in card
     assert '`transformers.AutoImageProcessor.from_pretrained("out/dit-w4a8")`' in card
@@ -178,6 +179,11 @@ def test_the_card_tells_accuracy_before_and_after_everything(pruned):
     assert places == sorted(places)
     assert "Trained afterwards by `finetune`: 400 steps on 5,000 images; training loss" in section
     assert "ine-tuning required" not in section
+    assert "left out" not in section
+    pruned["stages"][1]["details"] |= {"skipped": 2, "held_out": 1200}
+    section = section_of(pruned)
+    assert "2 image files could not be read and were left out." in section
+    assert "1,200 images were left out because they are held out for measuring." in section
 
 
 def test_without_recovery_the_card_says_that_it_is_required(pruned):

@@ -16,7 +16,20 @@ from compress.models.open import open_model, read_spec
 from compress.progress import SilentProgress
 from compress.recipes.schema import CalibrationSettings, ModelRef
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+
+from ...calibration.image_folders import by_class
+
+
+class _Told(SilentProgress):
+    def __init__(self):
+        self.notes, self.warnings = [], []
+
+    def note(self, message):
+        self.notes.append(message)
+
+    def warn(self, message):
+        self.warnings.append(message)
 
 
 @pytest.fixture
@@ -80,7 +93,8 @@ def test_a_classifier_learns_its_labels(place, image_file, opened, settings):
     details = Finetune().apply(model, given, calibration, workspace, SilentProgress())
     assert _accuracy(model, training) > max(0.95, before)
     assert details["steps"] == 60 and details["images"] == 32
-    assert set(details) == {"steps", "loss", "lr", "images", "seconds"} and details["seconds"]["per_step"] > 0
+    assert set(details) == {"steps", "loss", "lr", "images", "skipped", "held_out", "seconds"}
+    assert details["seconds"]["per_step"] > 0 and details["skipped"] == details["held_out"] == 0
     assert details["loss"][0][0] == 1 and details["loss"][-1][0] == 60
     assert {name: item.shape for name, item in model.module.state_dict().items()} == shapes
     assert not model.surgery and not any(item.requires_grad for item in model.module.parameters())
@@ -88,8 +102,79 @@ def test_a_classifier_learns_its_labels(place, image_file, opened, settings):
 
 def test_images_of_another_place_are_trained_on(place, image_file, opened, settings):
     model, calibration, workspace = opened(place(), image_file(count=10))
-    given = settings(steps=2, images=image_file(count=17, name="more"))
+    given = settings(steps=2, images=image_file(count=17, name="more", seed=1))
     assert Finetune().apply(model, given, calibration, workspace, SilentProgress())["images"] == 17
+
+
+def test_images_that_are_held_out_are_counted_and_not_trained_on(place, image_file, opened, settings):
+    """Noise of one seed: the first ten of the 17 are those of the calibration, of which two are held out."""
+    first, more = image_file(count=10), image_file(count=17, name="more")
+    one, two = (load_file(path)["pixels"] for path in (first, more))
+    more_pixels = torch.cat([one, two[10:]])
+    save_file({"pixels": more_pixels, "labels": torch.arange(17) % 3}, more)
+    model, calibration, workspace = opened(place(), first)
+    told = _Told()
+    details = Finetune().apply(model, settings(steps=2, images=more), calibration, workspace, told)
+    assert (details["images"], details["held_out"]) == (15, 2)
+    assert told.warnings == [f"{more}: 2 images are held out for measuring and left out here"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """30 images below train/, two of them broken, and three below test/."""
+    by_class(tmp_path / "files" / "train", ["0", "1", "2"], 10)
+    by_class(tmp_path / "files" / "test", ["0", "1", "2"], 1, seed=1)
+    for name in ("0/004.png", "2/007.png"):
+        (tmp_path / "files" / "train" / name).write_bytes(b"broken")
+    return tmp_path / "files"
+
+
+def test_training_images_that_cannot_be_read_are_counted_and_told(place, opened, settings, folder):
+    """The calibration looks at four images; the training at all."""
+    model, calibration, workspace = opened(place(), folder)
+    told = _Told()
+    details = Finetune().apply(model, settings(steps=1), calibration, workspace, told)
+    assert (details["images"], details["skipped"]) == (28, 2)
+    [warning] = told.warnings
+    assert warning.startswith(f"{folder}: 2 files cannot be read and are left out, the first is ")
+
+
+def test_and_so_are_those_of_another_place(place, opened, settings, folder, image_file):
+    model, calibration, workspace = opened(place(), image_file())
+    told = _Told()
+    given = settings(steps=1, images=folder / "train")
+    details = Finetune().apply(model, given, calibration, workspace, told)
+    assert (details["images"], details["skipped"]) == (28, 2)
+    assert told.warnings[0].startswith(f"{folder / 'train'}: 2 files cannot be read")
+    assert "cannot be compared with rows" in told.notes[-1]
+
+
+@pytest.mark.parametrize("changed", ["weights", "original", "images", "settings"])
+def test_a_state_of_another_training_is_not_taken_up(changed, place, image_file, opened, settings):
+    """A killed training is gone on with only where everything that it depends on is the same."""
+    source, file = place(), image_file()
+    given = settings(steps=3, checkpoint_every=2)
+
+    def told_by(settings_now):
+        model, calibration, workspace = opened(source, file)
+        if changed == "weights" and settings_now is None:
+            with torch.no_grad():
+                model.module.classifier.bias.add_(1.0)
+        if changed == "original" and settings_now is None:
+            hashes = dict.fromkeys(model.source.hashes, "0" * 64)
+            model.source = replace(model.source, hashes=hashes)
+        told = _Told()
+        Finetune().apply(model, settings_now or given, calibration, workspace, told)
+        return told
+
+    assert not told_by(given).notes
+    assert "goes on after step 2 of 3" in told_by(given).notes[-1]
+    if changed == "images":
+        tensors = load_file(file)
+        save_file(tensors | {"pixels": 255 - tensors["pixels"]}, file)
+    told = told_by(settings(steps=3, checkpoint_every=2, lr=2e-2) if changed == "settings" else None)
+    assert "the state of another training; the training starts over" in told.warnings[0]
+    assert not any("goes on" in note for note in told.notes)
 
 
 def test_a_model_in_bfloat16_stays_one(place, image_file, opened, settings):

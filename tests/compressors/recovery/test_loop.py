@@ -5,6 +5,7 @@ import torch
 from compress.compressors.recovery.ema import MovingAverage
 from compress.compressors.recovery.schedule import learning_rate
 from compress.errors import PlanError, StageError
+from safetensors.torch import load_file
 from torch import nn
 
 
@@ -220,3 +221,73 @@ def test_progress_tells_step_loss_and_rate(regression, trained, settings, tmp_pa
     result = trained(regression(), tmp_path, settings(), progress=progress)
     assert progress.totals == [20] and len(progress.details) == 20
     assert progress.details[4] == f"step 5 of 20, loss {result.losses[4]:.4g}, lr {result.rates[4]:.3g}"
+
+
+def test_every_part_of_every_step_has_dropout_of_its_own(regression, trained, settings, tmp_path):
+    def masks(folder, seed=3, **changes):
+        trainable, seen = regression(dropout=0.5), []
+        handle = trainable.module[1].register_forward_hook(
+            lambda module, inputs, output: seen.append((output == 0) & (inputs[0] != 0))
+        )
+        trained(trainable, tmp_path / folder, settings(steps=4, batch_size=8, **changes), seed=seed)
+        handle.remove()
+        return [mask.flatten().tolist() for mask in seen]
+
+    found = masks("1", accumulate=2)
+    assert len(found) == 8 and all(sum(mask) for mask in found)
+    distinct = {tuple(mask) for mask in found}
+    assert len(distinct) == 8, "no step repeats another, and no part"
+    assert masks("2", accumulate=2) == found
+    assert not distinct & {tuple(mask) for mask in masks("3", seed=4, accumulate=2)}
+
+
+@pytest.mark.parametrize("steps", [6, 12])
+def test_no_state_is_written_after_the_last_step(steps, regression, trained, settings, tmp_path):
+    """The result is there by then; the state is as large as three models."""
+    trained(regression(), tmp_path, settings(steps=steps))
+    kept = [load_file(path)["losses"] for path in tmp_path.iterdir()]
+    assert [len(losses) for losses in kept] == ([] if steps == 6 else [6])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        (torch.float16, r"finetune: 2\.bias has the value 7\.001e\+04 after training, too large for float16"),
+        (torch.bfloat16, None),
+        (torch.float32, None),
+    ],
+)
+def test_weights_that_are_too_large_for_their_type(dtype, message, regression, trained, settings, tmp_path):
+    """float16 ends at 65504, which the arithmetic of the training does not know."""
+    trainable = regression(dtype=dtype)
+    trainable.loss = lambda batch: (-trainable.module(batch[0].to(trainable.module[0].weight)).mean(), {})
+    given = settings(steps=1, lr=10.0, warmup=0.0, weight_decay=0.0, clip_norm=None)
+    enlarge = trainable.batch
+
+    def batch(step, part, parts):
+        trainable.module[2].bias.data.fill_(7e4)  # as a long training would
+        return enlarge(step, part, parts)
+
+    trainable.batch = batch
+    if message is None:
+        trained(trainable, tmp_path, given)
+        assert trainable.module[2].bias.isfinite().all()
+    else:
+        with pytest.raises(StageError, match=message) as found:
+            trained(trainable, tmp_path, given)
+        assert "dtype: bfloat16 or float32" in str(found.value.hint)
+
+
+def test_a_last_step_that_breaks_the_weights_is_refused(regression, trained, settings, tmp_path):
+    trainable = regression()
+
+    def batch(step, part, parts):
+        if step == 4:
+            trainable.module[0].weight.data[0, 0] = float("inf")
+        return regression().batch(step, part, parts)
+
+    trainable.batch = batch
+    # The loss does not see what breaks: as after the last update.
+    trainable.loss = lambda given: ((trainable.module[2].bias - 1).square().mean(), {})
+    with pytest.raises(StageError, match=r"0\.weight is not finite after the last step"):
+        trained(trainable, tmp_path, settings(steps=5))

@@ -61,3 +61,19 @@ def test_only_matrices_decay(vit, settings):
     assert not {name for name in shrinking if "norm" in name or name.endswith("bias") or "token" in name}
     assert found["vit.embeddings.position_embeddings"] == found["vit.embeddings.cls_token"] == 0.0
     assert len(shrinking) == 2 * 6 + 2  # q, k, v, out, two of the MLP; patches and head
+
+
+def test_weights_that_are_no_matrices_do_not_decay(settings):
+    """Scales of norms are called weight as well: what has one axis, or none, keeps its size."""
+    shapes = {
+        "a.weight": (3,),
+        "b.weight": (3, 2),
+        "c.weight": (4, 3, 2, 2),
+        "d.weight": (),
+        "e.table": (2, 2),
+    }
+    parameters = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
+    decaying, others = adamw(parameters, settings(weight_decay=0.3)).param_groups
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    assert [tuple(item.shape) for item in decaying["params"]] == [(3, 2), (4, 3, 2, 2)]
+    assert [tuple(item.shape) for item in others["params"]] == [(3,), (), (2, 2)]

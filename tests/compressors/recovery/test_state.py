@@ -152,6 +152,22 @@ def _start(folder: Path, seconds: float) -> subprocess.Popen:
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+def test_what_a_killed_write_left_is_swept(regression, trained, settings, tmp_path):
+    path = _interrupted(regression, trained, settings(), tmp_path)
+    program = """
+import os, sys
+from pathlib import Path
+from compress.runtime.atomic import atomic_file
+with atomic_file(Path(sys.argv[1])) as half:
+    half.write_bytes(b"half a state")
+    os._exit(9)
+"""
+    assert subprocess.run([sys.executable, "-c", program, str(path)], check=False).returncode == 9
+    assert len(list(tmp_path.iterdir())) == 2
+    assert trained(regression(), tmp_path, settings()).resumed_at == 12
+    assert [item.name for item in tmp_path.iterdir()] == [path.name]
+
+
 @pytest.mark.slow
 def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
