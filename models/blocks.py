@@ -211,7 +211,7 @@ def _check_embedders(module: nn.Module, places: tuple[int, ...]) -> None:
     if different:
         raise StageError(
             f"transformer_blocks.0.{_EMBEDDER}.{different[0]} differs from the copy in block {places[0]},"
-            " and the model's head reads that of its first block: without block 0 it would compute something else",
+            " and the model's head reads that of its first block: without block 0 its output would change",
             hint="keep block 0; the copies were equal when the model was trained, fine-tuning has moved them",
         )
 

@@ -44,7 +44,7 @@ def gated(module: nn.Module, class_name: str) -> Iterator[Gates]:
     try:
         for blocks in block_lists(class_name):
             for place, block in enumerate(module.get_submodule(blocks.name).children()):
-                block.forward = _forward(block, blocks, place, gates)  # type: ignore[method-assign]
+                block.forward = _forward(block, blocks, place, gates)
                 changed.append(block)
         yield gates
     finally:
