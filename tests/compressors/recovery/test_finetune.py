@@ -1,5 +1,6 @@
 """The stage: on a checkpoint of the stock class, with images in files."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -130,11 +131,12 @@ def folder(tmp_path):
 
 
 def test_training_images_that_cannot_be_read_are_counted_and_told(place, opened, settings, folder):
-    """The calibration looks at four images; the training at all."""
+    """The calibration looks at four images, and has told of the held-out one; the training looks at all."""
+    shutil.copy(folder / "test" / "1" / "000.png", folder / "train" / "1" / "copy.png")
     model, calibration, workspace = opened(place(), folder)
     told = _Told()
     details = Finetune().apply(model, settings(steps=1), calibration, workspace, told)
-    assert (details["images"], details["skipped"]) == (28, 2)
+    assert (details["images"], details["skipped"], details["held_out"]) == (28, 2, 1)
     [warning] = told.warnings
     assert warning.startswith(f"{folder}: 2 files cannot be read and are left out, the first is ")
 
