@@ -19,12 +19,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import SourceError
+from .language_config import class_name_of
 from .layered import KEY, check_layers_agree, homogeneous
 from .manifest import Manifest
 from .modules import ALIGNMENT, name_of, quantized_layers, swap_linears
 from .stored_section import StoredSection, check_cut, check_layers, refuse_empty
 from .stored_tensors import check_tensors
 from .surgery import apply_surgery
+from .transformers_config import complete_transformers_config, is_transformers_class
 from .validate import (
     QUANT_METHOD,
     STOP_KEY,
@@ -62,9 +64,12 @@ class CompressQuantizer(HfQuantizer):
         stock class refuses to build from sizes per layer; they are held against the module once it is cut.
         """
         check_stop(vars(config).pop(STOP_KEY, None), "config.json")
+        document = config.to_dict()
+        class_name = class_name_of(document)
+        if is_transformers_class(class_name):  # limits, before a module of such sizes is built
+            complete_transformers_config(str(class_name), document, "config.json")
         if not getattr(config, "is_heterogeneous", False):
             return config
-        document = config.to_dict()
         self._layered = {KEY: document.get(KEY)}
         plain = type(config)(**homogeneous(document))
         plain._attn_implementation = config._attn_implementation
