@@ -255,6 +255,7 @@ def test_strict_refuses_an_empty_folder_of_a_class(vit, tmp_path, where):
     _check(recipe)
 
 
+@pytest.mark.slow
 def test_a_training_may_be_all_that_has_images(vit, tmp_path):
     """Nothing is measured then, so nothing is held out; its images are checked all the same."""
     more = _varied(tmp_path / "more", ["cat", "dog"], 4)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from compress.calibration.classification import NoImages
 from compress.calibration.recording import record
 from compress.compressors.activations import activation_bytes
 from compress.compressors.base import Workspace
@@ -149,6 +150,16 @@ def test_and_so_are_those_of_another_place(place, opened, settings, folder, imag
     assert (details["images"], details["skipped"]) == (28, 2)
     assert told.warnings[0].startswith(f"{folder / 'train'}: 2 files cannot be read")
     assert "cannot be compared with rows" in told.notes[-1]
+
+
+def test_a_place_of_its_own_is_enough(place, opened, settings, folder):
+    model, calibration, workspace = opened(place(), None)
+    assert isinstance(calibration, NoImages)
+    given = settings(steps=1, images=folder / "train")
+    details = Finetune().apply(model, given, calibration, workspace, SilentProgress())
+    assert (details["images"], details["skipped"], details["held_out"]) == (28, 2, 0)
+    with pytest.raises(PlanError, match="no images to train on"):
+        Finetune().apply(model, settings(steps=1), calibration, workspace, SilentProgress())
 
 
 @pytest.mark.parametrize("changed", ["weights", "original", "images", "settings"])
