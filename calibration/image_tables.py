@@ -56,7 +56,7 @@ def read_table(root: Path, table: Path) -> tuple[tuple[Path, ...], tuple[str, ..
 
 
 def _csv_rows(table: Path) -> Iterator[_Row]:
-    lines = csv.reader(_lines(table))
+    lines = csv.reader(_lines(table), strict=True)
     header: list[str] | None = None
     line = 1
     try:
@@ -67,13 +67,13 @@ def _csv_rows(table: Path) -> Iterator[_Row]:
             if header is None:
                 header = _header(table, start, cells)
                 continue
-            if len(cells) > len(header):
+            if len(cells) != len(header):
                 raise SourceError(
-                    f"{table}: line {start} has {len(cells)} cells for {len(header)} columns"
+                    f"{table}: line {start} has {len(cells)} cell{'s' * (len(cells) > 1)} for {len(header)} columns"
                     f" ({_shown(header)})",
-                    hint='write a name that has a comma in it in quotes: "tench, Tinca tinca"',
+                    hint='give every row a cell per column; write a name with a comma in quotes: "tench, Tinca tinca"',
                 )
-            yield _Row(start, dict(zip(header, cells, strict=False)))
+            yield _Row(start, dict(zip(header, cells, strict=True)))
     except csv.Error as error:
         raise SourceError(f"{table}: line {lines.line_num}: {error}") from None
 
