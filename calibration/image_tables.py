@@ -68,10 +68,10 @@ def _csv_rows(table: Path) -> Iterator[_Row]:
                 header = _header(table, start, cells)
                 continue
             if len(cells) != len(header):
+                count = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
                 raise SourceError(
-                    f"{table}: line {start} has {len(cells)} cell{'s' * (len(cells) > 1)} for {len(header)} columns"
-                    f" ({_shown(header)})",
-                    hint='give every row a cell per column; write a name with a comma in quotes: "tench, Tinca tinca"',
+                    f"{table}: line {start} has {count} for {len(header)} columns ({_shown(header)})",
+                    hint='give it one for each column; a name with a comma stands in quotes: "tench, Tinca tinca"',
                 )
             yield _Row(start, dict(zip(header, cells, strict=True)))
     except csv.Error as error:
