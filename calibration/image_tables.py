@@ -71,7 +71,7 @@ def _csv_rows(table: Path) -> Iterator[_Row]:
                 count = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
                 raise SourceError(
                     f"{table}: line {start} has {count} for {len(header)} columns ({_shown(header)})",
-                    hint='give it one for each column; a name with a comma stands in quotes: "tench, Tinca tinca"',
+                    hint='give it one for each column; quote a name with a comma: "tench, Tinca tinca"',
                 )
             yield _Row(start, dict(zip(header, cells, strict=True)))
     except csv.Error as error:
