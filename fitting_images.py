@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .calibration.image_files import EMPTY_HINT, FileList, Layout, find_images, held_out_count
+from .calibration.image_files import EMPTY_HINT, FileList, Images, Layout, find_images, held_out_count
 from .calibration.inputs import OWN_IMAGES, image_place
 from .calibration.labels import class_numbers
 from .errors import SourceError
@@ -34,6 +34,7 @@ def check_images(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
         return
     recipe = loaded.recipe
     place = image_place(recipe.calibration, checkpoint.folder)
+    layout: Layout | None = None
     if place is None:
         needs = next(_needs(recipe), None)
         if needs is not None:
@@ -41,22 +42,28 @@ def check_images(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.id}: {needs} looks at images, and the recipe names none",
                 hint=f"add `calibration: {{images: FOLDER}}`, or put {OWN_IMAGES}/ into the model's folder",
             )
-        return
-    if not place.exists():
+    elif not place.exists():
         return  # a plan needs none; a run that does has been refused by `preflight.check_calibration`
-    layout = find_images(place)
-    _check_classes(layout, checkpoint)
-    _check_counts(recipe, layout)
-    measured = layout.train if layout.held_out is None else layout.held_out
-    if recipe.evaluate.quality is not None and not measured.labelled:
-        raise loaded.error(
-            ("evaluate", "quality"),
-            f"is accuracy for a classifier, and the images of {place} have no labels",
-            "leave it out, or give labels",
-        )
+    else:
+        layout = find_images(place)
+        _check_calibration(loaded, layout, checkpoint)
     trained = list(_check_stages(loaded, layout, checkpoint))
     if recipe.calibration.strict:
-        _check_strict(layout, trained, int(checkpoint.config.get("num_channels", 3)))
+        layouts = [*([] if layout is None else [layout]), *trained]
+        held_out = None if layout is None else layout.held_out
+        _check_strict(layouts, held_out, int(checkpoint.config.get("num_channels", 3)))
+
+
+def _check_calibration(loaded: LoadedRecipe, layout: Layout, checkpoint: Checkpoint) -> None:
+    _check_classes(layout, checkpoint)
+    _check_counts(loaded.recipe, layout)
+    measured = layout.train if layout.held_out is None else layout.held_out
+    if loaded.recipe.evaluate.quality is not None and not measured.labelled:
+        raise loaded.error(
+            ("evaluate", "quality"),
+            f"is accuracy for a classifier, and the images of {layout.path} have no labels",
+            "leave it out, or give labels",
+        )
 
 
 def data_of(recipe: Recipe, index: int) -> str | None:
@@ -87,17 +94,22 @@ def _check_classes(layout: Layout, checkpoint: Checkpoint) -> None:
         class_numbers(layout.classes, checkpoint.config, layout.path)
 
 
-def _check_stages(loaded: LoadedRecipe, layout: Layout, checkpoint: Checkpoint) -> Iterator[Layout]:
+def _check_stages(loaded: LoadedRecipe, layout: Layout | None, checkpoint: Checkpoint) -> Iterator[Layout]:
     """Hold the stages against the images of the calibration; yield those that trainings name."""
     for index, stage in enumerate(loaded.recipe.stages):
         location: Location = ("stages", index, stage.method)
-        if isinstance(stage.settings, IsomorphicSettings):
+        if isinstance(stage.settings, IsomorphicSettings) and layout is not None:
             _check_scores(loaded, location, stage.settings, layout)
         if isinstance(stage.settings, FinetuneSettings):
-            yield _check_training(loaded, location, stage.settings, layout, checkpoint)
+            named = layout if stage.settings.images is None else find_images(stage.settings.images)
+            if named is not None:
+                if named is not layout:
+                    _check_classes(named, checkpoint)
+                _check_training(loaded, location, stage.settings, named)
+                yield named
 
 
-def _check_strict(layout: Layout, trained: Sequence[Layout], channels: int) -> None:
+def _check_strict(layouts: Sequence[Layout], held_out: Images | None, channels: int) -> None:
     """Decode all files that a run may read: a broken one would stop it after weights were changed.
 
     Raises:
@@ -105,11 +117,10 @@ def _check_strict(layout: Layout, trained: Sequence[Layout], channels: int) -> N
     """
     from .calibration.decoding import unreadable
 
-    measured = [] if layout.held_out is None else [layout.held_out]
-    for other in (layout, *trained):
-        if other.emptiness:
-            raise SourceError(other.emptiness, hint=EMPTY_HINT)
-    parts = [layout.train, *measured, *(other.train for other in trained)]
+    for layout in layouts:
+        if layout.emptiness:
+            raise SourceError(layout.emptiness, hint=EMPTY_HINT)
+    parts = [*(layout.train for layout in layouts), *([] if held_out is None else [held_out])]
     paths = list(dict.fromkeys(path for part in parts if isinstance(part, FileList) for path in part.paths))
     found = unreadable(paths, 1 if channels == 1 else 3)
     if found:
@@ -159,15 +170,10 @@ def _check_training(
     loaded: LoadedRecipe,
     location: Location,
     settings: FinetuneSettings,
-    calibrated: Layout,
-    checkpoint: Checkpoint,
-) -> Layout:
-    """Return the images that a training names, or those of the calibration."""
-    layout = calibrated if settings.images is None else find_images(settings.images)
-    if layout is not calibrated:
-        _check_classes(layout, checkpoint)
+    layout: Layout,
+) -> None:
     if layout.train.labelled:
-        return layout
+        return
     if settings.distill is None:
         raise loaded.error(
             location,
@@ -181,4 +187,3 @@ def _check_training(
             f" {layout.path} have none",
             "write 1, or give labels",
         )
-    return layout

@@ -15,7 +15,7 @@ from . import preflight
 from .compressors import registry
 from .compressors.base import StagePlan
 from .errors import PlanError
-from .exporters.formats import predict_bytes
+from .exporters.formats import predict_bytes, predict_tensor_bytes
 from .exporters.padded import padded_spec
 from .fitting import recovery_notes, sample_notes
 from .models.base import ModelSpec
@@ -141,6 +141,7 @@ class ExportPlan:
         export: of the recipe.
         spec: of what is written; its layers are padded where the export is.
         bytes: of the weight files, headers and index included.
+        tensor_bytes: of the tensors in them.
         most_bytes: what they take at the most; more than `bytes` only where scores have yet to say how wide
             the widest layers are, to which the others are padded.
         unpadded_bytes: what they would take without padding; None where nothing is padded.
@@ -149,6 +150,7 @@ class ExportPlan:
     export: ExportSettings
     spec: ModelSpec
     bytes: int
+    tensor_bytes: int
     most_bytes: int
     unpadded_bytes: int | None = None
 
@@ -176,7 +178,7 @@ def plan_exports(
     """
     exports = [_plan_export(export, before, after, decided) for export in loaded.recipe.export]
     for item in exports:
-        check_gates(loaded.recipe, item.export, before, item.spec, item.bytes, decided=decided)
+        check_gates(loaded.recipe, item.export, before, item.spec, item.tensor_bytes, decided=decided)
     return exports
 
 
@@ -186,12 +188,13 @@ def _plan_export(export: ExportSettings, before: ModelSpec, after: ModelSpec, de
 
     if not export.padded:
         found = predict(after)
-        return ExportPlan(export, after, found, found)
+        return ExportPlan(export, after, found, predict_tensor_bytes(after, export.format), found)
     spec = padded_spec(after, export.format)
     # Planned layers are equally wide, and the widest of the real ones decides: the original's at the most.
     most = spec if decided else before
     unpadded = predict_bytes(after, "compress", max_shard_size=export.max_shard_size)
-    return ExportPlan(export, spec, predict(spec), predict(most), unpadded)
+    stored = predict_tensor_bytes(spec, export.format)
+    return ExportPlan(export, spec, predict(spec), stored, predict(most), unpadded)
 
 
 def plan_document(loaded: LoadedRecipe, progress: Progress) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def check_gates(
     export: ExportSettings,
     before: ModelSpec,
     after: ModelSpec,
-    file_bytes: int,
+    stored_bytes: int,
     *,
     decided: bool = False,
 ) -> None:
@@ -31,19 +31,17 @@ def check_gates(
         export: one of the recipe's.
         before: of the original.
         after: of what the export holds.
-        file_bytes: of its weight files, headers included.
+        stored_bytes: of its tensors.
         decided: the first stage has decided on the data what it removes.
 
     Raises:
         PlanError: naming the gate and what is predicted.
     """
     size, original = after.size(), before.size()
-    # As they are measured: our own format by its tensors, other containers by their files.
-    stored = size.bytes if export.format == "compress" else file_bytes
     predicted: dict[str, int | float] = {
-        "size_ratio": stored / original.bytes,
-        "bytes": stored,
-        "bits_per_weight": 8 * stored / size.parameters,
+        "size_ratio": stored_bytes / original.bytes,
+        "bytes": stored_bytes,
+        "bits_per_weight": 8 * stored_bytes / size.parameters,
         "parameters": size.parameters,
         "macs": size.macs,
     }

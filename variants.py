@@ -112,8 +112,7 @@ def _export(
         for path in companion_files(model.source.folder) if model.family.library == "transformers" else ():
             shutil.copyfile(path, folder / path.name)
     # What a format unpacks or rounds back takes more room than the module does in memory.
-    stored = None if export.format == "compress" else info.bytes
-    evaluation.metrics.update(size_metrics(shipped, stored))
+    evaluation.metrics.update(size_metrics(shipped, info.tensor_bytes))
     with step(state.progress, "verify in a fresh process"):
         verification = verify_export(
             model, folder, seed=recipe.seed, progress=state.progress, shipped=shipped

@@ -32,7 +32,7 @@ from .progress import Progress
 from .recipes.gates import failures, judge
 from .recipes.schema import ModelRef, Recipe
 from .runtime.load import load, read_checkpoint
-from .runtime.validate import index_file, weight_files
+from .runtime.validate import open_folder
 
 
 def evaluate_folder(recipe: Recipe | None, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -118,24 +118,20 @@ def _strangers(exported: Mapping[str, Any], model: OpenModel) -> str:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A folder's module, its schemes and sizes, and its bytes where the module in memory has others."""
+    """A folder's module, its schemes and sizes, and the bytes of its tensors."""
 
     module: nn.Module
     quantization: dict[str, Any]
     surgery: dict[str, Any]
-    stored_bytes: int | None
+    stored_bytes: int
 
 
 def _load(folder: Path, format_: str, model: OpenModel) -> _Loaded:
     surgery = stored_surgery(folder, model.family, model.config)
+    size_bytes = sum(entry.bytes for entry in open_folder(folder).tensors.values())
     if format_ == "compress":
         module, manifest = read_checkpoint(folder)
-        return _Loaded(module, dict(manifest.quantization), surgery, None)
-    files = weight_files(folder)
-    index = index_file(folder)
-    if index is not None:
-        files.append(index)
-    size_bytes = sum(path.stat().st_size for path in files)
+        return _Loaded(module, dict(manifest.quantization), surgery, size_bytes)
     return _Loaded(load(folder), foreign_schemes(folder), surgery, size_bytes)
 
 

@@ -56,7 +56,7 @@ def read_table(root: Path, table: Path) -> tuple[tuple[Path, ...], tuple[str, ..
 
 
 def _csv_rows(table: Path) -> Iterator[_Row]:
-    lines = csv.reader(_lines(table))
+    lines = csv.reader(_lines(table), strict=True)
     header: list[str] | None = None
     line = 1
     try:
@@ -67,13 +67,13 @@ def _csv_rows(table: Path) -> Iterator[_Row]:
             if header is None:
                 header = _header(table, start, cells)
                 continue
-            if len(cells) > len(header):
+            if len(cells) != len(header):
+                count = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
                 raise SourceError(
-                    f"{table}: line {start} has {len(cells)} cells for {len(header)} columns"
-                    f" ({_shown(header)})",
-                    hint='write a name that has a comma in it in quotes: "tench, Tinca tinca"',
+                    f"{table}: line {start} has {count} for {len(header)} columns ({_shown(header)})",
+                    hint='give it one for each column; quote a name with a comma: "tench, Tinca tinca"',
                 )
-            yield _Row(start, dict(zip(header, cells, strict=False)))
+            yield _Row(start, dict(zip(header, cells, strict=True)))
     except csv.Error as error:
         raise SourceError(f"{table}: line {lines.line_num}: {error}") from None
 

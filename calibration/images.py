@@ -59,28 +59,28 @@ def pools_of(model: OpenModel, settings: CalibrationSettings, seed: int) -> Pool
     return _divide(model, find_images(path), settings.strict, seed)
 
 
-def training_images(model: OpenModel, path: Path | None, pools: Pools, seed: int) -> ImageSet:
+def training_images(model: OpenModel, path: Path, pools: Pools | None, seed: int) -> ImageSet:
     """Return all images of a place that may be trained on: none that is held out, by whatever name.
 
     Args:
         model: a classifier.
-        path: a place of its own for the training; None, or the place of the calibration: what that has
-            apart from the held-out images.
-        pools: of the calibration.
+        path: of the training; where it is that of the calibration: what that has apart from the held-out
+            images.
+        pools: of the calibration; None: there are none, and nothing is measured.
         seed: of the run.
 
     Raises:
         SourceError: there are none, or they do not fit the model.
     """
-    if path is None or path.resolve() == pools.train.path.resolve():
+    if pools is not None and path.resolve() == pools.train.path.resolve():
         return pools.train.all()
-    layout, strict = find_images(path), pools.train.strict
+    layout, strict = find_images(path), pools is not None and pools.train.strict
     if layout.held_out is None:
         # A place that is only trained on: nothing is measured on it, so all of it is of use.
         pool = _Maker.of(model, layout, strict, seed).pool(layout.train)
     else:
         pool = _divide(model, layout, strict, seed).train
-    return _without(pool, pools.held_out).all()
+    return (pool if pools is None else _without(pool, pools.held_out)).all()
 
 
 def _divide(model: OpenModel, layout: Layout, strict: bool, seed: int) -> Pools:

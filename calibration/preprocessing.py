@@ -6,8 +6,6 @@ library get. The file that configures them comes with the checkpoint, so its num
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from ..errors import SourceError
 from ..models.base import OpenModel
+from ..runtime.hashes import digest
 from ..runtime.strict_json import parse_object
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -162,4 +161,4 @@ def _key(processor: Any, channels: int) -> str:
         "processor": processor.to_dict(), "channels": channels,
         "versions": {name: version(name) for name in ("transformers", "pillow")},
     }  # fmt: skip
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    return digest(content)

@@ -140,6 +140,7 @@ class ClassificationEvaluator:
         result.details["images"] = {
             "held_out": len(pools.held_out.order),
             "skipped": len(images.skipped),
+            "copies": pools.train.copies,
             "seed": self._seed,
         }
         if fidelity is not None:

@@ -145,7 +145,10 @@ def _image_notes(details: Mapping[str, Any]) -> Iterator[str]:
     yield f"- Measured on images {chosen}: {', '.join(counts)}."
     skipped = details["images"].get("skipped")
     if skipped:
-        yield f"- {skipped:,} image files could not be read and were left out."
+        yield f"- Files left out because they cannot be read: {skipped:,}."
+    copies = details["images"].get("copies")
+    if copies:
+        yield f"- Copies of held-out images that were left out of calibration and training: {copies:,}."
     absent = (details.get("quality") or {}).get("absent_classes")
     if absent:
         shown = ", ".join(map(code, absent[:3])) + (", ..." if len(absent) > 3 else "")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from .card_subject import Subject
 from .fresh_process import NOT_EXECUTED
-from .layer_table import grouped
+from .layer_table import grouped, has_quantizer
 from .markdown import code, sentence, table
 from .pruning_table import prunings
 
@@ -41,7 +41,7 @@ def layers(subject: Subject) -> Iterator[str]:
         rest = subject.metrics["bytes"] - sum(row["bytes"] for row in subject.linears)
         other = "all other tensors together have"
         if format_ != "compress":
-            other = "all other tensors, stored copies and file headers together have"
+            other = "all other tensors and stored copies together have"
         yield f"Bytes count weights, scales, zero points and biases; {other}"
         yield f"{rest:,}."
     yield ""
@@ -51,9 +51,10 @@ def limits(subject: Subject) -> Iterator[str]:
     """Yield the section of what is no faster than before."""
     linears = [row for row in subject.linears if row["method"]]
     yield from ("## What it does not speed up", "")
-    if subject.export["format"] == "dequantized":
+    if subject.export["format"] == "dequantized" and has_quantizer(subject.document):
+        than = "the pruned model before" if prunings(subject.document) else "the original"
         yield "- This format stores the rounded weights in floating point: neither smaller nor faster than"
-        yield "  the original, and activations are not quantized."
+        yield f"  {than}, and activations are not quantized."
     if any(row["weight_bits"] < 8 for row in linears):
         yield (
             "- Weights below 8 bits make the file smaller; the product itself runs on 8-bit integers and is"

@@ -135,9 +135,9 @@ def _advice(subject: Subject) -> Iterator[str]:
 def _left_out(details: Document) -> Iterator[str]:
     """Say which images of a training's place it did not see."""
     if details.get("skipped"):
-        yield f"{details['skipped']:,} image files could not be read and were left out."
+        yield f"Files left out because they cannot be read: {details['skipped']:,}."
     if details.get("held_out"):
-        yield f"{details['held_out']:,} images were left out because they are held out for measuring."
+        yield f"Images left out because they are held out for measuring: {details['held_out']:,}."
 
 
 def _accuracy(document: Document, found: Sequence[Document], trained: Sequence[Document]) -> Iterator[str]:

@@ -122,6 +122,5 @@ class Subject:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the weights; other formats than our own do not store the bits that run in memory."""
-        is_own = self.export["format"] == "compress"
-        return int(self.metrics["bytes"] if is_own else self.export["bytes"])
+        """Bytes of the stored tensors."""
+        return int(self.metrics["bytes"])

@@ -49,10 +49,17 @@ def layout(model: OpenModel) -> Layout:
     config = stock_config(replace(model, config=form.config))
     load = stock_way(str(model.config["_class_name"]), name_of(dtype))
     manifest = Manifest(history=tuple(model.history))
-    notes = ("weights are stored as floats, and activations are not quantized: no smaller than the original",)
-    return Layout(
-        tensors, config, METADATA, ["compress.load(path)", load], {FILE_NAME: manifest.to_json()}, notes
-    )
+    ways, extra = ["compress.load(path)", load], {FILE_NAME: manifest.to_json()}
+    return Layout(tensors, config, METADATA, ways, extra, _notes(model))
+
+
+def _notes(model: OpenModel) -> tuple[str, ...]:
+    """Say what rounding to floats gives up; a model without quantized layers is stored as it is."""
+    if not model.quantization:
+        return ()
+    pruned = model.dense().parameters < model.spec.parameters
+    than = "the pruned model before it was quantized" if pruned else "the original"
+    return (f"weights are stored as floats, and activations are not quantized: no smaller than {than}",)
 
 
 def predict(spec: ModelSpec) -> tuple[list[StoredTensor], Mapping[str, str]]:

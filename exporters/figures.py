@@ -19,7 +19,7 @@ from ..evaluation.evaluator import Evaluation
 from .drawing import BLUE, INK, MUTED, ORANGE, new_figure, plain_defaults, save, tidy
 from .figures_bits import draw_bits, draw_points, draw_sensitivity
 from .figures_pruning import draw_scores, draw_training, draw_widths
-from .layer_table import allocation_of, label_of, mixed_label_of
+from .layer_table import allocation_of, has_quantizer, label_of, mixed_label_of
 from .pruning_table import numbered, prunings, recoveries, widths_of
 
 SAMPLES, TIMESTEPS, LAYERS, BITS = "samples.png", "sqnr_per_timestep.png", "layer_error.png", "bits.png"
@@ -49,7 +49,7 @@ def draw_samples(evaluation: Evaluation, label: str) -> Figure:
 
     Args:
         evaluation: with its images.
-        label: what the lower row is called, such as ``W4A8``.
+        label: what the lower row is called, such as ``W4A8``; lines of text.
     """
     original, compressed = evaluation.images["original"], evaluation.images["compressed"]
     latent = original.shape[1] not in (1, 3)
@@ -160,6 +160,16 @@ def figures_in(folder: Path) -> list[str]:
     return found
 
 
+def made_of(document: Mapping[str, Any]) -> str:
+    """Return what the samples of a result are called beside those of the original."""
+    mixed = mixed_label_of(document)
+    scheme = f"{mixed} mixed" if mixed else label_of(document["evaluation"].get("linears", ()))
+    if scheme is None and has_quantizer(document):
+        scheme = "quantized"
+    pruned = "pruned" if prunings(document) else None
+    return "\n".join(filter(None, (pruned, scheme))) or "compressed"
+
+
 def write_figures(folder: Path, evaluation: Evaluation, document: Mapping[str, Any]) -> list[str]:
     """Write the pictures for which there are measurements.
 
@@ -173,8 +183,7 @@ def write_figures(folder: Path, evaluation: Evaluation, document: Mapping[str, A
     """
     details, metrics = evaluation.details, evaluation.metrics
     allocation = allocation_of(document) or {}
-    mixed = mixed_label_of(document)
-    label = f"{mixed} mixed" if mixed else label_of(document["evaluation"].get("linears", ())) or "compressed"
+    label = made_of(document)
     inside = [row for row in details.get("linears", ()) if row["block"] is not None]
     drawings: list[Drawing] = [
         (SAMPLES, bool(evaluation.images), lambda: draw_samples(evaluation, label)),

@@ -64,6 +64,7 @@ class ExportInfo:
     Attributes:
         files: names below the folder, sorted.
         bytes: of the tensor files and their index; what `predict_bytes` predicts.
+        tensor_bytes: of the tensors in them, which is what gates and shares count.
         loads_with: how the folder is loaded, one Python expression each.
         notes: what the format could not carry over bit for bit.
     """
@@ -71,6 +72,7 @@ class ExportInfo:
     format: str
     files: list[str]
     bytes: int
+    tensor_bytes: int
     loads_with: list[str]
     notes: tuple[str, ...] = ()
 
@@ -143,7 +145,8 @@ def write(
         model.scheduler.save_config(folder / "scheduler")
         paths.append(folder / "scheduler" / "scheduler_config.json")
     files = sorted(path.relative_to(folder).as_posix() for path in paths)
-    return ExportInfo(format, files, size, list(layout.loads_with), layout.notes)
+    tensors = sum(tensor.bytes for tensor in layout.tensors)
+    return ExportInfo(format, files, size, tensors, list(layout.loads_with), layout.notes)
 
 
 def as_shipped(model: OpenModel, format: str, *, padded: bool = False) -> OpenModel:
@@ -171,11 +174,24 @@ def predict_bytes(spec: ModelSpec, format: str, *, max_shard_size: int = DEFAULT
     Raises:
         PlanError: the format cannot express the planned layers.
     """
-    _check_library(spec.family, format)
-    _check_cut(spec, format)
-    tensors, metadata = _module(format).predict(spec)
+    tensors, metadata = _predict(spec, format)
     name = weights_name(spec.family)
     return file_bytes(tensors, max_shard_size=max_shard_size, metadata=metadata, name=name)
+
+
+def predict_tensor_bytes(spec: ModelSpec, format: str) -> int:
+    """Return the bytes of the tensors alone that `write` will write.
+
+    Raises:
+        PlanError: as `predict_bytes`.
+    """
+    return sum(tensor.bytes for tensor in _predict(spec, format)[0])
+
+
+def _predict(spec: ModelSpec, format: str) -> tuple[list[StoredTensor], Mapping[str, str]]:
+    _check_library(spec.family, format)
+    _check_cut(spec, format)
+    return _module(format).predict(spec)
 
 
 def config_text(config: Mapping[str, Any]) -> str:

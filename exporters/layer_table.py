@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..recipes.stages import STAGES
+
 Row = Mapping[str, Any]
 """One row of `evaluation.size.linear_inventory`."""
 
@@ -55,6 +57,12 @@ def mixed_label_of(document: Mapping[str, Any]) -> str | None:
     inputs = sorted({row["activation_bits"] for row in linears if row["method"] and row["activation_bits"]})
     shown = "/".join(str(bits) for bits in inputs) or "16"
     return f"W{mean.removesuffix('0')}A{shown}"
+
+
+def has_quantizer(document: Mapping[str, Any]) -> bool:
+    """Tell whether a stage rounded weights, also where they are stored as floats again."""
+    methods = [stage["method"] for stage in document.get("stages", ())]
+    return any(method in STAGES and STAGES[method].phase == "quantize" for method in methods)
 
 
 def average_bits(linears: Sequence[Row]) -> float:

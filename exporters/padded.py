@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from ..errors import PlanError, StageError
 from ..models.base import Family, ModelSpec, OpenModel
+from ..models.building import empty_module
 from ..models.shapes import expected_shapes
 from ..models.structure import AttentionSite
 from ..runtime.manifest import ModuleSurgery
+from ..runtime.modules import place
 from .form import stored_form
 
 TOLERANCE = 1e-5  # in float32, of the largest output where that is above 1
@@ -96,24 +98,14 @@ def pad(model: OpenModel) -> OpenModel:
 
 
 def _filled(model: OpenModel, config: Mapping[str, Any]) -> nn.Module:
-    from accelerate import init_empty_weights
-
-    # The stock constructors draw a few tensors from the global generator: leave no trace in it.
-    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-        module = model.family.build(config)
+    module = empty_module(model.family, config)
     before = {site.name: site for site in model.family.structure(model.module).attentions}
     state = dict(model.module.state_dict())
     for site in model.family.structure(module).attentions:
         _split_heads(state, model.module, before[site.name], site)
     device = next(model.module.parameters()).device
     for name, empty in dict(module.state_dict()).items():
-        owner_name, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(owner_name)
-        tensor = _grown(state[name], tuple(empty.shape))
-        if leaf in owner._buffers:
-            owner._buffers[leaf] = tensor
-        else:
-            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        place(module, name, _grown(state[name], tuple(empty.shape)))
     return module.to(device).eval()
 
 

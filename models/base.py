@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.manifest import HistoryEntry, KernelScheme, ModuleSurgery, QuantizedModule
-from ..runtime.surgery import apply_surgery
+from .building import meta_module
 from .shapes import PERSISTENT_BUFFERS, expected_shapes
 from .source_card import SourceCard
 from .structure import PrunableStructure
@@ -266,10 +266,7 @@ class ModelSpec:
 
     def meta_module(self) -> nn.Module:
         """Build the dense module on the meta device, cut as planned: no memory, no weights."""
-        with torch.device("meta"):
-            module = self.family.build(self.config)
-        apply_surgery(module, self.surgery)
-        return module
+        return meta_module(self.family, self.config, self.surgery)
 
     def cut(self, surgery: Mapping[str, ModuleSurgery], config: Mapping[str, Any] | None = None) -> ModelSpec:
         """Return the spec of the dense model with other sizes.

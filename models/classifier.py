@@ -14,10 +14,17 @@ from torch import nn
 from ..errors import SourceError
 from ..runtime.transformers_model import build_transformers_model
 from ..runtime.vision_sizes import image_shape
-from .base import AS_CONFIGURED, Family, LinearSite, Role, Shapes
+from .base import AS_CONFIGURED, Family, FoldGroup, LinearSite, Role, Shapes
 from .shapes import expected_shapes
 from .structure import AttentionSite
-from .transformer import config_of, linear_shapes, random_normal, reference_of
+from .transformer import (
+    config_of,
+    fold_into_norm,
+    fold_into_rows,
+    linear_shapes,
+    random_normal,
+    reference_of,
+)
 
 RoleRule = tuple[str, Role]
 ATTENTION_ATTRIBUTES: Mapping[str, Any] = {
@@ -146,6 +153,18 @@ class ImageClassifier(Family):
             for index, (block, _) in enumerate(self.blocks(module))
             for ending, role in self.roles
         ]
+
+    def attention_folds(self, module: nn.Module) -> list[FoldGroup]:
+        """Fold into both norms of every block of an encoder, and into V."""
+        groups = []
+        for block, _ in self.blocks(module):
+            qkv = [f"{block}.attention.{letter}_proj" for letter in "qkv"]
+            groups += [
+                fold_into_norm(qkv, f"{block}.layernorm_before"),
+                fold_into_rows([f"{block}.attention.o_proj"], [f"{block}.attention.v_proj"]),
+                fold_into_norm([f"{block}.mlp.fc1"], f"{block}.layernorm_after"),
+            ]
+        return groups
 
     def inner_linears(self, module: nn.Module) -> dict[str, int]:
         """Return the linears whose outputs are inner channels -> their block."""

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from ..errors import SourceError, UsageError
 from ..progress import Progress, step
+from ..runtime.modules import place
 from ..runtime.stored_tensors import TORCH_DTYPES
 from .base import Family, ModelSpec, OpenModel, Source, TensorSpec, count_parameters
+from .building import empty_module
 from .checkpoint import Checkpoint, locate, read_json
 from .headers import TensorHeader, by_file
 from .registry import family_for
@@ -64,7 +66,7 @@ def open_model(
     target = _device(device)
     checkpoint = checkpoint or locate(ref)
     spec = _spec(checkpoint, ref)
-    module = _empty_module(spec)
+    module = empty_module(spec.family, spec.config)
     hashes: dict[str, str] = {}
     with step(progress, f"reading {ref.id}", checkpoint.bytes):
         for path, group in by_file(dict(checkpoint.headers)):
@@ -121,15 +123,6 @@ def _copies(family: Family, config: Mapping[str, Any]) -> dict[str, str]:
     return {copy: group[0] for group in family.replicas(config) for copy in group[1:]}
 
 
-def _empty_module(spec: ModelSpec) -> nn.Module:
-    """Build the module with parameters on the meta device and real, computed buffers."""
-    from accelerate import init_empty_weights
-
-    # The stock constructors draw a few tensors from the global generator: leave no trace in it.
-    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-        return spec.family.build(spec.config)
-
-
 def _read_file(
     path: Path,
     group: list[tuple[str, TensorHeader]],
@@ -144,7 +137,7 @@ def _read_file(
         for name, header in group:
             tensor = torch.empty(header.shape, dtype=TORCH_DTYPES[header.dtype])
             refuse_not_finite(name, header, _read_tensor(handle, header, tensor, digest))
-            _place(module, name, tensor.to(dtype))
+            place(module, name, tensor.to(dtype))
             progress.advance(header.bytes, name)
     return digest.hexdigest()
 
@@ -159,15 +152,6 @@ def _read_tensor(handle: Any, header: TensorHeader, tensor: Tensor, digest: Any)
         digest.update(part)
         count += count_not_finite(part, header.dtype)
     return count
-
-
-def _place(module: nn.Module, name: str, tensor: Tensor) -> None:
-    owner_name, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(owner_name)
-    if leaf in owner._buffers:
-        owner._buffers[leaf] = tensor
-    else:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
 def _tie(module: nn.Module, spec: ModelSpec) -> None:

@@ -17,7 +17,7 @@ from .base import FoldGroup, Role, Shapes
 from .classifier import ATTENTION_ROLES, ImageClassifier
 from .native_config import Attributes, PrunedSizes, attention_attributes
 from .structure import PrunableStructure
-from .transformer import fold_into_norm, fold_into_rows, product_macs
+from .transformer import fold_into_norm, product_macs
 
 _STAGES = "swin.encoder.layers"
 _TABLE = "relative_position_bias.relative_position_bias_table"
@@ -41,16 +41,8 @@ class SwinFamily(ImageClassifier):
 
     def folds(self, module: nn.Module) -> list[FoldGroup]:
         """Fold into the norms before attention, feed-forward network and merging, and into V."""
-        groups = []
-        for block, _ in self.blocks(module):
-            qkv = [f"{block}.attention.{letter}_proj" for letter in "qkv"]
-            groups += [
-                fold_into_norm(qkv, f"{block}.layernorm_before"),
-                fold_into_rows([f"{block}.attention.o_proj"], [f"{block}.attention.v_proj"]),
-                fold_into_norm([f"{block}.mlp.fc1"], f"{block}.layernorm_after"),
-            ]
-        groups += [fold_into_norm([f"{name}.reduction"], f"{name}.norm") for name, _ in merges(module)]
-        return groups
+        merging = [fold_into_norm([f"{name}.reduction"], f"{name}.norm") for name, _ in merges(module)]
+        return self.attention_folds(module) + merging
 
     def positions(self, config: Mapping[str, Any]) -> Callable[[str], int]:
         """Tokens of the stage; of its windows, padding included, inside attentions."""

@@ -15,7 +15,7 @@ from .classifier import ATTENTION_ROLES, ImageClassifier
 from .native_config import Attributes, PrunedSizes, attention_attributes
 from .shapes import expected_shapes
 from .structure import PrunableStructure
-from .transformer import fold_into_norm, fold_into_rows, product_macs
+from .transformer import product_macs
 
 _ROOTS = ("vit", "deit")
 
@@ -43,15 +43,7 @@ class ViTFamily(ImageClassifier):
 
         The input of fc2 comes from a GELU, which no scale passes.
         """
-        groups = []
-        for block, _ in self.blocks(module):
-            qkv = [f"{block}.attention.{letter}_proj" for letter in "qkv"]
-            groups += [
-                fold_into_norm(qkv, f"{block}.layernorm_before"),
-                fold_into_rows([f"{block}.attention.o_proj"], [f"{block}.attention.v_proj"]),
-                fold_into_norm([f"{block}.mlp.fc1"], f"{block}.layernorm_after"),
-            ]
-        return groups
+        return self.attention_folds(module)
 
     def positions(self, config: Mapping[str, Any]) -> Callable[[str], int]:
         """Patches for the embedding, tokens for the layers, one for the classifiers."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import SourceError
 from . import config_unet
-from .config_values import check_integer, check_numbers, is_integer
+from .config_values import check_integer, check_number, check_numbers, is_integer
 from .language_config import class_name_of
 from .transformers_config import complete_transformers_config, is_transformers_class
 
@@ -135,6 +135,8 @@ def _check_value(class_name: str, key: str, value: Any, where: str) -> None:
             raise SourceError(f"{where}: {key}: {value!r} is not true or false")
     elif isinstance(default, int) or key in _OPTIONAL_WIDTHS:
         _check_width(key, value, where)
+    else:
+        _check_float(default, key, value, where)
 
 
 def _check_width(key: str, value: Any, where: str) -> None:
@@ -142,6 +144,13 @@ def _check_width(key: str, value: Any, where: str) -> None:
         return
     limit = MAX_LAYERS if key == "num_layers" else MAX_WIDTH
     check_integer(key, value, limit, where)
+
+
+def _check_float(default: Any, key: str, value: Any, where: str) -> None:
+    if isinstance(default, float):  # shares of dropout, and what norms add
+        check_number(key, value, 0.0, 1.0, where)
+    elif key == "interpolation_scale" and value is not None:
+        check_number(key, value, 1e-3, 1e3, where)
 
 
 def _positions(config: Mapping[str, Any]) -> int:

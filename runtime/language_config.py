@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SourceError
-from .config_values import check_integer, check_numbers
+from .config_values import check_integer, check_shared_keys
 
 MAX_WIDTH = 2**20
 MAX_LAYERS = 2**12
@@ -93,10 +93,7 @@ def complete_language_config(class_name: str, config: Mapping[str, Any], where: 
         SourceError: naming `where` and the first value that is wrong or not supported.
     """
     model_type = LANGUAGE_CLASSES[class_name][0]
-    if config.get("model_type", model_type) != model_type:
-        raise SourceError(f"{where}: model_type {config['model_type']!r} is not {model_type!r}")
-    for key, value in config.items():
-        check_numbers(key, value, MAX_NUMBER, where)
+    check_shared_keys(config, model_type, MAX_NUMBER, where)
     for key in _REQUIRED:
         limit = MAX_LAYERS if key == "num_hidden_layers" else MAX_WIDTH
         check_integer(key, config.get(key), limit, where)

@@ -17,7 +17,7 @@ from .fetch import fetch
 from .language_config import implied_copies, is_language_class
 from .layered import check_layers_agree
 from .manifest import Manifest
-from .modules import dtype_of, exact_names, name_of, swap_linears
+from .modules import dtype_of, exact_names, name_of, place, swap_linears
 from .stored_tensors import TORCH_DTYPES, check_dtype, check_tensors, dense_tensors
 from .surgery import apply_surgery
 from .transformers_config import is_transformers_class
@@ -212,9 +212,9 @@ def _build(stored: StoredCheckpoint, dtype: str | torch.dtype | None) -> nn.Modu
         tensor = read_tensor(entry)
         if dtype is not None and name not in exact and tensor.is_floating_point():
             tensor = tensor.to(target)
-        _place(module, name, tensor)
+        place(module, name, tensor, requires_grad=tensor.is_floating_point())
         for copy in copies.get(name, ()):
-            _place(module, copy, tensor.clone())
+            place(module, copy, tensor.clone(), requires_grad=tensor.is_floating_point())
     _tie(module, stored)
     if is_language_class(stored.class_name):
         _attach_generation(module, stored)
@@ -291,15 +291,6 @@ def read_tensor(entry: TensorEntry) -> Tensor:
         if file.readinto(memoryview(array)) != entry.bytes:
             raise SourceError(f"{entry.file} was changed while it was read")
     return data.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
-
-
-def _place(module: nn.Module, name: str, tensor: Tensor) -> None:
-    parent_name, _, attribute = name.rpartition(".")
-    parent = module.get_submodule(parent_name)
-    if attribute in parent._parameters:
-        parent._parameters[attribute] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-    else:
-        setattr(parent, attribute, tensor)
 
 
 def _attach(module: nn.Module, manifest: Manifest, dtype: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import SourceError
 from .conv import QuantizedConv2d
@@ -83,6 +83,16 @@ def _check_same(name: str, scheme: QuantizedModule, layer: nn.Module) -> None:
 def quantized_layers(module: nn.Module) -> dict[str, QuantizedLinear]:
     """Return the quantized layers of a module by name, in its order."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
+
+
+def place(module: nn.Module, name: str, tensor: Tensor, *, requires_grad: bool = False) -> None:
+    """Let the parameter or buffer `name` of a module be `tensor` itself."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=requires_grad)
+    else:
+        setattr(owner, leaf, tensor)
 
 
 def exact_names(module: nn.Module) -> dict[str, torch.dtype]:

@@ -19,12 +19,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import SourceError
+from .language_config import class_name_of
 from .layered import KEY, check_layers_agree, homogeneous
 from .manifest import Manifest
 from .modules import ALIGNMENT, name_of, quantized_layers, swap_linears
 from .stored_section import StoredSection, check_cut, check_layers, refuse_empty
 from .stored_tensors import check_tensors
 from .surgery import apply_surgery
+from .transformers_config import auto_class_of, complete_transformers_config, is_transformers_class
 from .validate import (
     QUANT_METHOD,
     STOP_KEY,
@@ -54,6 +56,7 @@ class CompressQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._manifest = quantization_config.manifest
         self._layered: dict[str, Any] = {}
+        self._class_name: str | None = None
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Let the library find the weights, and the stock class build from the sizes of the whole model.
@@ -62,13 +65,21 @@ class CompressQuantizer(HfQuantizer):
         stock class refuses to build from sizes per layer; they are held against the module once it is cut.
         """
         check_stop(vars(config).pop(STOP_KEY, None), "config.json")
+        document = config.to_dict()
+        class_name = class_name_of(document)
+        if is_transformers_class(class_name):  # limits, before a module of such sizes is built
+            complete_transformers_config(str(class_name), document, "config.json")
+            self._class_name = str(class_name)
         if not getattr(config, "is_heterogeneous", False):
             return config
-        document = config.to_dict()
         self._layered = {KEY: document.get(KEY)}
         plain = type(config)(**homogeneous(document))
         plain._attn_implementation = config._attn_implementation
         return plain
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """Do the same for releases of the library that ask only here, as 5.0 does."""
+        return self.update_attn_implementation(config)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         """Hold the files' headers against the config, and put the empty quantized layers in their places."""
@@ -82,6 +93,7 @@ class CompressQuantizer(HfQuantizer):
             tensors.update(read_header(file)[0])
         where = str(files[0].parent)
         class_name = type(model).__name__
+        _check_class(type(model), self._class_name, where)
         take_guard(class_name, self._manifest, tensors, where)
         check_quantized(self._manifest, self.quantization_config.dtype, tensors, where)
         target = next(item.dtype for item in model.parameters() if item.is_floating_point())
@@ -135,6 +147,21 @@ class CompressQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The layers run under torch.compile."""
         return True
+
+
+def _check_class(built: type, wanted: str | None, where: str) -> None:
+    """Refuse a class that has not the modules that the manifest names, such as one without its head.
+
+    Raises:
+        SourceError: naming the class that the folder is of.
+    """
+    if wanted is None or any(base.__name__ == wanted for base in built.__mro__):
+        return
+    raise SourceError(
+        f"{where}: holds a {wanted}, and {built.__name__} was asked for",
+        hint=f"load it with transformers.{auto_class_of(wanted)} or transformers.{wanted}, or with"
+        " compress.load",
+    )
 
 
 def _check_names(model: nn.Module, tensors: Iterable[str], where: str) -> None:

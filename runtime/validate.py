@@ -33,6 +33,7 @@ QUANT_METHOD = "compress"
 DTYPE_CODES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 STOP_KEY = "transformers_weights"
 STOP_TEXT = "compress has to be imported first, or load the folder with compress.load"
+_BLOCK = re.compile(r"(?:(?:model|vit|deit)\.layers|transformer_blocks)\.(\d+)\.")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 
 
@@ -382,5 +383,18 @@ def _check_config(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry],
     size = sum(entry.bytes for entry in tensors.values())
     if is_transformers_class(class_name_of(config)):
         check_transformers_config(config, len(tensors), size, str(where))
-        return
-    check_config(config, size, str(where), tensors=len(tensors))
+    else:
+        check_config(config, size, str(where), tensors=len(tensors))
+    _check_blocks(config, tensors, where)
+
+
+def _check_blocks(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], where: Path) -> None:
+    """Refuse more blocks than there are in the files; stages of blocks are counted elsewhere."""
+    found = {match[1] for match in map(_BLOCK.match, tensors) if match is not None}
+    for key in ("num_layers", "num_hidden_layers"):
+        stated = config.get(key)
+        if found and type(stated) is int and stated > len(found):
+            raise SourceError(
+                f"{where}: {key} {stated}, but the weights have {len(found)} blocks",
+                hint="the config was changed by hand, or belongs to other weights",
+            )

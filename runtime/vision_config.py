@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import SourceError
-from .config_values import check_integer, check_numbers, is_integer
+from .config_values import check_integer, check_shared_keys, is_integer
 from .vision_sizes import (
     VISION_CLASSES,
     VISION_KINDS,
@@ -52,10 +52,7 @@ def complete_vision_config(class_name: str, config: Mapping[str, Any], where: st
         SourceError: naming `where` and the first value that is wrong or not supported.
     """
     model_type = VISION_CLASSES[class_name][0]
-    if config.get("model_type", model_type) != model_type:
-        raise SourceError(f"{where}: model_type {config['model_type']!r} is not {model_type!r}")
-    for key, value in config.items():
-        check_numbers(key, value, MAX_NUMBER, where)
+    check_shared_keys(config, model_type, MAX_NUMBER, where)
     for key, value in structural(class_name, config).items():
         _check_value(key, value, where)
     if "head_dim" in config:

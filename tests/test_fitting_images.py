@@ -253,3 +253,19 @@ def test_strict_refuses_an_empty_folder_of_a_class(vit, tmp_path, where):
         _check(recipe)
     del recipe["calibration"]["strict"]
     _check(recipe)
+
+
+@pytest.mark.slow
+def test_a_training_may_be_all_that_has_images(vit, tmp_path):
+    """Nothing is measured then, so nothing is held out; its images are checked all the same."""
+    more = _varied(tmp_path / "more", ["cat", "dog"], 4)
+    recipe = _recipe(
+        vit, stages=[_prune(importance="magnitude"), _finetune(images=str(more), batch_size=4)],
+        evaluate={"fidelity": None},
+    )  # fmt: skip
+    recipe["export"]["path"] = str(tmp_path / "out")
+    report = pipeline.run(recipe, work_dir=tmp_path / "work")
+    assert report["stages"][1]["details"]["images"] == 8
+    (more / "cow").mkdir()
+    with pytest.raises(SourceError, match="'cow' is no class of the model"):
+        _check(recipe)

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import StageError
 from ...models.base import Family, ModelSpec, OpenModel
-from ...models.shapes import expected_shapes
+from ...models.building import meta_module
 from ...models.structure import AttentionSite
-from ...runtime.manifest import ModuleSurgery, SurgeryAttribute
+from ...runtime.differing import difference
+from ...runtime.manifest import ModuleSurgery
 from ...runtime.surgery import follow_weight
 from .groups import Group, Selection
 
@@ -99,18 +100,7 @@ def surgery_of(module: nn.Module, family: Family, config: Mapping[str, Any]) -> 
     Returns:
         Module name -> its own tensors' shapes and attributes that differ; in the order of the module.
     """
-    implied = expected_shapes(config["_class_name"], config)
-    shapes: dict[str, dict[str, Shape]] = {}
-    for name, tensor in module.state_dict().items():
-        if tuple(tensor.shape) != implied[name]:
-            owner, _, leaf = name.rpartition(".")
-            shapes.setdefault(owner, {})[leaf] = tuple(tensor.shape)
-    attributes = _differing_attributes(module, family, config) if shapes else {}
-    return {
-        name: ModuleSurgery(shapes=shapes.get(name, {}), attributes=attributes.get(name, {}))
-        for name, _ in module.named_modules()
-        if name in shapes or name in attributes
-    }
+    return difference(module, meta_module(family, config))
 
 
 def planned_surgery(
@@ -236,22 +226,3 @@ def attribute_values(site: AttentionSite, heads: int, head_dim: int) -> Iterator
     meant = {"heads": heads, "head_dim": head_dim, "width": heads * head_dim, "scale": head_dim**-0.5}
     for name, meaning in site.attributes.items():
         yield name, meant[meaning]
-
-
-def _differing_attributes(
-    module: nn.Module, family: Family, config: Mapping[str, Any]
-) -> dict[str, dict[SurgeryAttribute, int | float]]:
-    # The stock constructors draw a few tensors from the global generator: leave no trace in it.
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        stock = family.build(config)
-    differing: dict[str, dict[SurgeryAttribute, int | float]] = {}
-    for site in family.structure(module).attentions:
-        here, there = module.get_submodule(site.name), stock.get_submodule(site.name)
-        found = {
-            cast(SurgeryAttribute, name): getattr(here, name)
-            for name in site.attributes
-            if getattr(here, name) != getattr(there, name)
-        }
-        if found:
-            differing[site.name] = found
-    return differing

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from ...calibration.base import Calibration
-from ...calibration.classification import ClassificationCalibration, warn_of_left_out
+from ...calibration.classification import ClassificationCalibration, NoImages, warn_of_left_out
 from ...calibration.content import hash_weights
 from ...calibration.image_sets import ImageSet
 from ...calibration.images import training_images
@@ -132,25 +132,28 @@ def _images(model: OpenModel, settings: FinetuneSettings, calibration: Calibrati
         PlanError: the calibration is none of images.
         SourceError: images cannot be read.
     """
-    if not isinstance(calibration, ClassificationCalibration):
-        raise PlanError("finetune: there are no images to train on", hint="it is for classifiers")
-    if settings.images is None:
+    if isinstance(calibration, ClassificationCalibration) and settings.images is None:
         return calibration.training()
-    return training_images(model, settings.images, calibration.pools, calibration.seed)
+    if not isinstance(calibration, ClassificationCalibration | NoImages) or settings.images is None:
+        raise PlanError("finetune: there are no images to train on", hint="it is for classifiers")
+    pools = None if isinstance(calibration, NoImages) else calibration.pools
+    return training_images(model, settings.images, pools, calibration.seed)
 
 
 def _tell(images: ImageSet, settings: FinetuneSettings, calibration: Calibration, progress: Progress) -> None:
     """Tell what is left out and what was assumed, as far as the calibration has not told it."""
-    if not isinstance(calibration, ClassificationCalibration):
-        return
-    told, place = calibration.images, calibration.pools.train.path
-    if settings.images is not None and images.source is not told.source:
-        for note in images.notes:
-            if note not in told.notes:
-                progress.note(note)
-        warn_of_left_out(images, str(settings.images), progress)
-    elif len(images.skipped) > len(told.skipped):  # it looked no further than it had to
-        warn_of_left_out(replace(images, copies=0), str(place), progress)
+    told: tuple[str, ...] = ()
+    if isinstance(calibration, ClassificationCalibration):
+        chosen, place = calibration.images, calibration.pools.train.path
+        if images.source is chosen.source:
+            if len(images.skipped) > len(chosen.skipped):  # it looked no further than it had to
+                warn_of_left_out(replace(images, copies=0), str(place), progress)
+            return
+        told = chosen.notes
+    for note in images.notes:
+        if note not in told:
+            progress.note(note)
+    warn_of_left_out(images, str(settings.images), progress)
 
 
 def _check_labels(images: Images, settings: FinetuneSettings, model: OpenModel) -> None:

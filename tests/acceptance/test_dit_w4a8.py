@@ -233,6 +233,7 @@ def test_a_gate_that_fails_keeps_the_result_aside(tmp_path):
 @pytest.mark.parametrize("export_format", ["torchao", "dequantized"])
 def test_other_formats_are_verified_too(tmp_path, export_format):
     import compress
+    from safetensors.torch import load_file
 
     recipe = {
         "model": "builtin:dit",
@@ -243,6 +244,9 @@ def test_other_formats_are_verified_too(tmp_path, export_format):
     }
     report = compress.run(recipe, work_dir=tmp_path / ".compress")
     assert report["export"]["verified"] is True
+    (weights,) = (tmp_path / "out").glob("*.safetensors")
+    stored = sum(tensor.nbytes for tensor in load_file(weights).values())
+    assert report["evaluation"]["metrics"]["bytes"] == stored < report["export"]["bytes"]
     assert "import compress" not in report["export"]["loads_with"][-1]
     script = (
         "import sys, torch; from diffusers import DiTTransformer2DModel as M;"

@@ -161,6 +161,15 @@ def test_rows_of_tensors(model, tmp_path):
     assert {row % 10 for row in pools.train.order}.isdisjoint(row % 10 for row in pools.held_out.order)
 
 
+def test_rows_of_another_form_are_other_images(tmp_path):
+    found = []
+    for name, shape in (("a", (6, 2, 8)), ("b", (6, 4, 4)), ("c", (6, 4, 4, 1))):
+        save_file({"pixels": torch.zeros(shape).byte()}, tmp_path / f"{name}.safetensors")
+        found.append(find_images(tmp_path / f"{name}.safetensors").train)
+    flat, square, grey = contents(*found)
+    assert set(square) == set(grey) != set(flat) and len({*flat, *square}) == 2
+
+
 def test_what_cannot_be_compared_is_told(model, tmp_path):
     folder = by_class(tmp_path / "images", ["red", "green"], 5)
     path = tmp_path / "rows.safetensors"

@@ -92,7 +92,7 @@ def test_a_table_of_labels(tmp_path):
     [
         ("file_name,label\n", "has no rows"),
         ("name,label\na.png,cat\n", "line 1 names the columns 'name', 'label', and no 'file_name'"),
-        ("file_name,label\na.png,cat\nb.png\n", "line 3 has no label"),
+        ("file_name,label\na.png,cat\nb.png\n", "line 3 has 1 cell for 2 columns"),
         ("file_name,label\n../a.png,cat\n", "leads out of the folder"),
         ("file_name,label\n/etc/a.png,cat\n", "leads out of the folder"),
     ],

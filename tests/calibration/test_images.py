@@ -43,7 +43,7 @@ def test_parts_are_never_mixed(model, tmp_path):
     pools = pools_of(model, _settings(folder), 0)
     assert set(pools.train.all().labels.tolist()) == {0, 2}
     assert pools.held_out.all().labels.tolist() == [1, 1, 1]
-    assert len(training_images(model, None, pools, 0)) == 8
+    assert len(training_images(model, folder, pools, 0)) == 8
 
 
 def test_labels_belong_to_their_images(model, tmp_path):
@@ -151,7 +151,7 @@ def test_training_on_a_place_of_its_own(model, tmp_path):
     pools = pools_of(model, _settings(calibration), 0)
     assert len(training_images(model, other, pools, 0)) == 4, "nothing is measured on it"
     held_out = {pools.held_out.source.paths[row] for row in pools.held_out.order}
-    for path in (None, calibration, calibration / ".." / "images"):
+    for path in (calibration, calibration / ".." / "images"):
         images = training_images(model, path, pools, 0)
         assert len(images) == 8
         assert not held_out & {images.source.paths[row] for row in images.rows}

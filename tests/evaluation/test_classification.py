@@ -220,3 +220,14 @@ def test_classes_without_a_held_out_image_are_told(vit, tmp_path):
     told = _Told()
     evaluator_for(vit, EVALUATE, 0, CalibrationSettings()).reference(vit, None, told)
     assert told.notes == []
+
+
+def test_copies_of_held_out_images_are_counted(vit, tmp_path):
+    pixels = torch.arange(12)[:, None, None].expand(12, 28, 28).byte().contiguous()
+    (tmp_path / "images").mkdir()
+    save_file({"pixels": pixels}, tmp_path / "images" / "train.safetensors")
+    save_file({"pixels": pixels[[3, 5]].contiguous()}, tmp_path / "images" / "test.safetensors")
+    settings = EvaluateSettings.model_validate({"fidelity": {"samples": 2}})
+    evaluator = evaluator_for(vit, settings, 0, CalibrationSettings(images=tmp_path / "images"))
+    result = evaluator.compare(vit, evaluator.reference(vit, None, QUIET), QUIET)
+    assert result.details["images"] == {"held_out": 2, "skipped": 0, "copies": 2, "seed": 0}

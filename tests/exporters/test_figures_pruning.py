@@ -135,7 +135,7 @@ def test_later_stages_have_pictures_of_their_own(tmp_path, pruned):
 
 def test_the_card_of_a_classifier_says_what_was_measured_on_which_images(pruned):
     pruned["evaluation"] |= {
-        "images": {"held_out": 2000, "skipped": 3, "seed": 7}, "fidelity": {"samples": 64},
+        "images": {"held_out": 2000, "skipped": 3, "copies": 12, "seed": 7}, "fidelity": {"samples": 64},
         "quality": {"samples": 500, "per_class": [], "absent_classes": ["a", "b", "c", "d"]},
     }  # fmt: skip
     card = render_card(pruned, [], "")
@@ -147,7 +147,8 @@ def test_the_card_of_a_classifier_says_what_was_measured_on_which_images(pruned)
         in card
     )
     assert "original on 64, accuracy on 500." in card
-    assert "- 3 image files could not be read and were left out." in card
+    assert "- Files left out because they cannot be read: 3." in card
+    assert "- Copies of held-out images that were left out of calibration and training: 12." in card
     assert "- Classes of the model without a held-out image: 4 (`a`, `b`, `c`, ...)." in card
     assert "denoiser" not in card
     assert "language" not in card
@@ -182,8 +183,8 @@ def test_the_card_tells_accuracy_before_and_after_everything(pruned):
     assert "left out" not in section
     pruned["stages"][1]["details"] |= {"skipped": 2, "held_out": 1200}
     section = section_of(pruned)
-    assert "2 image files could not be read and were left out." in section
-    assert "1,200 images were left out because they are held out for measuring." in section
+    assert "Files left out because they cannot be read: 2." in section
+    assert "Images left out because they are held out for measuring: 1,200." in section
 
 
 def test_without_recovery_the_card_says_that_it_is_required(pruned):

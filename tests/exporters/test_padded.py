@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from compress.errors import PlanError
+from compress.errors import PlanError, StageError
 from compress.exporters.formats import as_shipped, predict_bytes, write
 from compress.exporters.inspection import inspect
 from compress.exporters.padded import padded_spec, padding_notes
@@ -82,6 +82,14 @@ def test_equal_widths_need_no_padding(make_vit, open_cut):
     shipped = as_shipped(model, "compress", padded=True)
     assert shipped.module is model.module and shipped.size() == model.size()
     assert "nothing was filled up" in padding_notes(model, shipped)[0]
+
+
+def test_what_gives_other_outputs_when_padded_is_refused(make_vit, open_cut):
+    model = open_cut(make_vit(), LAYERED)
+    # Computed by the module and stored nowhere: the padded module does not have it.
+    model.module.vit.layers[0].mlp.fc2.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(StageError, match="padding changes outputs by up to"):
+        as_shipped(model, "compress", padded=True)
 
 
 def test_bfloat16_differs_by_its_own_rounding_alone(make_vit, open_cut, outputs_of):

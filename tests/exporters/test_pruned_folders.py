@@ -130,6 +130,10 @@ CHANGES = {
         tampered(f"{BLOCK}attn1", ("attributes", "heads"), 4), "scale .* is not that of 9 channels"),
     "stale heads": (lambda surgery: surgery.pop(f"{BLOCK}attn1"), "make"),
     "another scale": (tampered(f"{BLOCK}attn1", ("attributes", "scale"), 0.5), "scale 0.5"),
+    "no scale": (
+        lambda surgery: surgery[f"{BLOCK}attn1"]["attributes"].pop("scale"), "scale .* is not that of 12"),
+    "no number of heads": (
+        lambda surgery: surgery[f"{BLOCK}attn1"]["attributes"].pop("heads"), "scale .* is not that of 9"),
     "a module that is not there": (lambda surgery: surgery.update({"nowhere": {"shapes": {}}}), "nowhere"),
     "a parameter that is not there": (
         tampered(f"{BLOCK}ff.net.2", ("shapes", "gamma"), [3]), "no parameter gamma"),

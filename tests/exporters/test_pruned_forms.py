@@ -8,6 +8,7 @@ import compress
 import pytest
 import torch
 from compress.errors import SourceError
+from compress.exporters.form import stored_form
 from compress.exporters.formats import predict_bytes, write
 from compress.exporters.fresh_process import verify_export
 from compress.progress import SilentProgress
@@ -123,6 +124,76 @@ def test_a_config_of_layers_that_does_not_fit_is_refused(opened, written):
     (out / "config.json").write_text(json.dumps(config))
     for load in (compress.load, transformers.ViTForImageClassification.from_pretrained):
         with pytest.raises(SourceError, match="intermediate_size: 64, but the manifest leaves 60"):
+            load(out)
+
+
+@pytest.mark.parametrize("stated", [None, {}])
+def test_a_config_that_says_nothing_of_layers_leaves_all_to_the_manifest(opened, written, outputs_of, stated):
+    import transformers
+
+    model = opened(LAYERED)
+    out = written(model)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "per_layer_config": stated}))
+    for load in (compress.load, transformers.ViTForImageClassification.from_pretrained):
+        assert torch.equal(outputs_of(load(out)), outputs_of(model.module))
+
+
+def test_no_flag_of_the_library_lets_another_shape_in(opened, written):
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    out = written(opened(LAYERED))
+    tensors = load_file(out / "model.safetensors")
+    tensors["classifier.bias"] = torch.zeros(5)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    for load in (compress.load, transformers.ViTForImageClassification.from_pretrained):
+        options = {} if load is compress.load else {"ignore_mismatched_sizes": True}
+        with pytest.raises(SourceError, match=r"classifier\.bias has shape \[5\]"):
+            load(out, **options)
+
+
+def test_what_was_cut_once_more_is_not_saved_by_the_library(opened, written, tmp_path):
+    module = compress.load(written(opened(LAYERED)))
+    linear = module.vit.layers[1].mlp.fc1
+    linear.weight = torch.nn.Parameter(linear.weight[:40].clone())
+    with pytest.raises(SourceError, match=r"layers\.1\.mlp\.fc1\.weight is not what was loaded"):
+        module.save_pretrained(tmp_path / "again")
+
+
+def test_a_native_config_that_says_other_sizes_is_not_written(opened, monkeypatch):
+    model = opened(UNIFORM)
+    right = model.family.native_config
+    wrong = lambda config, surgery: {**right(config, surgery), "intermediate_size": 100}  # noqa: E731
+    monkeypatch.setattr(model.family, "native_config", wrong)
+    with pytest.raises((ValueError, SourceError), match="does not build vit.layers.0.mlp.fc1 as it is"):
+        stored_form(model.family, model.config, model.surgery)
+
+
+@pytest.mark.parametrize("key", ["num_attention_heads", "scaling"])
+def test_an_attribute_that_the_manifest_leaves_out_is_refused(opened, written, key):
+    import transformers
+
+    out = written(opened([(3, 16, 96), (2, 12, 60)]))
+    for name in ("compress.json", "config.json"):
+        document = json.loads((out / name).read_text())
+        section = document if name == "compress.json" else document["quantization_config"]
+        del section["surgery"]["vit.layers.1.attention"]["attributes"][key]
+        (out / name).write_text(json.dumps(document))
+    for load in (compress.load, transformers.ViTForImageClassification.from_pretrained):
+        with pytest.raises(SourceError, match=r"vit\.layers\.1\.attention"):
+            load(out)
+
+
+def test_sizes_that_no_model_has_are_refused_before_the_stock_class_builds_them(opened, written):
+    import transformers
+
+    out = written(opened(LAYERED))
+    config = json.loads((out / "config.json").read_text())
+    del config["per_layer_config"]  # the library's own config class would count through all layers
+    (out / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2**30}))
+    for load in (compress.load, transformers.ViTForImageClassification.from_pretrained):
+        with pytest.raises(SourceError, match="num_hidden_layers: 1073741824 is not an integer from 1 to"):
             load(out)
 
 

@@ -214,6 +214,18 @@ def test_saved_by_the_library_its_guard_still_stops_stock_transformers(exported_
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("ask", ["update_attn_implementation", "update_tp_plan"])
+def test_every_release_is_told_where_the_weights_are(ask, exported_llm):
+    config = transformers.AutoConfig.from_pretrained(exported_llm()[1])
+    assert config.transformers_weights
+    from compress.runtime.transformers_quantizer import CompressConfig, CompressQuantizer
+
+    quantizer = CompressQuantizer(CompressConfig(**config.quantization_config))
+    for _ in range(2):  # some releases ask at both places
+        config = getattr(quantizer, ask)(config)
+        assert getattr(config, "transformers_weights", None) is None
+
+
 @pytest.mark.parametrize("loader", [_from_pretrained, compress.load])
 def test_another_name_of_the_weights_is_refused(loader, exported_llm):
     _, folder, _ = exported_llm()

@@ -40,6 +40,8 @@ DAMAGED = [
     (VIT, {"patch_size": 17}, "make 0 patches"),
     (VIT, {"image_size": 16384, "patch_size": 1}, "patches; 1 to 262144"),
     (VIT, {"layer_norm_eps": float("inf")}, "layer_norm_eps inf is out of range"),
+    (VIT, {"layer_norm_eps": -2.5}, "layer_norm_eps: -2.5 is not a number from 0 to 1"),
+    (VIT, {"dtype": []}, r"dtype: \[\] is not the name of a type"),
     (VIT, {"id2label": ["a", "b"]}, "id2label: list is not a mapping"),
     (VIT, {"id2label": {}}, "id2label names 0 classes"),
     (VIT, {"num_labels": 3}, "num_labels 3, but id2label names 10 classes"),

@@ -1,9 +1,11 @@
 """The stage: on a checkpoint of the stock class, with images in files."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from compress.calibration.classification import NoImages
 from compress.calibration.recording import record
 from compress.compressors.activations import activation_bytes
 from compress.compressors.base import Workspace
@@ -130,11 +132,12 @@ def folder(tmp_path):
 
 
 def test_training_images_that_cannot_be_read_are_counted_and_told(place, opened, settings, folder):
-    """The calibration looks at four images; the training at all."""
+    """The calibration looks at four images, and has told of the held-out one; the training looks at all."""
+    shutil.copy(folder / "test" / "1" / "000.png", folder / "train" / "1" / "copy.png")
     model, calibration, workspace = opened(place(), folder)
     told = _Told()
     details = Finetune().apply(model, settings(steps=1), calibration, workspace, told)
-    assert (details["images"], details["skipped"]) == (28, 2)
+    assert (details["images"], details["skipped"], details["held_out"]) == (28, 2, 1)
     [warning] = told.warnings
     assert warning.startswith(f"{folder}: 2 files cannot be read and are left out, the first is ")
 
@@ -147,6 +150,16 @@ def test_and_so_are_those_of_another_place(place, opened, settings, folder, imag
     assert (details["images"], details["skipped"]) == (28, 2)
     assert told.warnings[0].startswith(f"{folder / 'train'}: 2 files cannot be read")
     assert "cannot be compared with rows" in told.notes[-1]
+
+
+def test_a_place_of_its_own_is_enough(place, opened, settings, folder):
+    model, calibration, workspace = opened(place(), None)
+    assert isinstance(calibration, NoImages)
+    given = settings(steps=1, images=folder / "train")
+    details = Finetune().apply(model, given, calibration, workspace, SilentProgress())
+    assert (details["images"], details["skipped"], details["held_out"]) == (28, 2, 0)
+    with pytest.raises(PlanError, match="no images to train on"):
+        Finetune().apply(model, settings(steps=1), calibration, workspace, SilentProgress())
 
 
 @pytest.mark.parametrize("changed", ["weights", "original", "images", "settings"])
