@@ -40,7 +40,7 @@ def sections(document: Document) -> Iterator[Section]:
         yield _pruning.removed(stage)
         yield _pruning.costs(stage)
     for stage in recoveries(history):
-        yield _pruning.training(stage)
+        yield textwrap.fill(_pruning.training(stage), _WIDTH, subsequent_indent="  ")
     if document["layers"]:
         yield _layers(document["layers"])
     if document["history"]:
