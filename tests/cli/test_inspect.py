@@ -53,6 +53,7 @@ def test_a_pruned_folder_is_shown_by_its_widths(call, pruned, terminal, monkeypa
     assert "1. isomorphic, seed 3: round_to 4; target macs 0.5" in lines
     assert any(line.startswith("modules with sizes of their own ") for line in lines)
     assert any(line.startswith("vit.layers.1.mlp.fc1 60 x 64 ") for line in lines)
+    assert "name shape bytes" in lines  # of one dtype, which the head says
     assert "activation" not in text and " - " not in text
     assert max(len(line) for line in text.splitlines()) <= 80
 
