@@ -17,6 +17,7 @@ from compress.progress import SilentProgress
 from compress.recipes.schema import ModelRef
 from compress.runtime.linear import QuantizedLinear
 from compress.runtime.load import read_checkpoint
+from compress.runtime.transformers_quantizer import _with_expression
 from compress.runtime.validate import open_folder
 from safetensors.torch import load_file, save_file
 
@@ -350,3 +351,11 @@ def test_a_dense_folder_opens_with_its_defaults_for_generating(make_llm):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(SourceError, match="which compress does not write for models of transformers"):
         compress.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("known", "found"), [({"a"}, {"a", "b"}), (set(), {"b"}), (["a"], ["a", "b"]), (None, ["b"])]
+)
+def test_names_to_ignore_keep_the_kind_that_a_release_has(known, found):
+    """Releases of transformers 5 hold them as a set, or as a list or None, and add their own kind to them."""
+    assert _with_expression(known, "b") == found
