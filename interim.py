@@ -6,19 +6,17 @@ run that goes on with finished stages tells them again.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .calibration.content import read_index
+from .calibration.content import read_index, write_index
 from .evaluation.by_task import Measurer
 from .evaluation.classification import ClassificationEvaluator
 from .evaluation.reference import Reference
 from .models.base import OpenModel
 from .progress import Progress, step
 from .recipes.schema import Stage
-from .runtime.atomic import atomic_file
 from .workdir import digest
 
 _PHASES = ("prune", "recover")
@@ -66,8 +64,7 @@ class Interim:
         with step(self.progress, f"figures after {self.stages[index].method}"):
             metrics = self.evaluator.between(model, self.reference, self.progress)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self._file(stage)) as temporary:
-            temporary.write_text(json.dumps(metrics, sort_keys=True) + "\n", encoding="utf-8")
+        write_index(self._file(stage), metrics)
 
     def _file(self, stage: Path) -> Path:
         # The reference's name holds the hash of the original, of the images and of what is measured.

@@ -80,10 +80,10 @@ def read_index(path: Path) -> dict[str, Any] | None:
     return index if isinstance(index, dict) else None
 
 
-def write_index(path: Path, hashes: Mapping[str, str]) -> None:
-    """Write file name -> SHA-256. A file that a kill kept out of it is recorded again."""
+def write_index(path: Path, index: Mapping[str, Any]) -> None:
+    """Write what `read_index` reads, such as file name -> SHA-256; whole, or not at all."""
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(hashes, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def recording_folder(cache: Path | None, key: str) -> tuple[Path, tempfile.TemporaryDirectory[str] | None]:

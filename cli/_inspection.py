@@ -40,7 +40,7 @@ def sections(document: Document) -> Iterator[Section]:
         yield _pruning.removed(stage)
         yield _pruning.costs(stage)
     for stage in recoveries(history):
-        yield _pruning.training(stage)
+        yield textwrap.fill(_pruning.training(stage), _WIDTH, subsequent_indent="  ")
     if document["layers"]:
         yield _layers(document["layers"])
     if document["history"]:
@@ -70,11 +70,12 @@ def _head(document: Document) -> Table:
 
 
 def _layers(layers: list[Document]) -> Table:
-    quantized = any(layer["method"] is not None for layer in layers)
+    # Where nothing is quantized, bits and dtype of all layers are those of the model.
+    alike = len({layer["dtype"] for layer in layers}) == 1 and not any(layer["method"] for layer in layers)
     columns = [("shape", [" x ".join(map(str, layer["shape"])) for layer in layers])]
     for key, title in _OF_LAYERS:
         cells = [size(layer[key]) if key == "bytes" else plain(layer[key]) for layer in layers]
-        said = key != "bits" or quantized  # else the dtype says it
+        said = not (alike and key in ("bits", "dtype"))
         if said and any(cell not in _NOTHING for cell in cells):
             columns.insert(0 if key == "name" else len(columns), (title, cells))
     rows = [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]

@@ -141,5 +141,5 @@ def training(stage: Document) -> str:
     ]
     return (
         f"{stage['method']}: {details['steps']:,} steps{on}{''.join(without)}, training loss {first:.4g} ->"
-        f" {last:.4g}"
+        f" {last:.4g} (means of the first and the last twelfth)"
     )

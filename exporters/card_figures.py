@@ -8,6 +8,7 @@ from typing import Any
 
 from .card_subject import Subject
 from .markdown import code, sentence, table
+from .pruning_table import prunings, steps_of
 
 _CAPTIONS = {
     "samples.png": "Samples of the original and of this checkpoint from equal noise.",
@@ -18,7 +19,8 @@ _CAPTIONS = {
     "sensitivity.png": "Signal to error of the output with one layer's weight quantized, layer by layer.",
     "error_over_bytes.png": "Measured error over bytes: this checkpoint, other budgets, and equal bits.",
     "widths.png": "Width of every layer before and after pruning.",
-    "scores.png": "Scores of the channels that competed with each other: kept and removed.",
+    "scores.png": "Scores of the channels that competed with each other: kept and removed."
+    " A head goes as a whole.",
     "training_loss.png": "Loss of the training after pruning.",
 }
 _METRIC_ROWS = (
@@ -37,20 +39,25 @@ def measured(subject: Subject, figures: Sequence[str]) -> Iterator[str]:
     """
     yield from ("## What it costs, what it saves", "")
     if "samples.png" in figures:
-        yield from _picture("samples.png")
+        yield from _picture("samples.png", subject)
     yield from table(("", "original", "this checkpoint"), _rows(subject))
     yield from _notes(subject.document["evaluation"])
     yield from _commands(subject)
     for name in figures:
         if name != "samples.png":
-            yield from _picture(name)
+            yield from _picture(name, subject)
 
 
-def _picture(name: str) -> Iterator[str]:
-    caption = _CAPTIONS.get(name, name)
+def _picture(name: str, subject: Subject) -> Iterator[str]:
+    caption, first, number = _CAPTIONS.get(name, name), name, 1
     later = re.fullmatch(r"(.+)_(\d+)\.png", name)
     if later and f"{later[1]}.png" in _CAPTIONS:
-        caption = f"{_CAPTIONS[f'{later[1]}.png']} Stage {later[2]} of this kind."
+        first, number = f"{later[1]}.png", int(later[2])
+        caption = f"{_CAPTIONS[first]} Stage {number} of this kind."
+    pruned = prunings(subject.document)
+    if first == "scores.png" and number <= len(pruned):
+        steps = steps_of(pruned[number - 1]["details"])
+        caption += f" Of the last of {steps} steps; each has scores of its own." if steps > 1 else ""
     yield from (f"![{caption}]({name})", "")
 
 
@@ -94,7 +101,7 @@ def _classifier_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         rows.append(("accuracy on images that were not trained on", before, after))
     if "top1_agreement" in metrics:
         rows.append(
-            ("images answered as the original answers them", "100 %", f"{metrics['top1_agreement']:.2%}")
+            ("images answered as the original answers them", "100%", f"{metrics['top1_agreement']:.2%}")
         )
         rows.append(("divergence of the distribution of classes, nats", "0", f"{metrics['kl']:.5f}"))
     return rows
@@ -169,6 +176,11 @@ def _commands(subject: Subject) -> Iterator[str]:
         yield ""
 
 
+def _number(value: float) -> str:
+    """Write counts in full, other figures with five digits."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
+
+
 def gates(subject: Subject) -> Iterator[str]:
     """Yield the section of what the recipe required, or nothing."""
     rows = subject.document["gates"]
@@ -179,7 +191,7 @@ def gates(subject: Subject) -> Iterator[str]:
         (
             code(gate["metric"]),
             gate["expected"],
-            "not measured" if gate["measured"] is None else f"{gate['measured']:.5g}",
+            "not measured" if gate["measured"] is None else _number(gate["measured"]),
             "yes" if gate["passed"] else "**no**",
         )
         for gate in rows

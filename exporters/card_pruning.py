@@ -120,7 +120,7 @@ def _recovery(trained: Sequence[Document]) -> Iterator[str]:
         on = f" on {images:,} images" if isinstance(images, int) else ""
         first, last = change(details["loss"])
         yield f"Trained afterwards by {code(stage['method'])}: {details['steps']:,} steps{on}; training loss"
-        yield f"{first:.4g} at the start, {last:.4g} at the end."
+        yield f"{first:.4g} on average over its first twelfth, {last:.4g} over its last."
         yield from _left_out(details)
         yield ""
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from .drawing import BLUE, GRID, INK, MUTED, ORANGE, new_figure, tidy
-from .pruning_table import Layer, layers_of, shown_class, widths_of
+from .pruning_table import Layer, layers_of, shown_class, steps_of, widths_of
 
 _ACROSS = 3  # panels side by side
 _MOST_PANELS = 12
@@ -29,14 +29,14 @@ def draw_scores(details: Mapping[str, Any]) -> Figure:
         details: of a pruning stage.
     """
     every = [entry for entry in details["classes"] if _total(entry)]
-    count = min(len(every), _MOST_PANELS)
+    count, steps = min(len(every), _MOST_PANELS), steps_of(details)
     found = [every[place * len(every) // count] for place in range(count)]
     across = min(_ACROSS, len(found))
     down = -(-len(found) // across)
     figure = new_figure(min(11.0, max(4.6, 3.6 * across)), 0.75 + 2.3 * down)
     panels = figure.subplots(down, across, squeeze=False).ravel()
     for axes, entry in zip(panels, found, strict=False):
-        _draw_histogram(axes, entry)
+        _draw_histogram(axes, entry, steps)
     for axes in panels[len(found) :]:
         axes.set_visible(False)
     for axes in panels[len(found) - across : len(found)]:
@@ -44,7 +44,8 @@ def draw_scores(details: Mapping[str, Any]) -> Figure:
     for axes in panels[::across]:
         axes.set_ylabel("channels")
     of = "every class" if len(found) == len(every) else f"{len(found)} of {len(every)} classes"
-    title = f"Scores in {of}: what competed, and what was removed"
+    when = "" if steps == 1 else f" in the last of {steps} steps"
+    title = f"Scores in {of}: what competed, and what was removed{when}"
     figure.suptitle(title, fontsize=10.5, weight="bold", x=0.01, ha="left")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=2, frameon=False, fontsize=8)
@@ -56,7 +57,7 @@ def _total(entry: Mapping[str, Any]) -> int:
     return sum(histogram["kept"]) + sum(histogram["removed"])
 
 
-def _draw_histogram(axes: Axes, entry: Mapping[str, Any]) -> None:
+def _draw_histogram(axes: Axes, entry: Mapping[str, Any], steps: int) -> None:
     edges: Floats = np.asarray(entry["histogram"]["edges"], dtype=float)
     kept: Floats = np.asarray(entry["histogram"]["kept"], dtype=float)
     removed: Floats = np.asarray(entry["histogram"]["removed"], dtype=float)
@@ -65,7 +66,8 @@ def _draw_histogram(axes: Axes, entry: Mapping[str, Any]) -> None:
     axes.bar(edges[:-1], removed, widths, kept, align="edge", linewidth=0, color=ORANGE, label="removed")
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    before, after = entry["channels"]
+    axes.set_ylim(0, 1.06 * float((kept + removed).max()))
+    before, after = entry["channels"] if steps == 1 else (_total(entry), int(kept.sum()))
     members = len(entry["members"])
     axes.set_title(shown_class(entry), fontsize=9, pad=16)
     of = f", {members} layers" if members > 1 else ""

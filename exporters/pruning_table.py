@@ -60,6 +60,11 @@ def recovery_advice(methods: Sequence[str], family: str) -> str | None:
     return f"{required}; the stage finetune is for classifiers alone, so this takes other tools"
 
 
+def steps_of(details: Document) -> int:
+    """Return in how many steps a pruning stage removed; scores are told of the last."""
+    return max(1, len(details.get("schedule") or ()))
+
+
 def numbered(name: str, number: int) -> str:
     """Return the file name of the picture of the first, second, ... stage of a kind."""
     stem, dot, ending = name.partition(".")

@@ -98,9 +98,16 @@ class Gate:
     def _validate(cls, value: Any) -> Gate:
         if isinstance(value, Gate):
             return value
-        if not isinstance(value, str):
-            raise ValueError(f"{value!r} is not a comparison; write one such as '<= {value}' or '>= {value}'")
-        return cls.parse(value)
+        if isinstance(value, str):
+            return cls.parse(value)
+        if value is None:
+            raise ValueError(
+                "null is not a comparison; leave the gate out of the recipe to require nothing of it"
+                " (`--set require={}` leaves all of them out)"
+            )
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        example = f"{value:g}" if isinstance(value, float) else str(value) if is_number else "0.35"
+        raise ValueError(f"{value!r} is not a comparison; write one such as '<= {example}' or '>= {example}'")
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:

@@ -9,7 +9,7 @@ lacks this quantizer.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +104,10 @@ class CompressQuantizer(HfQuantizer):
         _check_names(model, tensors, where)
         check_tensors(model, tensors, shared=self._manifest.shared, cut=bool(self._manifest.surgery))
         guard = guard_name(class_name, self._manifest)
-        ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
         if guard is not None:
-            # Expressions; and a set, because transformers adds sets of its own.
-            model._keys_to_ignore_on_load_unexpected = ignored | {re.escape(guard)}  # type: ignore[assignment]
+            known = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+            ignored = _with_expression(known, re.escape(guard))
+            model._keys_to_ignore_on_load_unexpected = ignored  # type: ignore[assignment]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Let every integer weight start where torch's CPU kernels want it."""
@@ -182,3 +182,13 @@ def attach(module: nn.Module, manifest: Manifest, dtype: str) -> None:
     module.quantization_method = config.quant_method
     module.is_quantized = bool(manifest.quantization)  # type: ignore[assignment]
     quantizer.postprocess_model(module)
+
+
+def _with_expression(known: Collection[str] | None, expression: str) -> set[str] | list[str]:
+    """Add an expression to names to ignore: a set, in early releases of transformers 5 a list or None.
+
+    The library adds collections of its own kind to them afterwards.
+    """
+    if isinstance(known, set):
+        return {*known, expression}
+    return [*(known or ()), expression]

@@ -86,7 +86,14 @@ def _without_kept(groups: Sequence[Group], settings: IsomorphicSettings) -> list
     for pattern in patterns.unmatched(settings.keep, names):
         raise PlanError(f"keep: the pattern {pattern!r} matches no layer", hint=_near(pattern, names))
     kept = patterns.select(settings.keep, names)
-    return [group for group in groups if group.name not in kept]
+    found = [group for group in groups if group.name not in kept]
+    if not found:
+        raise PlanError(
+            f"keep: its patterns match all {len(names)} layers that could lose something, so nothing would be"
+            " removed",
+            hint="keep fewer layers, or leave the stage out",
+        )
+    return found
 
 
 def _by_pattern(groups: Sequence[Group], shares: RatioSettings) -> dict[str, str]:

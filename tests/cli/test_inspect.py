@@ -49,10 +49,11 @@ def test_a_pruned_folder_is_shown_by_its_widths(call, pruned, terminal, monkeypa
     assert "feed-forward 2 1,024 384 37.5% 128 to 256" in lines
     assert "heads 2 8 6 75.0% 2 to 4" in lines
     assert "parameters 2 M 900 k 45.0%" in lines
-    assert "finetune: 400 steps on 5,000 images, training loss 2 -> 0.5" in lines
+    assert "finetune: 400 steps on 5,000 images, training loss 2 -> 0.5 (means of" in " ".join(lines)
     assert "1. isomorphic, seed 3: round_to 4; target macs 0.5" in lines
     assert any(line.startswith("modules with sizes of their own ") for line in lines)
     assert any(line.startswith("vit.layers.1.mlp.fc1 60 x 64 ") for line in lines)
+    assert "name shape bytes" in lines  # of one dtype, which the head says
     assert "activation" not in text and " - " not in text
     assert max(len(line) for line in text.splitlines()) <= 80
 

@@ -59,7 +59,8 @@ def test_classes_widths_cost_and_training_are_shown(pruned):
     )
     loss = "isomorphic: loss on the calibration samples: 0.5 before; after: isomorphic 1.25, global 1.75"
     assert loss in lines
-    assert "finetune: 400 steps on 5,000 images, training loss 2 -> 0.5" in lines
+    trained = "finetune: 400 steps on 5,000 images, training loss 2 -> 0.5 (means of the first and the last"
+    assert f"{trained} twelfth)" in lines
     assert REQUIRED not in shown(pruned)
 
 

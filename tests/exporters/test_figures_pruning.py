@@ -75,6 +75,23 @@ def test_scores_show_what_was_kept_and_removed(pruning_details):
     assert [text.get_text() for text in axes.texts] == ["704 of 2,048 channels kept, 4 layers"]
 
 
+def test_scores_of_several_steps_are_said_to_be_those_of_the_last(pruned, pruning_details):
+    details = pruning_details()
+    details["schedule"] = [{"channels": 9, "loss": 1.0}, {"channels": 8, "loss": 1.0}]
+    entry = next(entry for entry in details["classes"] if entry["name"] == "ff")
+    entry["histogram"] = {"edges": [0.0, 1.0, 2.0], "kept": [1, 4], "removed": [3, 0]}
+    with plain_defaults():
+        figure = draw_scores(details)
+    assert figure.get_suptitle().endswith("what was removed in the last of 2 steps")
+    axes = panel(figure, "feed-forward")
+    assert any(text.get_text().startswith("5 of 8 channels kept") for text in axes.texts)
+    assert axes.get_ylim()[1] > 4  # the highest bar ends below the edge
+    said = "Of the last of 2 steps; each has scores of its own."
+    assert said not in render_card(pruned, [SCORES], "")
+    pruned["stages"][0]["details"] = details
+    assert said in render_card(pruned, [SCORES], "")
+
+
 def test_many_classes_are_shown_in_part_and_counted(pruning_details):
     details = pruning_details()
     one = details["classes"][1]
@@ -140,7 +157,7 @@ def test_the_card_of_a_classifier_says_what_was_measured_on_which_images(pruned)
     }  # fmt: skip
     card = render_card(pruned, [], "")
     assert "| accuracy on images that were not trained on | 88.00% | 87.50% |" in card
-    assert "| images answered as the original answers them | 100 % | 90.00% |" in card
+    assert "| images answered as the original answers them | 100% | 90.00% |" in card
     assert "| SQNR of the logits |  | 9.50 dB |" in card
     assert (
         "chosen with seed 7 from 2,000 that were neither calibrated nor trained on: agreement with the"
@@ -179,6 +196,7 @@ def test_the_card_tells_accuracy_before_and_after_everything(pruned):
     places = [section.index(row) for row in rows]
     assert places == sorted(places)
     assert "Trained afterwards by `finetune`: 400 steps on 5,000 images; training loss" in section
+    assert " on average over its first twelfth, " in section
     assert "ine-tuning required" not in section
     assert "left out" not in section
     pruned["stages"][1]["details"] |= {"skipped": 2, "held_out": 1200}

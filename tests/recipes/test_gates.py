@@ -8,6 +8,7 @@ import pytest
 from compress.recipes.gates import METRICS, NEEDS, Gate
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,21 @@ def test_comparisons(text, below, equal, above):
 def test_what_is_no_comparison(text):
     with pytest.raises(ValueError, match="not a comparison"):
         Gate.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        (None, r"null is not a comparison; leave the gate out .*--set require=\{\}"),
+        (5, "write one such as '<= 5'"),
+        (0.01, "write one such as '<= 0.01'"),
+        ([1], "write one such as '<= 0.35'"),
+        (True, "write one such as '<= 0.35'"),
+    ],
+)
+def test_what_is_no_text_is_told_what_to_write(value, hint):
+    with pytest.raises(ValidationError, match=hint):
+        TypeAdapter(Gate).validate_python(value)
 
 
 @given(sign=st.sampled_from(["<=", ">=", "<", ">", "=="]), value=st.integers(-(10**9), 10**9))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import import_module
 
 import compress
 import pytest
@@ -350,3 +351,12 @@ def test_a_dense_folder_opens_with_its_defaults_for_generating(make_llm):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(SourceError, match="which compress does not write for models of transformers"):
         compress.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("known", "found"), [({"a"}, {"a", "b"}), (set(), {"b"}), (["a"], ["a", "b"]), (None, ["b"])]
+)
+def test_names_to_ignore_keep_the_kind_that_a_release_has(known, found):
+    """Releases of transformers 5 hold them as a set, or as a list or None, and add their own kind to them."""
+    quantizer = import_module("transformers.quantizers.auto").AUTO_QUANTIZER_MAPPING["compress"]
+    assert import_module(quantizer.__module__)._with_expression(known, "b") == found

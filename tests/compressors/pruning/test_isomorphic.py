@@ -283,6 +283,7 @@ def test_magnitude_needs_no_labels_and_taylor_says_what_to_do(
     [
         (VIT, settings(ratios={"modules": {"vit.layers.9.*": 0.5}}), "matches no layer"),
         (VIT, settings(keep=("vit.layer.*",)), "matches no layer"),
+        (VIT, settings(keep=("*",), ratios={"width": 0.5}), "match all .* nothing would be removed"),
         (VIT, settings(round_to=16), "no layer of attention can lose head channels"),
         (VIT, settings(target={"macs": 0.0005}), "cannot be reached.*now"),
         (VIT, settings(target={"macs": "5G"}), "keeps it already"),
