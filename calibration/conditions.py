@@ -176,10 +176,11 @@ def _prompt_conditions(model: OpenModel, settings: CalibrationSettings, samples:
     if model.family.name == "unet":
         _check_widths(model, positive)
     prompts = len(next(iter(positive.values())))
-    return PromptConditions(positive, negative, torch.arange(samples) % prompts, _sizes(model))
+    return PromptConditions(positive, negative, torch.arange(samples) % prompts, size_entries(model))
 
 
-def _sizes(model: OpenModel) -> Sizes | None:
+def size_entries(model: OpenModel) -> Sizes | None:
+    """Return what tells a model the size of its images; None of one that is not told."""
     pixels = int(model.config["sample_size"]) * PIXELS_PER_LATENT  # PixArt's autoencoder as well
     if model.family.name == "pixart" and uses_additional_conditions(model.config):
         return partial(size_conditions, pixels, like=torch.empty(0))
@@ -202,6 +203,14 @@ def _check_widths(model: OpenModel, positive: Mapping[str, Tensor]) -> None:
             )
 
 
+def embedding_keys(model: OpenModel) -> dict[str, str]:
+    """Return argument of the denoiser (see `EMBEDDING_KEYS`) -> key in an embeddings file."""
+    keys = dict(EMBEDDING_KEYS[model.family.name])
+    if model.family.name == "unet" and model.config["addition_embed_type"] is None:
+        del keys[_POOLED]
+    return keys
+
+
 def read_embeddings(path: Path, model: OpenModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Read prompt embeddings and, where the file has them, negative ones.
 
@@ -215,9 +224,7 @@ def read_embeddings(path: Path, model: OpenModel) -> tuple[dict[str, Tensor], di
     Raises:
         SourceError: not readable, a key is missing, or the numbers of prompts differ.
     """
-    keys = dict(EMBEDDING_KEYS[model.family.name])
-    if model.family.name == "unet" and model.config["addition_embed_type"] is None:
-        del keys[_POOLED]
+    keys = embedding_keys(model)
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import StageError
+from ..errors import SourceError, StageError
 from ..models.base import OpenModel
 from ..models.headers import read_header
 from ..progress import Progress, step
@@ -28,8 +28,10 @@ from .content import (
     recording_folder,
     write_index,
 )
+from .latents import LatentSet
 from .replay import replay
 from .sampler import denoise_batch, make_scheduler
+from .training_data import TrainingData
 
 if TYPE_CHECKING:
     from ..recipes.schema import CalibrationSettings
@@ -57,6 +59,7 @@ class DiffusionCalibration:
         samples: how many trajectories there are.
         latents: name of the denoiser's argument that takes the latents.
         keeper: keeps a temporary folder alive as long as this object; None where the cache is the user's.
+        data: what stages that train the model learn from; None: the recipe names none.
     """
 
     seed: int
@@ -66,6 +69,23 @@ class DiffusionCalibration:
     samples: int
     latents: str = "hidden_states"
     keeper: Any = None
+    data: TrainingData | None = None
+
+    def training(
+        self, model: OpenModel, original: Callable[[], OpenModel] | None, progress: Progress
+    ) -> LatentSet:
+        """Return what the model is trained on; see `TrainingData.latents`.
+
+        Raises:
+            SourceError: the recipe names no data, or they cannot be read.
+            StageError: samples are missing, and the original is not at hand.
+        """
+        if self.data is None:
+            raise SourceError(
+                f"{model.source.id}: a stage trains the model, and the recipe names nothing to train on",
+                hint="add `data: {generate: 1000}` to calibration, or latents or images of your own",
+            )
+        return self.data.latents(model, original, progress)
 
     def calls(self) -> Iterator[dict[str, Any]]:
         """Yield the keyword arguments of every recorded forward, on the CPU, one at a time."""
@@ -159,7 +179,10 @@ def record(
                     model, scheduler, conditions, start, settings, seed, path, progress
                 )
                 write_index(folder / INDEX_FILE, hashes)
-    return DiffusionCalibration(seed, key, files, guided, settings.samples, model.family.latents, keeper)
+    data = TrainingData.of(model, settings, seed=seed, cache=cache)
+    return DiffusionCalibration(
+        seed, key, files, guided, settings.samples, model.family.latents, keeper, data
+    )
 
 
 def recording_key(model: OpenModel, settings: CalibrationSettings, seed: int) -> str:

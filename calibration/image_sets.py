@@ -62,7 +62,7 @@ class ImageSet:
         """
         rows = [self.rows[index] for index in indices]
         if isinstance(self.source, TensorFile):
-            return self.prepare(_tensor_rows(self.source, rows, self.prepare.channels))
+            return self.prepare(tensor_rows(self.source, rows, self.prepare.channels))
         try:
             return self.prepare([decode(self.source.paths[row], self.prepare.channels) for row in rows])
         except Unreadable as error:
@@ -177,7 +177,7 @@ class Pools:
     notes: tuple[str, ...]
 
 
-def _tensor_rows(source: TensorFile, rows: Sequence[int], channels: int) -> list[np.ndarray]:
+def tensor_rows(source: TensorFile, rows: Sequence[int], channels: int) -> list[np.ndarray]:
     """Read rows of the tensor `pixels`, each [channels, height, width] uint8."""
     if source.channels > channels:
         raise SourceError(

@@ -117,7 +117,7 @@ class _Maker:
 
     def pool(self, source: Images) -> Pool:
         """Return all images of a part, in the order of the seed."""
-        labels = _labels(source, self.numbers.numbers, self.classes)
+        labels = labels_of(source, self.numbers.numbers, self.classes)
         order = torch.randperm(len(source), generator=generator_for(self.seed, "images")).tolist()
         values = None if labels is None else labels.tolist()
         key = digest([self.fingerprint, source is self.layout.train, self.seed, values, self.prepare.key])
@@ -188,8 +188,17 @@ def _without(pool: Pool, held_out: Pool) -> Pool:
     return replace(pool, order=order, key=key, copies=pool.copies + copies)
 
 
-def _labels(source: Images, numbers: Mapping[str, int], classes: int) -> Tensor | None:
-    """Return the classes of all images of a part: [n] int64."""
+def labels_of(source: Images, numbers: Mapping[str, int], classes: int) -> Tensor | None:
+    """Return the classes of all images of a part, [n] int64; None: nothing says them.
+
+    Args:
+        source: the images.
+        numbers: what their labels are called -> class.
+        classes: of the model.
+
+    Raises:
+        SourceError: a label is none of them.
+    """
     if isinstance(source, FileList):
         if source.labels is None:
             return None

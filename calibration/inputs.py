@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SourceError
+from ..recipes.data import PATH_KEYS as DATA_PATHS
 from ..runtime.hashes import file_sha256
 
 if TYPE_CHECKING:
@@ -59,8 +60,9 @@ def condition_files(settings: CalibrationSettings) -> list[Path]:
 
 def missing_files(settings: CalibrationSettings) -> list[Path]:
     """Return what the settings name and is not there: to be refused before a model is read."""
-    images = [] if settings.images is None or settings.images.exists() else [Path(settings.images)]
-    return [path for path in condition_files(settings) if not path.is_file()] + images
+    data = [] if settings.data is None else [getattr(settings.data, name) for name in DATA_PATHS]
+    places = [Path(path) for path in (settings.images, *data) if path is not None and not path.exists()]
+    return [path for path in condition_files(settings) if not path.is_file()] + places
 
 
 def check_table(path: Path) -> None:
@@ -81,7 +83,7 @@ def by_content(settings: CalibrationSettings) -> dict[str, Any]:
     Raises:
         SourceError: a file with prompts or embeddings cannot be read.
     """
-    values = settings.model_dump(mode="json")
+    values = settings.model_dump(mode="json", exclude={"data"})  # it is of no effect on what is recorded
     for name in FILE_KEYS:
         path = getattr(settings, name)
         if path is not None:

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import RecipeError
+from .data import PATH_KEYS, DataSettings
 from .messages import to_error
 from .overrides import apply_options, apply_overrides
 from .schema import Recipe
@@ -161,7 +162,7 @@ def _find_beside(recipe: Recipe, file: Path | None) -> Recipe:
     By its path from there or by its base name alone: an exported folder has copies of files. Of images
     it has none, so those are found by their path alone.
     """
-    moved = {}
+    moved: dict[str, Any] = {}
     for name in ("prompts", "embeddings", "text", "images"):
         path: Path | None = getattr(recipe.calibration, name)
         if file is None or path is None or path.exists():
@@ -173,9 +174,21 @@ def _find_beside(recipe: Recipe, file: Path | None) -> Recipe:
             beside = [place for place in places if place.is_file()]
         if beside:
             moved[name] = beside[0]
+    data = recipe.calibration.data
+    if file is not None and data is not None:
+        moved |= _data_beside(data, file.parent)
     if not moved:
         return recipe
     return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=moved)})
+
+
+def _data_beside(data: DataSettings, folder: Path) -> dict[str, DataSettings]:
+    """Return `data` with a path from a folder in place of one that leads nowhere, where that is so."""
+    given = {name: path for name in PATH_KEYS if (path := getattr(data, name)) is not None}
+    found = {
+        name: folder / path for name, path in given.items() if not path.exists() and (folder / path).exists()
+    }
+    return {"data": data.model_copy(update=found)} if found else {}
 
 
 def _parse(value: Any) -> Recipe:

@@ -26,6 +26,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
+from .data import DataSettings
 from .export import Exports, ExportSettings, clash
 from .gates import METRICS, NEEDS, Gate
 from .stages import PHASES, STAGES, StageSettings
@@ -113,6 +114,9 @@ class CalibrationSettings(_Settings):
     )
     strict: bool = Field(
         False, description="Refuse a folder with images that cannot be read, instead of leaving them out."
+    )
+    data: DataSettings | None = Field(
+        None, description="What the stages that train a denoiser learn from; null: no stage does."
     )
 
     @model_validator(mode="after")
