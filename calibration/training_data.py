@@ -102,7 +102,7 @@ class TrainingData:
         """Return samples of the original."""
         if data.flip and not sees_pixels(model):
             raise SourceError(
-                "calibration.data.flip: the samples are latents, which cannot be mirrored as their images can",
+                "calibration.data.flip: the samples are latents, which cannot be mirrored as images can",
                 hint="leave out flip",
             )
         count = int(data.generate or 0)

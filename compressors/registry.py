@@ -15,6 +15,7 @@ ENTRY_POINT_GROUP = "compress.compressors"
 METHODS: Mapping[str, tuple[str, str]] = {
     "isomorphic": (".pruning.isomorphic", "Isomorphic"),
     "finetune": (".recovery.finetune", "Finetune"),
+    "distill": (".recovery.distill", "Distill"),
     "rtn": (".quantization.rtn", "Rtn"),
     "smoothquant": (".quantization.smoothquant", "SmoothQuant"),
     "vidit_q": (".quantization.vidit_q", "ViditQ"),

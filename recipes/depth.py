@@ -47,6 +47,7 @@ class TinyFusionSettings(StageSettings):
     method: ClassVar[str] = "tinyfusion"
     phase: ClassVar[Phase] = "prune"
     families: ClassVar[frozenset[str]] = FAMILIES
+    learns_from_data: ClassVar[bool] = True
 
     groups: Groups | dict[str, Groups] = Field(
         "2:4",

@@ -81,3 +81,63 @@ class FinetuneSettings(TrainingSettings):
     augment: tuple[Literal["flip", "shift"], ...] = Field(
         ("flip",), description="flip: mirrored half of the time; shift: moved by up to an eighth."
     )
+
+
+class MaskedDistillSettings(TrainingSettings):
+    """Train a denoiser on its own loss, on the original's answers, and on what its blocks compute."""
+
+    method: ClassVar[str] = "distill"
+    families: ClassVar[frozenset[str]] = frozenset({"dit", "pixart", "sd3"})
+    learns_from_data: ClassVar[bool] = True
+
+    batch_size: int = Field(256, ge=1, le=65536, description="Samples of an optimizer step, on all devices.")
+    lr: float = Field(2e-4, gt=0.0, le=10.0, description="Learning rate at the start of the cosine.")
+    min_lr: float = Field(1e-4, ge=0.0, description="Learning rate at its end.")
+    warmup: float = Field(
+        0.0, ge=0.0, lt=1.0, description="Share of the steps in which the learning rate rises linearly."
+    )
+    weight_decay: float = Field(
+        0.0, ge=0.0, le=1.0, description="Of matrices; biases, norms and single parameters have none."
+    )
+    ema: float | None = Field(
+        0.9999, gt=0.0, lt=1.0, description="Keep the moving average of the weights with this decay."
+    )
+    answers: float = Field(
+        0.9, ge=0.0, le=100.0, description="Weight of the distance to the original's predictions."
+    )
+    denoising: float = Field(
+        0.1, ge=0.0, le=100.0, description="Weight of the loss that denoisers are trained with; 1 with the "
+        "others 0 is plain fine-tuning.",
+    )  # fmt: skip
+    features: float = Field(
+        0.01,
+        ge=0.0,
+        le=100.0,
+        description="Weight of the distance between what matching blocks put out, at the first step; it "
+        "falls linearly to 0 at the last. The paper has 0.01 for DiT and 0.0002 for SiT.",
+    )
+    mask: Literal["zero", "exclude", "none"] = Field(
+        "zero",
+        description="What becomes of values far from their mean in that distance, of the two models each by "
+        "its own: zero: they count as 0, as published; exclude: where one is far, neither counts; none: all "
+        "of them count.",
+    )
+    sigmas: float = Field(
+        2.0, gt=0.0, le=1000.0, description="Standard deviations from the mean from which a value is far."
+    )
+
+    @model_validator(mode="after")
+    def _towards_something(self) -> MaskedDistillSettings:
+        if not (self.answers or self.denoising or self.features):
+            raise ValueError("answers, denoising and features are all 0, so there is nothing to learn")
+        for name in ("mask", "sigmas"):
+            if not self.features and name in self.model_fields_set:
+                raise ValueError(f"{name} has no effect with features: 0")
+        if self.mask == "none" and "sigmas" in self.model_fields_set:
+            raise ValueError("sigmas has no effect with mask: none")
+        return self
+
+    @property
+    def asks_original(self) -> bool:
+        """Whether the original answers beside the model."""
+        return bool(self.answers or self.features)

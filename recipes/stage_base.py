@@ -18,3 +18,4 @@ class StageSettings(BaseModel):
     method: ClassVar[str]
     phase: ClassVar[Phase]
     families: ClassVar[frozenset[str]]
+    learns_from_data: ClassVar[bool] = False  # it trains a denoiser on calibration.data

@@ -18,7 +18,7 @@ from pydantic import (
 
 from .allocation import AllocationSettings, BudgetSettings
 from .pruning import IsomorphicSettings
-from .recovery import FinetuneSettings
+from .recovery import FinetuneSettings, MaskedDistillSettings
 from .stage_base import PHASES, Phase, StageSettings
 
 WeightBits = Literal[2, 3, 4, 6, 8]
@@ -281,7 +281,7 @@ QuantizeSettings = UniformSettings | MixdqSettings
 STAGES: dict[str, type[StageSettings]] = {
     settings.method: settings
     for settings in (
-        IsomorphicSettings, FinetuneSettings,
+        IsomorphicSettings, FinetuneSettings, MaskedDistillSettings,
         RtnSettings, SmoothQuantSettings, ViditQSettings, MixdqSettings,
     )
 }  # fmt: skip

@@ -19,17 +19,15 @@ from ...calibration.image_sets import ImageSet
 from ...calibration.images import training_images
 from ...errors import PlanError
 from ...models.base import ModelSpec, OpenModel
-from ...models.open import read_spec
 from ...progress import Progress
 from ...recipes.recovery import FinetuneSettings
-from ...recipes.schema import ModelRef
 from ...runtime.hashes import digest
 from ..base import StagePlan, Workspace
 from .classification import Classification, Images, Teacher
 from .details import training_details
 from .keeping import BUDGET_BYTES, KeptImages
 from .loop import train
-from .memory import plan_training
+from .memory import original_bytes, plan_training
 from .schedule import step_count
 
 
@@ -47,7 +45,7 @@ class Finetune:
             PlanError: the model is quantized.
         """
         _refuse_quantized(bool(spec.quantization))
-        teacher = _original_bytes(spec) if settings.distill is not None else 0
+        teacher = original_bytes(spec) if settings.distill is not None else 0
         notes = (f"the original answers beside it: {teacher / 2**20:,.0f} MiB",) if teacher else ()
         return plan_training(spec, settings, teacher_bytes=teacher, data_bytes=BUDGET_BYTES, notes=notes)
 
@@ -105,13 +103,6 @@ def _refuse_quantized(quantized: bool) -> None:
 def _weights(model: OpenModel) -> tuple[str, list[tuple[str, str]]]:
     """Return hashes of the weights that are trained, and of the original's."""
     return hash_weights(model.module), sorted(model.source.hashes.items())
-
-
-def _original_bytes(spec: ModelSpec) -> int:
-    """Return the tensor bytes of the model as it was before any stage."""
-    name = str(spec.dtype).removeprefix("torch.")
-    original = read_spec(ModelRef.model_validate({"id": str(spec.source.folder), "dtype": name}))
-    return original.size().bytes
 
 
 def _teacher(settings: FinetuneSettings, workspace: Workspace) -> Teacher | None:

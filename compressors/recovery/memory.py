@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from math import prod
 
 from ...models.base import ModelSpec
+from ...models.open import read_spec
 from ...recipes.recovery import TrainingSettings
+from ...recipes.schema import ModelRef
 from ..activations import activation_bytes
 from ..base import StagePlan
 from .state import COPIES_ON_DISK
@@ -65,6 +67,13 @@ def _activation_bytes(spec: ModelSpec, precision: str) -> int:
     """Return what one item keeps; of reduced precision half, though norms and losses stay in float32."""
     found = activation_bytes(spec.meta_module().float().train(), spec.family)
     return found if precision == "float32" else found // 2
+
+
+def original_bytes(spec: ModelSpec) -> int:
+    """Return the tensor bytes of the model as it was before any stage."""
+    name = str(spec.dtype).removeprefix("torch.")
+    original = read_spec(ModelRef.model_validate({"id": str(spec.source.folder), "dtype": name}))
+    return original.size().bytes
 
 
 def plan_training(
