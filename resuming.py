@@ -8,7 +8,11 @@ from pathlib import Path
 from .exporters.attachments import read_attachments
 from .exporters.form import stored_surgery
 from .models.base import OpenModel
+from .models.blocks import shallower_config
 from .models.open import open_model
+from .models.origins import NAME as DEPTH_FILE
+from .models.origins import kept_blocks
+from .models.shallower import shallower_spec
 from .progress import SilentProgress
 from .recipes.schema import ModelRef
 from .runtime.load import read_checkpoint
@@ -17,8 +21,13 @@ from .runtime.load import read_checkpoint
 def resume(model: OpenModel, folder: Path) -> None:
     """Put the checkpoint of a finished stage in the place of the module that was opened."""
     module, manifest = read_checkpoint(folder)
+    attachments = read_attachments(folder)
+    if DEPTH_FILE in attachments:
+        kept = kept_blocks(attachments[DEPTH_FILE])
+        model.shared = dict(shallower_spec(model.spec, kept).shared)
+        model.config = shallower_config(model.config, kept)
     model.surgery = stored_surgery(folder, model.family, model.config)
-    model.attachments = read_attachments(folder)
+    model.attachments = attachments
     model.module = module.to(next(model.module.parameters()).device)
     model.quantization = dict(manifest.quantization)
     model.history = list(manifest.history)

@@ -169,18 +169,20 @@ class _Recorder:
 class _Comparer:
     """Replaces block inputs by the original's and adds up signal and noise, reading block by block.
 
-    A block whose stream was pruned to another width cannot be fed the original's input, and a layer
-    that lost outputs cannot be compared: these get no figure.
+    A block is compared with the one that it was in the original. A block whose stream was pruned to another
+    width cannot be fed the original's input, and a layer that lost outputs cannot be compared: these get no
+    figure.
     """
 
-    def __init__(self, folder: Path, sums: dict[str, Powers]) -> None:
+    def __init__(self, folder: Path, sums: dict[str, Powers], origin: Callable[[str], str]) -> None:
         self._folder = folder
+        self._origin = origin
         self._recorded: dict[str, Tensor] = {}
         self._sums = sums
         self._comparable = True
 
     def block_input(self, name: str, arguments: dict[str, Any]) -> None:
-        self._recorded = load_file(_file(self._folder, name))
+        self._recorded = load_file(_file(self._folder, self._origin(name)))
         inputs = {stream: self._recorded.get(f"in|{stream}") for stream in STREAMS}
         self._comparable = all(
             original is None or original.shape == arguments[stream].shape
@@ -207,7 +209,7 @@ class _Comparer:
         self._recorded = {}
 
     def linear_output(self, name: str, output: Tensor) -> None:
-        before, after = self._recorded[f"rows|{name}"], _rows(output).cpu()
+        before, after = self._recorded[f"rows|{self._origin(name)}"], _rows(output).cpu()
         if self._comparable and before.shape == after.shape:
             self._sums.setdefault(name, Powers()).add(*powers(before, after))
 
@@ -233,12 +235,12 @@ def compare_layers(
     """Run the compressed model on the original's block inputs and add up signal and noise.
 
     Args:
-        model: after the stages; its blocks are those of the original.
+        model: after the stages; its blocks are those of the original, or some of them.
         kwargs: those that `record_layers` had.
         folder: that `record_layers` filled.
         sums: module name -> powers; added to, in the order of execution.
     """
-    with _watched(model, _Comparer(folder, sums)):
+    with _watched(model, _Comparer(folder, sums, model.original_name)):
         model.module(**kwargs)
 
 

@@ -43,7 +43,7 @@ def linear_inventory(model: OpenModel) -> list[dict[str, Any]]:
     ``copy_of`` names the linear whose weight this one shares, None for all others: averages over what is
     stored leave copies out.
     """
-    shared = model.spec.shared
+    shared, dense = model.shared, model.dense().tensors
     rows = []
     for site in model.linears():
         module = model.module.get_submodule(site.name)
@@ -58,7 +58,7 @@ def linear_inventory(model: OpenModel) -> list[dict[str, Any]]:
         original = sum(
             spec.bytes
             for name in ("weight", "bias")
-            if (spec := model.spec.tensors.get(f"{site.name}.{name}")) and f"{site.name}.{name}" not in shared
+            if (spec := dense.get(f"{site.name}.{name}")) and f"{site.name}.{name}" not in shared
         )
         first = shared.get(f"{site.name}.weight")
         rows.append(

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import SourceError
+from ..models.origins import NAME as DEPTH_FILE
 
-NAMES: tuple[str, ...] = ("pruning.json",)
+NAMES: tuple[str, ...] = ("pruning.json", DEPTH_FILE)
 MAX_BYTES = 64 * 2**20
 
 

@@ -34,7 +34,7 @@ def layout(model: OpenModel) -> Layout:
     if {name: layer.scheme for name, layer in quantized_layers(model.module).items()} != quantization:
         raise ValueError("the model's quantized layers are not the ones that its record lists")
     state = {name: tensor for name, tensor in state.items() if name not in left_out(model.config)}
-    shared = equal_copies(state, model.spec.shared, quantization) if quantization else {}
+    shared = equal_copies(state, model.shared, quantization) if quantization else {}
     form = stored_form(model.family, model.config, model.surgery)
     manifest = Manifest(
         surgery=form.surgery, quantization=quantization, shared=shared, history=tuple(model.history)

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from ..runtime.manifest import HistoryEntry, KernelScheme, ModuleSurgery, QuantizedModule
 from .building import meta_module
+from .origins import NAME as DEPTH_FILE
+from .origins import original_name
 from .shapes import PERSISTENT_BUFFERS, expected_shapes
 from .source_card import SourceCard
 from .structure import PrunableStructure
@@ -268,19 +270,26 @@ class ModelSpec:
         """Build the dense module on the meta device, cut as planned: no memory, no weights."""
         return meta_module(self.family, self.config, self.surgery)
 
-    def cut(self, surgery: Mapping[str, ModuleSurgery], config: Mapping[str, Any] | None = None) -> ModelSpec:
+    def cut(
+        self,
+        surgery: Mapping[str, ModuleSurgery],
+        config: Mapping[str, Any] | None = None,
+        shared: Mapping[str, str] | None = None,
+    ) -> ModelSpec:
         """Return the spec of the dense model with other sizes.
 
         Args:
             surgery: everything that differs from what the config implies.
             config: where the sizes, or some of them, follow from another config; None: this one.
+            shared: copies, where other names are left of them; None: these.
         """
         config = self.config if config is None else config
+        shared = self.shared if shared is None else shared
         shapes = {**expected_shapes(config["_class_name"], config), **flat_shapes(surgery)}
         tensors = {name: TensorSpec(shape, self.dtype) for name, shape in shapes.items()}
         return replace(
-            self, config=config, surgery=dict(surgery), tensors=tensors,
-            parameters=count_parameters(config, shapes, self.shared),
+            self, config=config, surgery=dict(surgery), tensors=tensors, shared=shared,
+            parameters=count_parameters(config, shapes, shared),
             parameters_stored=count_parameters(config, shapes, {}),
         )  # fmt: skip
 
@@ -309,6 +318,7 @@ class OpenModel:
         spec: of the module as it was opened (dense, before any stage).
         scheduler: diffusers scheduler that the checkpoint came with, None for other libraries.
         surgery: module name -> what the config does not say of it; kept equal to the module.
+        shared: name of a copy -> name of the tensor that is stored; kept equal to the module.
         quantization: module name -> scheme; kept equal to the `QuantizedLinear`s in `module`.
         history: one entry per finished stage.
         attachments: name of a text file -> content, written beside the weights (such as what was cut).
@@ -324,10 +334,15 @@ class OpenModel:
     history: list[HistoryEntry] = field(default_factory=list)
     surgery: dict[str, ModuleSurgery] = field(default_factory=dict)
     attachments: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
 
     def dense(self) -> ModelSpec:
         """Return the spec of the module as it is now, before quantization."""
-        return self.spec.cut(self.surgery, self.config)
+        return self.spec.cut(self.surgery, self.config, self.shared)
+
+    def original_name(self, name: str) -> str:
+        """Return what a module or tensor was called before blocks were removed."""
+        return original_name(name, self.attachments.get(DEPTH_FILE))
 
     def linears(self) -> Sequence[LinearSite]:
         """The family's linears of the module as it is now."""
@@ -338,7 +353,7 @@ class OpenModel:
         stored = sum(
             tensor_bytes(tensor)
             for name, tensor in self.module.state_dict().items()
-            if name not in self.spec.shared
+            if name not in self.shared
         )
         dense = self.dense()
         return Size(

@@ -79,7 +79,7 @@ def open_model(
     spec = spec.evolve(source=source, shared=shared, parameters=count_parameters(spec.config, shapes, shared))
     return OpenModel(
         module=module, family=spec.family, config=dict(spec.config), source=source, spec=spec,
-        scheduler=_scheduler(checkpoint.scheduler),
+        scheduler=_scheduler(checkpoint.scheduler), shared=dict(shared),
     )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ def apart(model: OpenModel) -> OpenModel:
         quantization=dict(model.quantization),
         history=list(model.history),
         attachments=dict(model.attachments),
+        shared=dict(model.shared),
     )
 
 

@@ -81,7 +81,7 @@ class _Stage:
                     return_freed_memory()
         self._fill_ranges()
         rows = [self.rows[choice.site.name] for choice in self.choices]
-        facts = averages(rows, label(self.settings), self.model.spec.shared)
+        facts = averages(rows, label(self.settings), self.model.shared)
         return {**facts, **self.first_tokens.details(), "layers": rows}
 
     def _gram_widths(self, block: list[Choice]) -> dict[str, int]:

@@ -61,7 +61,7 @@ def opened(folder, config, seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = spec.family.build(spec.config).eval().requires_grad_(False)
-    return OpenModel(module, spec.family, dict(spec.config), spec.source, spec)
+    return OpenModel(module, spec.family, dict(spec.config), spec.source, spec, shared=dict(spec.shared))
 
 
 def prune(model, folder, **keys):

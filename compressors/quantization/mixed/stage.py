@@ -112,7 +112,7 @@ class MixedStage:
             name: TensorSpec(tuple(tensor.shape), tensor.dtype)
             for name, tensor in model.module.state_dict().items()
         }
-        self.fixed_bytes = bytes_outside(tensors, model.spec.shared, self.planned.names)
+        self.fixed_bytes = bytes_outside(tensors, model.shared, self.planned.names)
 
     def run(self) -> dict[str, Any]:
         """Do all of it."""
@@ -138,7 +138,7 @@ class MixedStage:
         return_freed_memory()
         label = stage_label(candidates, decision.assignment)
         return {
-            **averages(rows, label, self.model.spec.shared),
+            **averages(rows, label, self.model.shared),
             "allocation": decision.details,
             "sensitivity": compact(ready.table),
             "layers": rows,
@@ -192,7 +192,7 @@ class MixedStage:
             self.survey,
             self.settings,
             model.spec.dtype,
-            model.spec.shared,
+            model.shared,
             settle=settle,
             inputs=None if calls is None else input_elements(model, calls, names),
         )
