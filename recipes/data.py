@@ -37,9 +37,10 @@ class DataSettings(BaseModel):
         description="Draw so many samples with the original, as calibration says: its steps, guidance, "
         "scheduler and classes or prompts.",
     )
-    flip: bool = Field(
-        True,
-        description="Half of the time the mirrored image instead; of latents on disk where they have it.",
+    flip: bool | None = Field(
+        None,
+        description="Half of the time the mirrored image instead; null: of images, and of latents that have "
+        "it. Samples that are drawn can be mirrored where the model sees pixels.",
     )
     steps: int | None = Field(
         None, ge=1, le=1000, description="Of generate: sampling steps; null: calibration.steps."
