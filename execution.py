@@ -24,7 +24,7 @@ from .evaluation.by_task import Measurer, evaluator_for
 from .evaluation.evaluator import Evaluation
 from .evaluation.reference import Reference
 from .exporters.formats import as_shipped, write
-from .fitting_images import data_of
+from .fitting_data import stage_data
 from .interim import Interim
 from .models.base import OpenModel
 from .models.open import open_model
@@ -111,7 +111,7 @@ def _stage_keys(recipe: Recipe, model: OpenModel, calibration_key: str) -> list[
     keys: list[tuple[str, str]] = []
     previous = digest([sorted(model.source.hashes.items()), str(model.spec.dtype), model.config])
     for index, stage in enumerate(recipe.stages):
-        data = data_of(recipe, index)
+        data = stage_data(recipe, index, model.source.folder, model.source.revision)
         key = digest(
             {
                 **({} if data is None else {"data": data}),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .recipes.schema import Recipe
     from .recipes.tree import Location
 
-_DENOISER_KEYS = ("steps", "guidance_scale", "scheduler", "classes", "prompts", "embeddings")
+_DENOISER_KEYS = ("steps", "guidance_scale", "scheduler", "classes", "prompts", "embeddings", "data")
 _LANGUAGE_KEYS = ("text", "length")
 _CLASSIFIER_KEYS = ("images", "strict")
 _SAMPLING_KEYS = ("steps", "guidance_scale")

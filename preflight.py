@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from .calibration.inputs import missing_files
 from .errors import PlanError, SourceError, UsageError, VerifyError
 from .fitting import check_kind
+from .fitting_data import check_data
 from .fitting_images import check_images
 from .models.registry import FAMILY_NAMES
 from .models.shapes import expected_shapes
@@ -246,7 +247,7 @@ def check_stages(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
         PlanError: a stage does not fit the model's family.
         RecipeError: a pattern matches no layer, or a key is of no use for this kind of model; with its
             place in the file.
-        SourceError: see `fitting.check_kind`, `fitting_images.check_images`.
+        SourceError: see `fitting.check_kind`, `fitting_images.check_images`, `fitting_data.check_data`.
     """
     check_kind(loaded, checkpoint)
     family = FAMILY_NAMES[checkpoint.class_name]
@@ -262,6 +263,7 @@ def check_stages(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
         if isinstance(stage.settings, GridSettings):
             _check_patterns(loaded, (*location, "keep"), stage.settings.keep, checkpoint)
     check_images(loaded, checkpoint)
+    check_data(loaded, checkpoint)
 
 
 def _check_patterns(

@@ -13,6 +13,7 @@ from ..exporters.pruning_table import (
     recovery_advice,
     shown_class,
     span,
+    trained_on,
     widths_of,
 )
 from ._tables import Section, Table
@@ -132,14 +133,13 @@ def training(stage: Document) -> str:
     """Say how long a recovery stage trained, and how its loss fell."""
     details = stage["details"]
     first, last = change(details["loss"])
-    images = details.get("images")
-    on = f" on {images:,} images" if isinstance(images, int) else ""
     without = [
         f", {details[key]:,} {what} left out"
         for key, what in (("skipped", "that cannot be read"), ("held_out", "that are held out"))
         if details.get(key)
     ]
+    steps = f"{details['steps']:,} steps{trained_on(details)}{''.join(without)}"
     return (
-        f"{stage['method']}: {details['steps']:,} steps{on}{''.join(without)}, training loss {first:.4g} ->"
-        f" {last:.4g} (means of the first and the last twelfth)"
+        f"{stage['method']}: {steps}, training loss {first:.4g} -> {last:.4g} (means of the first and the"
+        " last twelfth)"
     )

@@ -16,6 +16,7 @@ from .pruning_table import (
     recovery_advice,
     shown_class,
     span,
+    trained_on,
     widths_of,
 )
 
@@ -116,10 +117,9 @@ def _losses(details: Document) -> Iterator[str]:
 def _recovery(trained: Sequence[Document]) -> Iterator[str]:
     for stage in trained:
         details = stage["details"]
-        images = details.get("images")
-        on = f" on {images:,} images" if isinstance(images, int) else ""
         first, last = change(details["loss"])
-        yield f"Trained afterwards by {code(stage['method'])}: {details['steps']:,} steps{on}; training loss"
+        steps = f"{details['steps']:,} steps{trained_on(details)}"
+        yield f"Trained afterwards by {code(stage['method'])}: {steps}; training loss"
         yield f"{first:.4g} on average over its first twelfth, {last:.4g} over its last."
         yield from _left_out(details)
         yield ""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..models.registry import task_of
+from ..recipes.recovery import MaskedDistillSettings
 from ..recipes.stages import STAGES
 
 Document = Mapping[str, Any]
@@ -44,6 +45,14 @@ def _trained(details: Document) -> bool:
     return bool(details.get("steps")) and isinstance(details.get("loss"), list | tuple)
 
 
+def trained_on(details: Document) -> str:
+    """Return what a training saw, as the end of a sentence; empty where it does not say."""
+    for key, what in (("images", "images"), ("data", "latents")):
+        if isinstance(details.get(key), int):
+            return f" on {details[key]:,} {what}"
+    return ""
+
+
 def recovery_advice(methods: Sequence[str], family: str) -> str | None:
     """Say of a recipe that nothing trains the model after it is pruned; None where something does.
 
@@ -57,7 +66,9 @@ def recovery_advice(methods: Sequence[str], family: str) -> str | None:
     required = "fine-tuning required: no stage trains the model after it is pruned"
     if task_of(family) == "classify":
         return f"{required}, and pruned models answer badly; the stage for it is finetune"
-    return f"{required}; the stage finetune is for classifiers alone, so this takes other tools"
+    if family in MaskedDistillSettings.families:
+        return f"{required}, and pruned denoisers draw badly; the stage for it is distill"
+    return f"{required}; no stage here trains models such as {family}, so this takes other tools"
 
 
 def steps_of(details: Document) -> int:

@@ -24,7 +24,7 @@ def test_files_are_listed_and_missed(tmp_path, key):
 def test_classes_need_no_file():
     settings = CalibrationSettings(classes=(1, 2))
     assert condition_files(settings) == missing_files(settings) == []
-    assert by_content(settings) == settings.model_dump(mode="json")
+    assert by_content(settings) == settings.model_dump(mode="json", exclude={"data"})
 
 
 def test_the_check_needs_no_torch():

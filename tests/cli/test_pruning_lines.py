@@ -122,10 +122,17 @@ def test_accuracy_right_after_pruning_is_shown(pruned):
     assert line in shown(pruned).splitlines()
 
 
-def test_a_denoiser_is_not_told_to_use_a_stage_for_classifiers(pruned):
+def test_a_denoiser_is_told_of_the_stage_for_denoisers(pruned):
     alone = {**pruned, "stages": pruned["stages"][:1], "model": {**pruned["model"], "family": "dit"}}
     (line,) = [line for line in shown(alone).splitlines() if line.startswith(REQUIRED)]
-    assert line.endswith("; the stage finetune is for classifiers alone, so this takes other tools")
+    assert line.endswith("; the stage for it is distill")
+
+
+def test_what_a_denoiser_was_trained_on(pruned):
+    details = pruned["stages"][1]["details"]
+    details["data"] = details.pop("images")
+    details["data"] = 2000
+    assert "steps on 2,000 latents," in shown(pruned)
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,11 @@ def test_without_recovery_the_card_says_that_it_is_required(pruned):
         pruned
     )
     of_denoiser = {**pruned, "model": {**pruned["model"], "family": "dit"}}
-    assert f"{required}; the stage finetune is for classifiers alone" in section_of(of_denoiser)
+    assert f"{required}, and pruned denoisers draw badly; the stage for it is distill.**" in section_of(
+        of_denoiser
+    )
+    of_another = {**pruned, "model": {**pruned["model"], "family": "unet"}}
+    assert f"{required}; no stage here trains models such as unet" in section_of(of_another)
 
 
 def test_magnitude_and_a_stage_without_losses_are_told_as_they_are(pruned):

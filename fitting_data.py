@@ -1,0 +1,107 @@
+"""Has a recipe for a denoiser the data that its stages train on, and a use for those it names? Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .calibration.image_files import find_images
+from .calibration.latent_files import find_latents, fingerprint
+from .errors import SourceError
+from .fitting_images import data_of
+from .models.registry import FAMILY_NAMES, task_of
+from .recipes.data import PATH_KEYS
+from .runtime.hashes import digest, file_sha256
+
+if TYPE_CHECKING:
+    from .models.checkpoint import Checkpoint
+    from .recipes.loader import LoadedRecipe
+    from .recipes.schema import Recipe
+
+_VAE_FILES = ("config.json", "*.safetensors")
+
+
+def check_data(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
+    """Refuse a recipe that trains a denoiser on nothing, or names data and trains none.
+
+    Latents and images that are there are held against the model; whether they are is looked at by
+    `preflight.check_calibration`.
+
+    Raises:
+        RecipeError: data are missing, or of no use; with the place in the file.
+        SourceError: they do not fit the model.
+    """
+    recipe = loaded.recipe
+    family = FAMILY_NAMES[checkpoint.class_name]
+    if task_of(family) != "denoise":
+        return
+    learning = [
+        (index, stage) for index, stage in enumerate(recipe.stages) if stage.settings.learns_from_data
+    ]
+    data = recipe.calibration.data
+    if data is None:
+        for index, stage in learning:
+            raise loaded.error(
+                ("stages", index, stage.method),
+                "trains the model, and calibration names no data to train on",
+                "add `data: {generate: 1000}` to calibration, or latents or images of your own",
+            )
+        return
+    if not learning:
+        raise loaded.error(("calibration", "data"), "is of no use: no stage trains the model", "leave it out")
+    if data.images is not None and family != "dit":
+        raise loaded.error(
+            ("calibration", "data", "images"),
+            f"has no captions, and {family} is conditioned on text",
+            "use latents with prompt_embeds, or generate",
+        )
+    if data.latents is not None and data.latents.exists():
+        _check_latents(data.latents, checkpoint)
+    if data.images is not None and data.images.exists():
+        layout = find_images(data.images)
+        if not layout.train.labelled:
+            raise SourceError(
+                f"{data.images}: the images have no labels, and {family} is conditioned on classes",
+                hint="put them into a folder per class",
+            )
+
+
+def _check_latents(path: Path, checkpoint: Checkpoint) -> None:
+    part = find_latents(path)[0]
+    config = checkpoint.config
+    wanted = (int(config["in_channels"]), *(int(config["sample_size"]),) * 2)
+    if part.shape != wanted:
+        raise SourceError(
+            f"{part.path}: an item is {list(part.shape)}, and {checkpoint.id} takes {list(wanted)}",
+            hint="encode images of the model's size with the model's own VAE",
+        )
+
+
+def stage_data(recipe: Recipe, index: int, folder: Path, revision: str | None) -> str | None:
+    """Return the hash of the data that a stage trains on, beside those that all stages see; None: of none.
+
+    Args:
+        recipe: that fits its model.
+        index: of the stage.
+        folder: of the model: the VAE that encodes images lies beside it.
+        revision: of the model on the Hub, which fixes the VAE as well; None of a folder.
+
+    Raises:
+        SourceError: the data cannot be read.
+    """
+    data = recipe.calibration.data
+    if data is None or not recipe.stages[index].settings.learns_from_data:
+        return data_of(recipe, index)
+    content: dict[str, Any] = data.model_dump(mode="json", exclude=set(PATH_KEYS))
+    if data.latents is not None:
+        content["latents"] = fingerprint(find_latents(data.latents))
+    if data.images is not None:
+        content["images"] = find_images(data.images).fingerprint()
+        content["vae"] = [] if revision is not None else _vae_hashes(folder)
+    return digest(content)
+
+
+def _vae_hashes(folder: Path) -> list[str]:
+    places = [place for place in (folder / "vae", folder.parent / "vae") if place.is_dir()]
+    files = [path for pattern in _VAE_FILES for place in places[:1] for path in sorted(place.glob(pattern))]
+    return [file_sha256(path) for path in files]
