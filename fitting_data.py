@@ -9,8 +9,11 @@ from .calibration.image_files import find_images
 from .calibration.latent_files import find_latents, fingerprint
 from .errors import SourceError
 from .fitting_images import data_of
+from .models.checkpoint import locate
 from .models.registry import FAMILY_NAMES, task_of
 from .recipes.data import PATH_KEYS
+from .recipes.recovery import MaskedDistillSettings
+from .recipes.schema import ModelRef
 from .runtime.hashes import digest, file_sha256
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ def check_data(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
     learning = [
         (index, stage) for index, stage in enumerate(recipe.stages) if stage.settings.learns_from_data
     ]
+    _check_teachers(loaded)
     data = recipe.calibration.data
     if data is None:
         for index, stage in learning:
@@ -64,6 +68,17 @@ def check_data(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
                 f"{data.images}: the images have no labels, and {family} is conditioned on classes",
                 hint="put them into a folder per class",
             )
+
+
+def _check_teachers(loaded: LoadedRecipe) -> None:
+    stage = loaded.recipe.stages[0]
+    settings = stage.settings
+    if isinstance(settings, MaskedDistillSettings) and settings.asks_original and settings.teacher is None:
+        raise loaded.error(
+            ("stages", 0, stage.method),
+            "learns from the original, and no stage before it has changed that",
+            "name a `teacher`, or write answers: 0 and features: 0",
+        )
 
 
 def _check_latents(path: Path, checkpoint: Checkpoint) -> None:
@@ -98,6 +113,9 @@ def stage_data(recipe: Recipe, index: int, folder: Path, revision: str | None) -
     if data.images is not None:
         content["images"] = find_images(data.images).fingerprint()
         content["vae"] = [] if revision is not None else _vae_hashes(folder)
+    teacher = getattr(recipe.stages[index].settings, "teacher", None)
+    if teacher is not None:
+        content["teacher"] = _checkpoint_hash(teacher)
     return digest(content)
 
 
@@ -105,3 +123,10 @@ def _vae_hashes(folder: Path) -> list[str]:
     places = [place for place in (folder / "vae", folder.parent / "vae") if place.is_dir()]
     files = [path for pattern in _VAE_FILES for place in places[:1] for path in sorted(place.glob(pattern))]
     return [file_sha256(path) for path in files]
+
+
+def _checkpoint_hash(id_: str) -> str:
+    """Return the hash of another checkpoint: of its commit, or of its files."""
+    checkpoint = locate(ModelRef(id=id_))
+    weights = checkpoint.revision or [file_sha256(path) for path in checkpoint.files]
+    return digest([dict(checkpoint.config), weights])

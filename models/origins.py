@@ -41,6 +41,15 @@ def kept_blocks(text: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(row["kept"]) for name, row in _read(text)["blocks"].items()}
 
 
+def blocks_before(text: str) -> dict[str, int]:
+    """Return list of blocks -> how many the original has.
+
+    Raises:
+        SourceError: the text is no such file.
+    """
+    return {name: int(row["of"]) for name, row in _read(text)["blocks"].items()}
+
+
 def removals(text: str) -> list[dict[str, Any]]:
     """Return what is known of every removal, in order.
 

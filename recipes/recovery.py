@@ -102,6 +102,12 @@ class MaskedDistillSettings(TrainingSettings):
     ema: float | None = Field(
         0.9999, gt=0.0, lt=1.0, description="Keep the moving average of the weights with this decay."
     )
+    teacher: str | None = Field(
+        None,
+        min_length=1,
+        description="A Hub id or a folder: another model to learn from, of the same class and width; null: "
+        "the original, as it was before the first stage.",
+    )
     answers: float = Field(
         0.9, ge=0.0, le=100.0, description="Weight of the distance to the original's predictions."
     )
@@ -133,6 +139,8 @@ class MaskedDistillSettings(TrainingSettings):
         for name in ("mask", "sigmas"):
             if not self.features and name in self.model_fields_set:
                 raise ValueError(f"{name} has no effect with features: 0")
+        if self.teacher is not None and not self.asks_original:
+            raise ValueError("teacher has no effect with answers: 0 and features: 0")
         if self.mask == "none" and "sigmas" in self.model_fields_set:
             raise ValueError("sigmas has no effect with mask: none")
         return self

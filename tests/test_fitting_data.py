@@ -12,7 +12,9 @@ from compress.recipes.schema import ModelRef
 from PIL import Image
 from safetensors.torch import save_file
 
-TRAINED = [{"distill": {"steps": 2}}]
+PRUNED = {"isomorphic": {"importance": "magnitude", "ratios": {"ff": 0.25}}}
+TRAINED = [PRUNED, {"distill": {"steps": 2}}]
+PLAIN = [{"distill": {"steps": 2, "answers": 0, "features": 0}}]
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def latents(tmp_path):
 
 def test_a_training_needs_data_and_data_a_training(check):
     check(TRAINED, data={"generate": 10})
-    with pytest.raises(RecipeError, match=r"stages\[0\]\.distill.*names no data to train on"):
+    with pytest.raises(RecipeError, match=r"stages\[1\]\.distill.*names no data to train on"):
         check(TRAINED)
     with pytest.raises(RecipeError, match=r"calibration\.data.*no stage trains the model"):
         check([{"rtn": {"weight_bits": 8}}], data={"generate": 10})
@@ -80,7 +82,7 @@ def test_data_are_held_against_the_model(check, latents, tmp_path):
 
 def test_a_text_model_does_not_learn_from_images(check, tiny_sd3, tmp_path):
     with pytest.raises(RecipeError, match=r"calibration\.data\.images.*no captions"):
-        check(TRAINED, tiny_sd3, data={"images": str(tmp_path)})
+        check(PLAIN, tiny_sd3, data={"images": str(tmp_path)})
 
 
 def test_classifiers_have_no_use_for_latents(check, make_vit, latents):
@@ -93,7 +95,7 @@ def test_paths_are_looked_up_beside_the_recipe(tiny_dit, latents, tmp_path, monk
     folder.mkdir()
     text = (
         f"model: {tiny_dit}\ncalibration: {{data: {{latents: ../{latents.name}}}}}\n"
-        "stages: [{distill: {steps: 1}}]\nexport: {path: out}\n"
+        "stages: [{distill: {steps: 1, answers: 0, features: 0}}]\nexport: {path: out}\n"
     )
     (folder / "recipe.yaml").write_text(text)
     monkeypatch.chdir(tiny_dit)
@@ -106,7 +108,7 @@ def test_paths_are_looked_up_beside_the_recipe(tiny_dit, latents, tmp_path, monk
 
 
 def test_the_key_of_a_stage_knows_its_data(check, latents, tiny_dit):
-    def key(stages=TRAINED, index=0, **data):
+    def key(stages=TRAINED, index=1, **data):
         return stage_data(check(stages, data=data), index, tiny_dit, None)
 
     first = key(generate=3)
@@ -116,4 +118,20 @@ def test_the_key_of_a_stage_knows_its_data(check, latents, tiny_dit):
     save_file({"latents": torch.ones(3, 4, 8, 8), "labels": torch.zeros(3, dtype=torch.int64)}, again)
     assert of_file != key(latents=str(again)) != first
     quantized = [*TRAINED, {"rtn": {"weight_bits": 8}}]
-    assert key(quantized, 1, generate=3) is None
+    assert key(quantized, 0, generate=3) is None
+    assert key(quantized, 2, generate=3) is None
+
+
+def test_a_model_is_no_teacher_of_itself(check, make_tiny, tiny_dit):
+    data = {"generate": 3}
+    alone = {"distill": {"steps": 2}}
+    with pytest.raises(RecipeError, match="learns from the original, and no stage before it has changed"):
+        check([alone], data=data)
+    check(PLAIN, data=data)
+    teacher = make_tiny(seed=1, name="teacher")
+    named = [{"distill": {"steps": 2, "teacher": str(teacher)}}]
+    first = stage_data(check(named, data=data), 0, tiny_dit, None)
+    assert first == stage_data(check(named, data=data), 0, tiny_dit, None)
+    weights = teacher / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert first != stage_data(check(named, data=data), 0, tiny_dit, None)

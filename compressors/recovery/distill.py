@@ -9,6 +9,7 @@ formula divides by zero. With `denoising` alone this is plain fine-tuning.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
 from typing import Any, ClassVar
@@ -22,7 +23,6 @@ from ...calibration.latents import KEPT_BYTES, LatentSet
 from ...errors import PlanError
 from ...models.base import ModelSpec, OpenModel
 from ...models.blocks import block_lists
-from ...models.origins import NAME as ORIGINS
 from ...progress import Progress
 from ...recipes.recovery import MaskedDistillSettings
 from ...runtime.hashes import digest
@@ -30,10 +30,11 @@ from ..base import StagePlan, Workspace
 from .denoising import Distillation, watched
 from .details import training_details
 from .loop import train
-from .matching import Pairs, matched_blocks
-from .memory import original_bytes, plan_training
+from .matching import Pairs
+from .memory import plan_training
 from .noised import NoisedBatches
 from .schedule import step_count
+from .teacher import named_teacher, pairs_with, teacher_bytes
 from .tied import tied_embedders
 
 
@@ -53,8 +54,8 @@ class Distill:
         _refuse_quantized(bool(spec.quantization))
         if settings.features:
             block_lists(spec.config["_class_name"])
-        teacher = original_bytes(spec) if settings.asks_original else 0
-        notes = (f"the original answers beside it: {teacher / 2**20:,.0f} MiB",) if teacher else ()
+        teacher, name = teacher_bytes(spec, settings), settings.teacher or "the original"
+        notes = (f"{name} answers beside it: {teacher / 2**20:,.0f} MiB",) if teacher else ()
         return plan_training(spec, settings, teacher_bytes=teacher, data_bytes=KEPT_BYTES, notes=notes)
 
     def apply(
@@ -77,15 +78,8 @@ class Distill:
             raise PlanError(f"{settings.method}: trains denoisers, and {model.family.name} is none")
         original = None if workspace.original is None else cache(workspace.original)
         data = calibration.training(model, original, progress)
-        teacher = None
-        if settings.asks_original:
-            if original is None:
-                raise PlanError(
-                    f"{settings.method}: the original is not at hand",
-                    hint="write answers: 0 and features: 0, or give the workspace a way to open it",
-                )
-            teacher = original()
-        pairs = _pairs(model) if settings.features else {}
+        teacher = _teacher(model, settings, original, progress)
+        pairs = pairs_with(model, teacher, settings) if teacher is not None and settings.features else {}
         trained = _train(model, settings, data, teacher, pairs, calibration.seed, workspace, progress)
         told = {name: [list(pair) for pair in rows] for name, rows in pairs.items()}
         return {**trained, "data": len(data), **({"matched": told} if told else {})}
@@ -105,7 +99,7 @@ def _train(
     class_name = model.config["_class_name"]
     key = digest(
         [settings.model_dump(mode="json"), steps, data.key, pairs, hash_weights(model.module),
-         sorted(model.source.hashes.items())]
+         None if teacher is None else sorted(teacher.source.hashes.items())]
     )  # fmt: skip
     with ExitStack() as stack:
         stack.enter_context(labels_as_given(model.module))
@@ -126,9 +120,28 @@ def _train(
     return training_details(trained)
 
 
-def _pairs(model: OpenModel) -> Pairs:
-    """Return the blocks of the model and of the original that should put out the same."""
-    return matched_blocks(model.spec.config, model.attachments.get(ORIGINS))
+def _teacher(
+    model: OpenModel,
+    settings: MaskedDistillSettings,
+    original: Callable[[], OpenModel] | None,
+    progress: Progress,
+) -> OpenModel | None:
+    if not settings.asks_original:
+        return None
+    if settings.teacher is not None:
+        return named_teacher(model, settings, progress)
+    if not (model.history or model.surgery or model.attachments):
+        raise PlanError(
+            f"{settings.method}: no stage has changed the model, so it is its own original and has nothing to"
+            " learn from it",
+            hint="name a `teacher`, or write answers: 0 and features: 0",
+        )
+    if original is None:
+        raise PlanError(
+            f"{settings.method}: the original is not at hand",
+            hint="write answers: 0 and features: 0, or give the workspace a way to open it",
+        )
+    return original()
 
 
 def _refuse_quantized(quantized: bool) -> None:

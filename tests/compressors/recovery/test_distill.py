@@ -1,5 +1,7 @@
 """The stage that trains denoisers, on tiny ones from which blocks were removed."""
 
+import shutil
+
 import pytest
 import torch
 from compress.calibration.diffusion import record
@@ -245,6 +247,41 @@ def test_plain_fine_tuning_needs_no_original(prepared):
         apply(model, calibration, alone, given())
 
 
+def test_a_pruned_checkpoint_learns_from_another_one(prepared, folder, tmp_path):
+    pruned, _, _ = prepared()
+    path = tmp_path / "pruned"
+    pruned.module.save_pretrained(path)
+    shutil.copytree(folder / "scheduler", path / "scheduler")
+    named = given(steps=2, teacher=str(folder))
+    with pytest.raises(PlanError, match="it is its own original"):
+        apply(*prepared(path=path, kept=()), given(steps=2))
+    with pytest.raises(PlanError, match="nothing says which of these blocks"):
+        apply(*prepared(path=path, kept=()), named)
+    assert "matched" not in apply(
+        *prepared(path=path, kept=()), given(steps=2, teacher=str(folder), features=0)
+    )
+    (path / "depth.json").write_text(pruned.attachments["depth.json"])
+    model, calibration, workspace = prepared(path=path, kept=())
+    details = apply(model, calibration, workspace, named)
+    assert details["matched"] == {"transformer_blocks": [[0, 1], [1, 3], [2, 5]]}
+    pruned, calibration, workspace = prepared(name="other")
+    expected = apply(pruned, calibration, workspace, given(steps=2))
+    assert details["loss"][0] != expected["loss"][0]  # what is drawn as data is of another original
+    spec = read_spec(ModelRef(id=str(path)))
+    assert any(str(folder) in note for note in Distill().plan(spec, named).notes)
+
+
+def test_a_teacher_of_another_kind_is_refused(prepared, make_tiny):
+    wide = make_tiny(num_attention_heads=2, num_layers=3, name="narrow")
+    large = make_tiny(sample_size=16, num_layers=3, name="large")
+    model, calibration, workspace = prepared()
+    with pytest.raises(PlanError, match="has sample_size 16, the model has 8"):
+        apply(model, calibration, workspace, given(teacher=str(large)))
+    with pytest.raises(PlanError, match="has num_attention_heads 2, the model has 4"):
+        apply(model, calibration, workspace, given(teacher=str(wide)))
+    apply(model, calibration, workspace, given(steps=2, teacher=str(wide), features=0))
+
+
 @pytest.mark.parametrize("class_name", ["PixArtTransformer2DModel", "SD3Transformer2DModel"])
 def test_other_denoisers_learn_as_well(prepared, make_tiny, tmp_path, class_name):
     path = make_tiny(class_name, num_layers=3, name="other")
@@ -292,6 +329,7 @@ def test_a_plan_counts_the_original_beside_it(folder):
     [
         ({"answers": 0, "denoising": 0, "features": 0}, "nothing to learn"),
         ({"features": 0, "mask": "zero"}, "mask has no effect with features: 0"),
+        ({"answers": 0, "features": 0, "teacher": "x"}, "teacher has no effect"),
         ({"mask": "none", "sigmas": 3.0}, "sigmas has no effect with mask: none"),
         ({"epochs": 1.0}, "steps or epochs"),
         ({"min_lr": 1.0}, "above lr"),
