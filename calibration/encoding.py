@@ -125,11 +125,11 @@ def _load(folder: Path) -> Any:
     from diffusers import AutoencoderKL
 
     try:
-        vae: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32)
+        vae: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SourceError(f"{folder}: cannot be loaded as a VAE: {reason}") from None
-    return vae.eval().requires_grad_(False)
+    return vae.float().eval().requires_grad_(False)
 
 
 def read_pixels(source: Images, rows: Sequence[int], encoder: Encoder) -> Tensor:
