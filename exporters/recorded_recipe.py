@@ -11,6 +11,7 @@ from typing import Any
 
 from ..calibration.inputs import FILE_KEYS
 from ..errors import RecipeError, VerifyError
+from ..recipes.data import PATH_KEYS
 from ..recipes.loader import load_recipe
 from ..recipes.schema import Recipe
 from ..recipes.tree import read
@@ -87,7 +88,10 @@ def _read(path: Path) -> Recipe:
 def _comparable(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe's values; of calibration files the name, because they were found beside the text."""
     values = recipe.model_dump(mode="json")
-    for key in FILE_KEYS:
-        if values["calibration"][key] is not None:
-            values["calibration"][key] = PurePath(values["calibration"][key]).name
+    calibration = values["calibration"]
+    places = [(calibration, key) for key in (*FILE_KEYS, "images")]
+    places += [(calibration["data"], key) for key in PATH_KEYS if calibration["data"] is not None]
+    for holder, key in places:
+        if holder[key] is not None:
+            holder[key] = PurePath(holder[key]).name
     return values

@@ -57,6 +57,18 @@ def test_what_a_run_writes_agrees(made, monkeypatch, text, options):
     assert check_recipe(folder, document) == "recipe.yaml is the recipe of the report"
 
 
+@pytest.mark.parametrize("given", ["images: {}", "data: {{latents: {}}}"])
+def test_folders_that_were_found_beside_the_recipe_agree(made, given):
+    def text(name):
+        return TEXT.replace("embeddings: data/words.safetensors", given.format(name))
+
+    folder, document = made(text("data"))
+    assert check_recipe(folder, document) == "recipe.yaml is the recipe of the report"
+    (folder / RECIPE_NAME).write_text(text("others"))
+    with pytest.raises(VerifyError, match="calibration differ"):
+        check_recipe(folder, document)
+
+
 def test_nothing_of_the_environment_is_read(made, monkeypatch):
     folder, document = made(TEXT)
     monkeypatch.setenv("PLACE", "org/name")
