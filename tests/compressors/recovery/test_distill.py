@@ -238,6 +238,17 @@ def test_data_of_one_s_own(prepared, tmp_path):
         apply(model, calibration, workspace, given())
 
 
+def test_weights_of_half_size_are_trained_in_full_size(prepared, make_tiny):
+    path = make_tiny(num_layers=4, dtype="bfloat16", name="half")
+    model, calibration, workspace = prepared(path=path, kept=(0, 2))
+    before = state_of(model)
+    details = apply(model, calibration, workspace, given(steps=3, precision="bfloat16", mask="exclude"))
+    after = state_of(model)
+    assert all(value.dtype == before[name].dtype for name, value in after.items())
+    assert any(not torch.equal(value, before[name]) for name, value in after.items())
+    assert all(torch.tensor(loss).isfinite() for _, loss in details["loss"])
+
+
 def test_plain_fine_tuning_needs_no_original(prepared):
     model, calibration, workspace = prepared()
     alone = Workspace(workspace.folder, workspace.shared)
