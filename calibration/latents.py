@@ -85,8 +85,6 @@ class LatentSet:
         """
         several = [generator] * len(indices) if isinstance(generator, torch.Generator) else generator
         turned = torch.tensor([float(torch.rand((), generator=one)) < 0.5 for one in several])
-        if self.mirror is None:
-            turned[:] = False
         items = [
             self._item(index, mirrored) for index, mirrored in zip(indices, turned.tolist(), strict=True)
         ]

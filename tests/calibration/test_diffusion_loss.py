@@ -113,6 +113,15 @@ def test_the_bound_is_the_divergence_from_the_true_step(dit_task):
         assert found[index].item() == pytest.approx((mse + bound.mean() / math.log(2)).item(), rel=2e-3)
 
 
+def test_the_step_before_is_what_bayes_says(dit_task):
+    noised = noised_at(dit_task, [1, 2, 300, 999])
+    mean, log_variance = dit_task.schedule.posterior(noised.clean, noised.noisy, noised.timestep)
+    for index in range(4):
+        expected, variance = step_before(noised, noised.clean, index)
+        assert torch.allclose(mean[index].double(), expected, atol=1e-5)
+        assert log_variance[index].item() == pytest.approx(variance.log().item(), rel=1e-5)
+
+
 def test_the_first_step_is_judged_by_the_sample_in_bins(dit_task):
     noised = noised_at(dit_task, [0])
     clean = noised.clean.clone()

@@ -8,8 +8,9 @@ from compress.calibration.diffusion import record
 from compress.calibration.diffusion_loss import task_for
 from compress.calibration.sampler import place
 from compress.compressors.base import Workspace
-from compress.compressors.recovery.denoising import Distillation
+from compress.compressors.recovery.denoising import Distillation, watched
 from compress.compressors.recovery.distill import Distill
+from compress.compressors.recovery.matching import matched_blocks
 from compress.compressors.recovery.noised import NoisedBatches
 from compress.compressors.recovery.tied import tied_embedders
 from compress.errors import PlanError, SourceError
@@ -156,6 +157,23 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(prepared):
     losses = {name: one["loss"][0][1] for name, one in details.items()}
     assert all(value > 0 for value in losses.values())
     assert losses["all"] == pytest.approx(sum(losses.values()) - losses["all"], rel=1e-4)
+
+
+def test_features_count_less_from_step_to_step(prepared):
+    model, calibration, workspace = prepared()
+    data = calibration.training(model, workspace.original, SilentProgress())
+    task, teacher = task_for(model), workspace.original().module
+    pairs = matched_blocks(model.spec.config, model.attachments["depth.json"])
+    settings = given(answers=0.5, denoising=0, features=0.4)
+    learner = Distillation(
+        model.module, settings, NoisedBatches(data, task, 8, 3), task, 5, teacher, pairs=pairs
+    )
+    with watched(model.module, teacher, model.config["_class_name"], pairs) as (ours, theirs):
+        learner.ours, learner.theirs = ours, theirs
+        for step, weight in enumerate((0.4, 0.3, 0.2, 0.1, 0.0)):
+            loss, shown = learner.loss(learner.batch(step, 0, 1))
+            expected = 0.5 * shown["answers"] + weight * shown["features"]
+            assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and shown["features"] > 0
 
 
 def test_what_is_drawn_does_not_depend_on_parts_or_steps_before(prepared):
