@@ -201,19 +201,37 @@ def drop_blocks(module: nn.Module, config: Mapping[str, Any], kept: Mapping[str,
     module.register_to_config(**{key: changed[key] for key in keys})  # type: ignore[operator]
 
 
+def pinned_blocks(module: nn.Module, config: Mapping[str, Any]) -> set[tuple[str, int]]:
+    """Return (list, place) of blocks that cannot go, because the model uses what is in them elsewhere.
+
+    Args:
+        module: of the stock class.
+        config: its config, completed, with `_class_name`.
+    """
+    if config["_class_name"] != "DiTTransformer2DModel":
+        return set()
+    blocks = range(1, depths(config)["transformer_blocks"])
+    return {("transformer_blocks", 0)} if any(_differing(module, place) for place in blocks) else set()
+
+
 def _check_embedders(module: nn.Module, places: tuple[int, ...]) -> None:
     """The head reads the embedder of the first block, whichever that is."""
     if places[0] == 0:
         return
-    first = module.get_submodule(f"transformer_blocks.0.{_EMBEDDER}").state_dict()
-    other = module.get_submodule(f"transformer_blocks.{places[0]}.{_EMBEDDER}").state_dict()
-    different = [name for name, value in first.items() if not torch.equal(value, other[name])]
+    different = _differing(module, places[0])
     if different:
         raise StageError(
             f"transformer_blocks.0.{_EMBEDDER}.{different[0]} differs from the copy in block {places[0]},"
             " and the model's head reads that of its first block: without block 0 its output would change",
             hint="keep block 0; the copies were equal when the model was trained, fine-tuning has moved them",
         )
+
+
+def _differing(module: nn.Module, place: int) -> list[str]:
+    """Return the tensors of a block's embedder that differ from those of the first block's."""
+    first = module.get_submodule(f"transformer_blocks.0.{_EMBEDDER}").state_dict()
+    other = module.get_submodule(f"transformer_blocks.{place}.{_EMBEDDER}").state_dict()
+    return [name for name, value in first.items() if not torch.equal(value, other[name])]
 
 
 def _as_last(block: nn.Module, config: Mapping[str, Any]) -> nn.Module:

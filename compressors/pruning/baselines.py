@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from ...calibration.flags import keeping_flags
 from ...calibration.objectives import Objective
 from ...errors import PlanError
 from ...models.base import OpenModel
-from ...progress import Progress, step
+from ...progress import Progress
 from ...recipes.pruning import IsomorphicSettings
 from .cutting import cut
 from .groups import Group
+from .measuring import mean_loss
 from .selection import ranked, realise
 from .target import Counter, Search
 
@@ -33,18 +33,6 @@ def apart(model: OpenModel) -> OpenModel:
         attachments=dict(model.attachments),
         shared=dict(model.shared),
     )
-
-
-def mean_loss(model: OpenModel, objective: Objective, progress: Progress) -> float:
-    """Return the mean loss of a model as it is now, without gradients."""
-    total, samples = 0.0, 0
-    with keeping_flags(model.module), torch.no_grad(), step(progress, "loss", objective.parts):
-        model.module.eval()
-        for loss, count in objective.losses(model):
-            total += float(loss)
-            samples += count
-            progress.advance(1, f"loss {total / samples:.4g}")
-    return total / samples
 
 
 def measure_baselines(

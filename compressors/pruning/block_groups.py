@@ -82,7 +82,7 @@ def groups_of(config: Mapping[str, Any], asked: Groups | Mapping[str, Groups]) -
     found = []
     for blocks in block_lists(config["_class_name"]):
         if blocks.name in by_list:
-            units = _units(known[blocks.name], blocks.mirrored, blocks.name)
+            units = units_of(known[blocks.name], blocks.mirrored, blocks.name)
             found += _cut(blocks.name, units, by_list[blocks.name])
     if all(group.kept == len(group.units) for group in found):
         raise PlanError("groups: every block stays, so nothing would be removed")
@@ -98,8 +98,19 @@ def _for_all(known: Mapping[str, int], asked: Groups) -> dict[str, Groups]:
     return dict.fromkeys(known, asked)
 
 
-def _units(depth: int, mirrored: bool, name: str) -> list[tuple[int, ...]]:
-    """Return what is chosen among. The two middle blocks of a mirrored list always stay, and are no unit."""
+def units_of(depth: int, mirrored: bool, name: str) -> list[tuple[int, ...]]:
+    """Return what is chosen among: blocks, or pairs of blocks that go together.
+
+    The two middle blocks of a mirrored list always stay, and are no unit.
+
+    Args:
+        depth: of the list.
+        mirrored: see `BlockList`.
+        name: of the list, for messages.
+
+    Raises:
+        PlanError: a mirrored list of odd depth.
+    """
     if not mirrored:
         return [(place,) for place in range(depth)]
     if depth % 2:

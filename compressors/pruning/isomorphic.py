@@ -21,7 +21,7 @@ from ...models.base import ModelSpec, OpenModel
 from ...progress import Progress, step
 from ...recipes.pruning import IsomorphicSettings
 from ..base import Preview, StagePlan, Workspace
-from .baselines import apart, mean_loss, measure_baselines
+from .baselines import apart, measure_baselines
 from .checking import check
 from .cutting import cut, planned_surgery
 from .deciding import (
@@ -38,6 +38,7 @@ from .deciding import (
 from .details import ATTACHMENT, class_rows, effective_ratios, paper_pair, selection_document, widths_after
 from .graph import find_groups
 from .groups import Group, Selection
+from .measuring import mean_loss
 from .planning import plan_stage, preview_notes
 from .selection import compose
 from .target import Counter

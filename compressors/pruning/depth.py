@@ -1,0 +1,146 @@
+"""Whole blocks removed by a rule: what learned depth pruning is compared with, or a list of one's own.
+
+The rules are those that TinyFusion (arXiv 2412.01199) compares itself with. Two things are otherwise than in
+that code: blocks are judged on latents that were noised over all of the schedule, and on every denoiser.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from ...calibration.base import Calibration
+from ...calibration.objectives import Objective, objective_for
+from ...models.base import ModelSpec, OpenModel
+from ...models.blocks import depths, pinned_blocks
+from ...models.shallower import keep_blocks, shallower_spec
+from ...progress import Progress
+from ...recipes.depth import DepthSettings
+from ...recipes.schema import CalibrationSettings
+from ..activations import activation_bytes
+from ..base import StagePlan, Workspace
+from .block_choice import Kept, draws, indices, lowest, oracle, units_to_remove, without
+from .block_scores import Scores, change_scores, choice_losses, sensitivities
+
+_BATCH = CalibrationSettings().batch_size
+
+
+class Depth:
+    """The method. Stateless."""
+
+    method: ClassVar[str] = "depth"
+    families: ClassVar[frozenset[str]] = DepthSettings.families
+    version: ClassVar[int] = 1
+
+    def plan(self, spec: ModelSpec, settings: DepthSettings) -> StagePlan:
+        """Predict. The size does not depend on which blocks stay."""
+        after = shallower_spec(spec, _planned(spec, settings))
+        looks = settings.by not in ("indices", "oracle")
+        stored = spec.size().bytes
+        # Nothing is kept for a way back: one block's activations would do, a few are certain.
+        work = activation_bytes(spec.meta_module(), spec.family) * _BATCH // 4 if looks else 0
+        left = {name: [depth, depths(after.config)[name]] for name, depth in depths(spec.config).items()}
+        notes = [
+            f"{name}: {now} of {before} blocks stay" for name, (before, now) in left.items() if now < before
+        ]
+        if looks:
+            notes.append("which blocks these are depends on the data")
+        return StagePlan(
+            method=settings.method,
+            before=spec.size(),
+            after=after.size(),
+            spec=after,
+            peak_memory_bytes=stored + work,
+            notes=notes,
+        )
+
+    def apply(
+        self,
+        model: OpenModel,
+        settings: DepthSettings,
+        calibration: Calibration,
+        workspace: Workspace,
+        progress: Progress,
+    ) -> dict[str, Any]:
+        """Remove blocks in place.
+
+        Raises:
+            PlanError: what is asked does not fit the model.
+            StageError: no loss is known for the model, or what stays needs what would go.
+        """
+        before = depths(model.config)
+        kept, found = _chosen(model, settings, calibration, progress)
+        about = {
+            "method": settings.method,
+            "by": settings.by,
+            "seed": calibration.seed,
+            "parent": model.source.id,
+        }
+        keep_blocks(model, kept, about)
+        return {
+            "by": settings.by,
+            "blocks": {name: {"of": before[name], "kept": list(places)} for name, places in kept.items()},
+            **found,
+        }
+
+
+def _planned(spec: ModelSpec, settings: DepthSettings) -> Kept:
+    """Return the choice where it is known, and else one of the same size."""
+    if settings.by == "indices":
+        return indices(spec.config, settings)
+    if settings.by == "oracle":
+        return oracle(spec.config, settings)
+    # The last blocks of a list are built as the last are, whichever go.
+    asked = units_to_remove(spec.config, settings)
+    return without(spec.config, {name: units[:gone] for name, (units, gone) in asked.items()})
+
+
+def _chosen(
+    model: OpenModel, settings: DepthSettings, calibration: Calibration, progress: Progress
+) -> tuple[Kept, dict[str, Any]]:
+    """Return what stays, and what decided it."""
+    if settings.by == "indices":
+        return indices(model.config, settings), {}
+    if settings.by == "oracle":
+        return oracle(model.config, settings), {}
+    units_to_remove(model.config, settings)  # before anything is computed
+    objective = objective_for(model, calibration, None)
+    pinned = pinned_blocks(model.module, model.config)
+    if pinned:
+        progress.note(
+            "block 0 stays: the model's head reads its embedder, of which the other blocks have other copies"
+        )
+    if settings.by == "random":
+        return _drawn(model, settings, calibration.seed, objective, pinned, progress)
+    scores = _scores(model, settings, objective, progress)
+    if settings.by == "shortgpt":  # the code that it comes from never removes the last block
+        pinned = {*pinned, *((name, len(row) - 1) for name, row in scores.items())}
+    told = {name: [float(f"{value:.6g}") for value in row] for name, row in scores.items()}
+    return lowest(model.config, settings, scores, pinned), {"scores": told}
+
+
+def _scores(model: OpenModel, settings: DepthSettings, objective: Objective, progress: Progress) -> Scores:
+    if settings.by == "sensitivity":
+        return sensitivities(model, objective, progress)
+    return change_scores(model, objective, "shortgpt" if settings.by == "shortgpt" else "flux_lite", progress)
+
+
+def _drawn(
+    model: OpenModel,
+    settings: DepthSettings,
+    seed: int,
+    objective: Objective,
+    pinned: set[tuple[str, int]],
+    progress: Progress,
+) -> tuple[Kept, dict[str, Any]]:
+    choices = draws(model.config, settings, seed, pinned)
+    losses = choice_losses(model, objective, list(choices), progress)
+    order = sorted(range(len(choices)), key=lambda index: (losses[index], index))
+    place = {"least": 0, "middle": len(order) // 2, "largest": len(order) - 1}[settings.pick]
+    chosen = order[place]
+    told = {
+        "drawn": len(choices),
+        "loss": losses[chosen],
+        "least": losses[order[0]],
+        "largest": losses[order[-1]],
+    }
+    return choices[chosen], {"random": told}
