@@ -105,7 +105,7 @@ class TinyFusionSettings(StageSettings):
             raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
         if min(*self.tau, *self.scaling) <= 0:
             raise ValueError("tau and scaling are above 0")
-        if self.mode != "lora" and "lora" in self.model_fields_set:
+        if self.mode != "lora" and self.changed("lora"):
             raise ValueError(f"lora has no effect with mode: {self.mode}")
         return self
 
@@ -148,6 +148,6 @@ class DepthSettings(StageSettings):
             if isinstance(value, int) and value < 1:
                 raise ValueError("keep at least one block")
         for name in ("draws", "pick"):
-            if self.by != "random" and name in self.model_fields_set:
+            if self.by != "random" and self.changed(name):
                 raise ValueError(f"{name} has no effect with by: {self.by}")
         return self

@@ -137,11 +137,11 @@ class MaskedDistillSettings(TrainingSettings):
         if not (self.answers or self.denoising or self.features):
             raise ValueError("answers, denoising and features are all 0, so there is nothing to learn")
         for name in ("mask", "sigmas"):
-            if not self.features and name in self.model_fields_set:
+            if not self.features and self.changed(name):
                 raise ValueError(f"{name} has no effect with features: 0")
         if self.teacher is not None and not self.asks_original:
             raise ValueError("teacher has no effect with answers: 0 and features: 0")
-        if self.mask == "none" and "sigmas" in self.model_fields_set:
+        if self.mask == "none" and self.changed("sigmas"):
             raise ValueError("sigmas has no effect with mask: none")
         return self
 

@@ -19,3 +19,7 @@ class StageSettings(BaseModel):
     phase: ClassVar[Phase]
     families: ClassVar[frozenset[str]]
     learns_from_data: ClassVar[bool] = False  # it trains a denoiser on calibration.data
+
+    def changed(self, name: str) -> bool:
+        """Tell whether a key has another value than it has anyway; a resolved recipe holds all keys."""
+        return bool(getattr(self, name) != type(self).model_fields[name].get_default())

@@ -70,6 +70,7 @@ def test_a_denoiser_is_pruned_and_trained(recipe, tmp_path):
         [sys.executable, "-m", "compress", "verify", str(tmp_path / "out")], capture_output=True, text=True
     )
     assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "recipe.yaml is the recipe of the report" in checked.stdout
 
     # Another number of steps: neither the samples nor the pruning are made again.
     recipe["stages"][1]["distill"]["steps"] = 7

@@ -357,7 +357,7 @@ def test_a_plan_counts_the_original_beside_it(folder):
     ("changes", "message"),
     [
         ({"answers": 0, "denoising": 0, "features": 0}, "nothing to learn"),
-        ({"features": 0, "mask": "zero"}, "mask has no effect with features: 0"),
+        ({"features": 0, "mask": "none"}, "mask has no effect with features: 0"),
         ({"answers": 0, "features": 0, "teacher": "x"}, "teacher has no effect"),
         ({"mask": "none", "sigmas": 3.0}, "sigmas has no effect with mask: none"),
         ({"epochs": 1.0}, "steps or epochs"),
@@ -367,6 +367,12 @@ def test_a_plan_counts_the_original_beside_it(folder):
 def test_settings_that_have_no_effect_are_refused(changes, message):
     with pytest.raises(ValidationError, match=message):
         given(**changes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"features": 0}, {"mask": "none"}, {"answers": 0, "features": 0}])
+def test_settings_as_a_report_has_them_are_valid(changes):
+    settings = given(**changes)
+    assert MaskedDistillSettings.model_validate(settings.model_dump(mode="json")) == settings
 
 
 def test_a_quantized_model_is_refused(tiny_dit, open_quantized, prepared):
