@@ -82,7 +82,7 @@ def test_draws_are_seeded_and_of_one_size():
         ({"by": "oracle", "keep": 1.5}, "no share"),
         ({"by": "oracle", "keep": 0}, "at least one"),
         ({"by": "oracle", "draws": 10}, "draws has no effect"),
-        ({"by": "shortgpt", "pick": "least"}, "pick has no effect"),
+        ({"by": "shortgpt", "pick": "middle"}, "pick has no effect"),
     ],
 )
 def test_settings_that_say_nothing_are_refused(keys, message):
