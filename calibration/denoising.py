@@ -17,12 +17,12 @@ from ..errors import StageError
 from ..models.base import OpenModel
 from ..runtime.hashes import digest
 from .diffusion import DiffusionCalibration
+from .diffusion_loss import PREDICTIONS
 from .sampler import make_scheduler, place
 from .seeds import generator_for
 
 TIMESTEPS = 4
 """Timesteps of every sample: the middles of as many equal parts of the schedule."""
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True, eq=False)
