@@ -116,6 +116,7 @@ class TrainingData:
             }
         )
         content = [FORMAT_VERSION, "drawn", self.key, count, settings.steps, settings.guidance_scale]
+        content.append(settings.batch_size)  # the last bits of a sample depend on it
         keep = LatentCache(self.cache, digest(content), count)
         if keep.missing(_CONDITIONS) or keep.left():
             self._draw(self._original(model, original), settings, keep, count, progress)
@@ -123,7 +124,7 @@ class TrainingData:
         return keep.latents(model, given, "pixels" if data.flip else None)
 
     def _original(self, model: OpenModel, original: Original | None) -> OpenModel:
-        if not model.history and not model.quantization:
+        if not (model.history or model.quantization or model.surgery or model.attachments):
             return model
         if original is None:
             raise StageError("samples of the original are missing, and a stage has changed the model already")
@@ -171,8 +172,8 @@ class TrainingData:
         stored = flipped and not isinstance(encoder, PixelEncoder)
         side = int(model.config["sample_size"])
         content = [FORMAT_VERSION, "encoded", images.fingerprint(), encoder.key, encoder.channels, side]
-        keep = LatentCache(self.cache, digest([*content, stored, self.seed]), len(images))
         size = data.batch_size or self.settings.batch_size
+        keep = LatentCache(self.cache, digest([*content, stored, size, self.seed]), len(images))
         if keep.left():
             with step(progress, "encoding images", sum(len(rows) for _, rows in keep.left())):
                 for name, rows in keep.left():
