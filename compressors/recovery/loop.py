@@ -8,9 +8,9 @@ not. There is no early stopping: the last step is the result, or the moving aver
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, product
 from math import isfinite
 from pathlib import Path
@@ -29,11 +29,13 @@ from ...progress import Progress, step
 from ...recipes.recovery import TrainingSettings
 from .ahead import one_ahead
 from .ema import MovingAverage
-from .optimizer import adamw
+from .optimizer import adamw, set_rate
 from .schedule import learning_rate
 from .state import DamagedStateError, TrainingState, read_state, state_key, write_state
 from .weights import training
 
+Watch = Callable[[int, Mapping[str, Tensor]], Sequence[float] | None]
+"""(finished steps, weights or their moving average) -> numbers to keep; None: nothing of this step."""
 _Batches = Iterator[tuple[tuple[int, int], Any]]
 _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 # Every process has the whole model: what the state on disk and the moving average go by.
@@ -70,12 +72,14 @@ class Trained:
         rates: learning rate of every step.
         resumed_at: finished steps that were found on disk.
         seconds_per_step: mean over the steps of this process; 0 where there was none left.
+        rows: what was noted on the way, of steps before a kill as well.
     """
 
     losses: list[float]
     rates: list[float]
     resumed_at: int
     seconds_per_step: float
+    rows: list[list[float]] = field(default_factory=list)
 
 
 def train(
@@ -87,6 +91,8 @@ def train(
     key: str,
     folder: Path,
     progress: Progress,
+    factors: Mapping[str, float] | None = None,
+    watch: Watch | None = None,
 ) -> Trained:
     """Train in place; go on with the state in `folder` where there is one.
 
@@ -98,6 +104,8 @@ def train(
         key: content hash of everything else that the result depends on.
         folder: holds the state; of this training alone.
         progress: gets one step with one unit per step that is left.
+        factors: name of a parameter -> what the learning rate is multiplied by for it; None: 1 for all.
+        watch: is called after every step; what it returns is kept with the state, rows of equal length.
 
     Raises:
         PlanError: the device cannot compute in the precision, or the batch does not divide.
@@ -109,7 +117,7 @@ def train(
     device = next(iter(parameters.values())).device
     dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
     with training(trainable.module, parameters), _accelerator(settings, device) as accelerator:
-        run = _Loop(trainable, settings, steps, seed, accelerator)
+        run = _Loop(trainable, settings, steps, seed, accelerator, factors, watch)
         trained = run.go(state_key(key, parameters), folder, progress)
         _refuse_overflow(parameters, dtypes, settings)
         return trained
@@ -199,7 +207,10 @@ class _Loop:
         steps: int,
         seed: int,
         accelerator: Accelerator,
+        factors: Mapping[str, float] | None,
+        watch: Watch | None,
     ) -> None:
+        self._watch = watch
         self._trainable, self._settings, self._steps = trainable, settings, steps
         self._seed, self._accelerator = seed, accelerator
         self._parameters = trainable.parameters()
@@ -210,7 +221,7 @@ class _Loop:
                 f" ({settings.accumulate} on each of {accelerator.num_processes} devices)",
                 hint="change batch_size or accumulate",
             )
-        self._inner = adamw(self._parameters, settings)
+        self._inner = adamw(self._parameters, settings, factors)
         self._losses = accelerator.prepare_model(_Losses(trainable))
         self._optimizer = accelerator.prepare_optimizer(self._inner, device_placement=False)
         self._average = MovingAverage(self._parameters, settings.ema) if settings.ema is not None else None
@@ -236,6 +247,7 @@ class _Loop:
                 loss, shown = self._step(number, rate, batches)
                 state.losses.append(loss)
                 done = number + 1
+                self._note(done, state)
                 if done % self._settings.checkpoint_every == 0 and done < self._steps:
                     self._keep(folder, state)
                 steps.advance(1, _shown(done, self._steps, loss, rate, shown))
@@ -243,7 +255,16 @@ class _Loop:
         if self._average is not None:
             self._average.apply()
         rates = [learning_rate(self._settings, number, self._steps) for number in range(self._steps)]
-        return Trained(state.losses, rates, start, seconds / max(1, self._steps - start))
+        mean_seconds = seconds / max(1, self._steps - start)
+        return Trained(state.losses, rates, start, mean_seconds, state.rows)
+
+    def _note(self, done: int, state: TrainingState) -> None:
+        """Let the caller look at the weights, and keep what it notes."""
+        if self._watch is None:
+            return
+        row = self._watch(done, self._parameters if self._average is None else self._average.tensors)
+        if row is not None:
+            state.rows.append(list(row))
 
     def _part(self, turn: int) -> int:
         """Return which part of a batch this process computes in a turn."""
@@ -256,8 +277,7 @@ class _Loop:
     def _step(self, number: int, rate: float, batches: _Batches) -> tuple[float, dict[str, float]]:
         """Take one optimizer step; return its loss and what else is shown."""
         accelerator = self._accelerator
-        for group in self._inner.param_groups:
-            group["lr"] = rate
+        set_rate(self._inner, rate)
         total = torch.zeros((), device=accelerator.device)
         sums: dict[str, Tensor] = {}
         for (_, turn), batch in islice(batches, self._settings.accumulate):

@@ -27,22 +27,41 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     return name.rpartition(".")[2] == "weight" and parameter.ndim >= 2
 
 
-def parameter_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> Sequence[dict[str, Any]]:
-    """Return the groups of an optimizer: what decays, and the rest; empty ones are left out."""
-    decaying = [item for name, item in parameters.items() if is_matrix(name, item)]
-    others = [item for name, item in parameters.items() if not is_matrix(name, item)]
-    groups = [
-        {"params": decaying, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+def parameter_groups(
+    parameters: Mapping[str, nn.Parameter], weight_decay: float, factors: Mapping[str, float] | None = None
+) -> Sequence[dict[str, Any]]:
+    """Return the groups of an optimizer: what decays, and the rest; empty ones are left out.
+
+    Args:
+        parameters: name -> parameter.
+        weight_decay: of matrices.
+        factors: name -> what its learning rate is multiplied by; names that are missing have 1. A group
+            holds parameters of one factor, as `factor`.
+    """
+    found: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, item in parameters.items():
+        found.setdefault(((factors or {}).get(name, 1.0), not is_matrix(name, item)), []).append(item)
+    return [
+        {"params": items, "weight_decay": 0.0 if plain else weight_decay, "factor": factor}
+        for (factor, plain), items in sorted(found.items(), key=lambda entry: entry[0])
     ]
-    return [group for group in groups if group["params"]]
 
 
-def adamw(parameters: Mapping[str, nn.Parameter], settings: TrainingSettings) -> AdamW:
-    """Return the optimizer of all recovery stages; the loop sets its learning rate before each step."""
+def adamw(
+    parameters: Mapping[str, nn.Parameter],
+    settings: TrainingSettings,
+    factors: Mapping[str, float] | None = None,
+) -> AdamW:
+    """Return the optimizer of all recovery stages; see `set_rate`."""
     return AdamW(
-        parameter_groups(parameters, settings.weight_decay),
+        parameter_groups(parameters, settings.weight_decay, factors),
         lr=settings.lr,
         betas=(BETA1, settings.beta2),
         eps=EPSILON,
     )
+
+
+def set_rate(optimizer: AdamW, rate: float) -> None:
+    """Set the learning rate of the next step; groups multiply it by their factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -41,6 +41,7 @@ class TrainingState:
         average: of the weights; None: none is kept.
         losses: one per finished step.
         scaler: of float16; None: none.
+        rows: what a caller of the loop notes on its way: rows of equally many numbers.
     """
 
     key: str
@@ -49,10 +50,13 @@ class TrainingState:
     average: MovingAverage | None
     losses: list[float]
     scaler: torch.amp.GradScaler | None = None
+    rows: list[list[float]] = field(default_factory=list)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors of the state on the CPU."""
         found: dict[str, Tensor] = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
+        if self.rows:
+            found["rows"] = torch.tensor(self.rows, dtype=torch.float64)
         for name, parameter in self.parameters.items():
             found[f"weight/{name}"] = parameter
             moments = self.optimizer.state.get(parameter, {})
@@ -108,6 +112,7 @@ def read_state(folder: Path, state: TrainingState) -> int:
 def _restore(state: TrainingState, tensors: Mapping[str, Tensor]) -> None:
     """Take over tensors whose checksum and key are right: names and shapes then are as well."""
     state.losses[:] = tensors["losses"].tolist()
+    state.rows[:] = tensors["rows"].tolist() if "rows" in tensors else []
     for name, parameter in state.parameters.items():
         parameter.copy_(tensors[f"weight/{name}"])
         if f"updates/{name}" in tensors:
