@@ -14,6 +14,7 @@ from .base import Compressor
 ENTRY_POINT_GROUP = "compress.compressors"
 METHODS: Mapping[str, tuple[str, str]] = {
     "isomorphic": (".pruning.isomorphic", "Isomorphic"),
+    "tinyfusion": (".pruning.tinyfusion", "TinyFusion"),
     "depth": (".pruning.depth", "Depth"),
     "finetune": (".recovery.finetune", "Finetune"),
     "distill": (".recovery.distill", "Distill"),

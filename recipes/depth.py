@@ -107,6 +107,8 @@ class TinyFusionSettings(StageSettings):
             raise ValueError("tau and scaling are above 0")
         if self.mode != "lora" and self.changed("lora"):
             raise ValueError(f"lora has no effect with mode: {self.mode}")
+        if self.mode == "frozen" and self.changed("lr"):
+            raise ValueError("lr has no effect with mode: frozen; gate_lr is the rate of what is learned")
         return self
 
 

@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from .allocation import AllocationSettings, BudgetSettings
-from .depth import DepthSettings
+from .depth import DepthSettings, TinyFusionSettings
 from .pruning import IsomorphicSettings
 from .recovery import FinetuneSettings, MaskedDistillSettings
 from .stage_base import PHASES, Phase, StageSettings
@@ -282,7 +282,7 @@ QuantizeSettings = UniformSettings | MixdqSettings
 STAGES: dict[str, type[StageSettings]] = {
     settings.method: settings
     for settings in (
-        IsomorphicSettings, DepthSettings, FinetuneSettings, MaskedDistillSettings,
+        IsomorphicSettings, TinyFusionSettings, DepthSettings, FinetuneSettings, MaskedDistillSettings,
         RtnSettings, SmoothQuantSettings, ViditQSettings, MixdqSettings,
     )
 }  # fmt: skip
