@@ -1,0 +1,143 @@
+"""The search of TinyFusion on denoisers of which it is known which blocks should stay."""
+
+import copy
+
+import pytest
+import torch
+from compress.calibration.diffusion_loss import Noised
+from compress.compressors.pruning.block_groups import groups_of, kept_of
+from compress.compressors.pruning.gates import Annealing, ChoiceGates
+from compress.compressors.pruning.search import search
+from compress.progress import SilentProgress
+from compress.recipes.depth import TinyFusionSettings
+
+DIT, LIST = "DiTTransformer2DModel", "transformer_blocks"
+WIDTH = 32
+
+
+def denoiser(depth, seed):
+    """A DiT of random weights whose blocks all matter; its embedders are equal."""
+    from diffusers import DiTTransformer2DModel
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        module = DiTTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=depth,
+            sample_size=8, num_embeds_ada_norm=10,
+        )  # fmt: skip
+        for block in module.transformer_blocks:
+            block.norm1.emb.load_state_dict(module.transformer_blocks[0].norm1.emb.state_dict())
+            block.norm1.linear.weight.normal_(0, 0.15)
+            for part in (2, 5):
+                gate_bias(block, part).add_(0.7)
+    return module.eval().requires_grad_(False)
+
+
+def gate_bias(block, part):
+    """A view of the bias of a gate: 2 of the attention, 5 of the feed-forward part."""
+    return block.norm1.linear.bias.chunk(6)[part]
+
+
+def gate_rows(block, part):
+    return block.norm1.linear.weight.chunk(6)[part]
+
+
+class Draws:
+    """Noisy latents without data: random numbers."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __call__(self, step, part, parts):
+        generator = torch.Generator().manual_seed(1000 + step)
+        states = torch.randn(self.size, 4, 8, 8, generator=generator)
+        timestep = torch.randint(1000, (self.size,), generator=generator)
+        labels = torch.randint(10, (self.size,), generator=generator)
+        call = {"hidden_states": states, "timestep": timestep, "class_labels": labels}
+        return Noised(call, states, states, states, timestep)
+
+
+class Imitation:
+    """The loss is the distance to what the model itself puts out with all its blocks."""
+
+    def __init__(self, module):
+        self.original = copy.deepcopy(module)
+
+    def loss(self, output, noised):
+        with torch.no_grad():
+            wanted = self.original(**noised.call, return_dict=False)[0]
+        return (output - wanted).square().mean()
+
+
+def found_by(module, groups, folder, *, seed=0, **keys):
+    """Search, and return (kept blocks, what was found)."""
+    settings = TinyFusionSettings.model_validate({"batch_size": 32, "groups": groups, **keys})
+    config = {**module.config, "_class_name": DIT}
+    chosen = groups_of(config, settings.groups)
+    depth = {LIST: config["num_layers"]}
+    choices = ChoiceGates(chosen, depth, Annealing(settings.tau, settings.scaling, settings.steps))
+    folder.mkdir(exist_ok=True)
+    found = search(
+        module, DIT, choices, settings, batches=Draws(settings.batch_size), task=Imitation(module), seed=seed,
+        key="test", folder=folder, progress=SilentProgress(),
+    )  # fmt: skip
+    return kept_of(config, chosen, found.decision.choices)[LIST], found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("groups", "idle", "seed"), [("1:2", (0, 3, 4, 7), 0), ("2:4", (1, 2, 4, 7), 1)], ids=["1:2", "2:4"]
+)
+def test_blocks_that_do_nothing_are_found(groups, idle, seed, tmp_path):
+    module = denoiser(8, seed)
+    with torch.no_grad():
+        for place in idle:
+            for part in (2, 5):
+                gate_rows(module.transformer_blocks[place], part).mul_(0.02)
+                gate_bias(module.transformer_blocks[place], part).mul_(0.02)
+    kept, found = found_by(module, groups, tmp_path / "search", seed=seed, steps=150, lora={"rank": 4})
+    assert kept == tuple(place for place in range(8) if place not in idle)
+    assert min(found.decision.confidences) >= 0.99
+    first = next(iter(found.decisions.values()))
+    assert max(first.confidences) < 0.9
+
+
+def recoverable(seed):
+    """Four blocks; block 1 is a constant offset, easily learned by others, and block 2 a little of everything."""
+    module = denoiser(4, seed)
+    generator = torch.Generator().manual_seed(seed)
+    offset, mixed = module.transformer_blocks[1], module.transformer_blocks[2]
+    with torch.no_grad():
+        for part, gate in ((2, 0.0), (5, 1.0)):
+            gate_rows(offset, part).zero_()
+            gate_bias(offset, part).fill_(gate)
+        direction = torch.randn(WIDTH, generator=generator)
+        offset.ff.net[2].weight.zero_()
+        offset.ff.net[2].bias.copy_(3 * direction * WIDTH**0.5 / direction.norm())
+        for part in (2, 5):
+            gate_rows(mixed, part).mul_(0.4)
+            gate_bias(mixed, part).mul_(0.4)
+        for layer in (mixed.ff.net[0].proj, mixed.ff.net[2]):
+            layer.weight.normal_(0, 0.5, generator=generator)
+    return module
+
+
+def loss_without(module, place):
+    task, noised = Imitation(module), Draws(128)(0, 0, 1)
+    shallow = copy.deepcopy(module)
+    del shallow.transformer_blocks[place]
+    with torch.no_grad():
+        return task.loss(shallow(**noised.call, return_dict=False)[0], noised).item()
+
+
+@pytest.mark.slow
+def test_the_choice_is_what_recovers_not_what_hurts_least(tmp_path):
+    """Without block 1 the loss is larger at once; a low-rank change makes up for it, as for block 2 it cannot."""
+    module = recoverable(0)
+    assert loss_without(module, 1) > 1.2 * loss_without(module, 2)
+    keys = {"steps": 400, "scaling": (30.0, 30.0), "gate_lr": 1e-3}
+    groups = ("1:1", "1:2", "1:1")
+    kept, _ = found_by(module, groups, tmp_path / "frozen", mode="frozen", **keys)
+    assert kept == (0, 1, 3)
+    kept, _ = found_by(module, groups, tmp_path / "lora", mode="lora", lr=1e-2, **keys)
+    assert kept == (0, 2, 3)
