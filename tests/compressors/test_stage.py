@@ -249,7 +249,7 @@ def test_an_unknown_method_gets_a_suggestion():
     with pytest.raises(PlanError) as caught:
         registry.get("vidit")
     assert "vidit_q" in caught.value.hint
-    assert registry.names()[:3] == ["isomorphic", "finetune", "rtn"]
+    assert registry.names()[:3] == ["isomorphic", "tinyfusion", "depth"]
 
 
 def test_rescaling_changes_scales_alone(opened, calibrate):

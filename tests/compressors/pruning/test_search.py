@@ -70,7 +70,7 @@ class Imitation:
 
 
 def found_by(module, groups, folder, *, seed=0, **keys):
-    """Search, and return (kept blocks, what was found)."""
+    """Search, and return (kept blocks, what was found, choices as they are left)."""
     settings = TinyFusionSettings.model_validate({"batch_size": 32, "groups": groups, **keys})
     config = {**module.config, "_class_name": DIT}
     chosen = groups_of(config, settings.groups)
@@ -81,7 +81,31 @@ def found_by(module, groups, folder, *, seed=0, **keys):
         module, DIT, choices, settings, batches=Draws(settings.batch_size), task=Imitation(module), seed=seed,
         key="test", folder=folder, progress=SilentProgress(),
     )  # fmt: skip
-    return kept_of(config, chosen, found.decision.choices)[LIST], found
+    return kept_of(config, chosen, found.decision.choices)[LIST], found, choices
+
+
+def test_the_decision_is_of_the_moving_average(tmp_path, monkeypatch):
+    live = []
+    draw = ChoiceGates.masks
+
+    def masks(self, noise, step):
+        live.append([item.detach().clone() for item in self.logits])
+        return draw(self, noise, step)
+
+    monkeypatch.setattr(ChoiceGates, "masks", masks)
+    keys = {"steps": 8, "batch_size": 8, "ema": 0.6, "gate_lr": 0.02}
+    _, found, choices = found_by(denoiser(4, 0), "1:2", tmp_path / "search", **keys)
+    average = live[0]
+    for step, after in enumerate(live[1:]):
+        share = 1 - min(0.6, (1 + step) / (10 + step))
+        average = [one + share * (new - one) for one, new in zip(average, after, strict=True)]
+        expected, told = choices.decide(step, average), found.decisions[step + 1]
+        assert told.confidences == pytest.approx(expected.confidences, abs=1e-4)
+        assert step == 0 or told.confidences != pytest.approx(
+            choices.decide(step, after).confidences, abs=1e-3
+        )
+    assert list(found.decisions) == list(range(1, 9))
+    assert found.decision.confidences == pytest.approx(choices.decide(7).confidences, abs=1e-6)
 
 
 @pytest.mark.slow
@@ -95,7 +119,7 @@ def test_blocks_that_do_nothing_are_found(groups, idle, seed, tmp_path):
             for part in (2, 5):
                 gate_rows(module.transformer_blocks[place], part).mul_(0.02)
                 gate_bias(module.transformer_blocks[place], part).mul_(0.02)
-    kept, found = found_by(module, groups, tmp_path / "search", seed=seed, steps=150, lora={"rank": 4})
+    kept, found, _ = found_by(module, groups, tmp_path / "search", seed=seed, steps=150, lora={"rank": 4})
     assert kept == tuple(place for place in range(8) if place not in idle)
     assert min(found.decision.confidences) >= 0.99
     first = next(iter(found.decisions.values()))
@@ -103,7 +127,7 @@ def test_blocks_that_do_nothing_are_found(groups, idle, seed, tmp_path):
 
 
 def recoverable(seed):
-    """Four blocks; block 1 is a constant offset, easily learned by others, and block 2 a little of everything."""
+    """Four blocks; block 1 is an offset that others can learn, block 2 a little of everything."""
     module = denoiser(4, seed)
     generator = torch.Generator().manual_seed(seed)
     offset, mixed = module.transformer_blocks[1], module.transformer_blocks[2]
@@ -132,12 +156,12 @@ def loss_without(module, place):
 
 @pytest.mark.slow
 def test_the_choice_is_what_recovers_not_what_hurts_least(tmp_path):
-    """Without block 1 the loss is larger at once; a low-rank change makes up for it, as for block 2 it cannot."""
+    """Without block 1 the loss is larger at once, but low-rank changes make up for that; for block 2 less."""
     module = recoverable(0)
     assert loss_without(module, 1) > 1.2 * loss_without(module, 2)
     keys = {"steps": 400, "scaling": (30.0, 30.0), "gate_lr": 1e-3}
     groups = ("1:1", "1:2", "1:1")
-    kept, _ = found_by(module, groups, tmp_path / "frozen", mode="frozen", **keys)
+    kept, _, _ = found_by(module, groups, tmp_path / "frozen", mode="frozen", **keys)
     assert kept == (0, 1, 3)
-    kept, _ = found_by(module, groups, tmp_path / "lora", mode="lora", lr=1e-2, **keys)
+    kept, _, _ = found_by(module, groups, tmp_path / "lora", mode="lora", lr=1e-2, **keys)
     assert kept == (0, 2, 3)

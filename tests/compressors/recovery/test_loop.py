@@ -291,3 +291,35 @@ def test_a_last_step_that_breaks_the_weights_is_refused(regression, trained, set
     trainable.loss = lambda given: ((trainable.module[2].bias - 1).square().mean(), {})
     with pytest.raises(StageError, match=r"0\.weight is not finite after the last step"):
         trained(trainable, tmp_path, settings(steps=5))
+
+
+def test_parameters_may_have_rates_of_their_own(regression, trained, settings, tmp_path):
+    keys = {"steps": 1, "weight_decay": 0.0, "warmup": 0.0, "clip_norm": None, "lr": 1e-3}
+    ours = regression()
+    before = _values(ours)
+    factors = {"0.weight": 10.0, "2.bias": 0.0}
+    trained(ours, tmp_path, settings(**keys), factors=factors)
+    for name, value in _values(ours).items():
+        moved = (value - before[name]).abs().max().item()  # the first step of Adam is as long as its rate
+        assert moved == pytest.approx(1e-3 * factors.get(name, 1.0), rel=1e-3, abs=1e-9), name
+
+
+def test_what_is_noted_on_the_way_survives_a_kill(regression, trained, settings, tmp_path):
+    def noting(done, weights):
+        return [done, weights["2.bias"][0].item()] if done % 2 == 0 else None
+
+    keys = {"steps": 8, "ema": 0.5, "checkpoint_every": 3}
+    whole = regression()
+    expected = trained(whole, tmp_path / "1", settings(**keys), watch=noting).rows
+    assert [row[0] for row in expected] == [2, 4, 6, 8]
+    assert expected[-1][1] == whole.parameters()["2.bias"][0].item()  # the average became the weights
+
+    def killed(done, weights):
+        if done == 5:
+            raise KeyboardInterrupt
+        return noting(done, weights)
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(regression(), tmp_path / "2", settings(**keys), watch=killed)
+    result = trained(regression(), tmp_path / "2", settings(**keys), watch=noting)
+    assert result.resumed_at == 3 and result.rows == expected
