@@ -43,8 +43,8 @@ from .variants import Variant, make_variant
 from .workdir import WorkDirectory, digest
 
 # Of a stage's details: rows per layer, per measured sensitivity, per allocation that was tried; how scores
-# spread; and times, with which equal runs would write different files.
-_REPORT_ALONE = frozenset({"layers", "sensitivity", "points", "seconds", "histogram"})
+# spread; how a search went; and times, with which equal runs would write different files.
+_REPORT_ALONE = frozenset({"layers", "sensitivity", "points", "seconds", "histogram", "decisions", "search"})
 
 
 def resolve_device(name: str) -> str:
