@@ -71,10 +71,9 @@ def test_planned_removed_exported_and_resumed_models_are_one(class_name, config,
     module, found = stock.from_pretrained(folder, output_loading_info=True)
     assert not any(found.values())
     assert torch.equal(_output(model, module), whole)
-    assert (
-        not (folder / "compress.json").exists()
-        or not json.loads((folder / "compress.json").read_text()).get("surgery")
-    )
+    assert not (folder / "compress.json").exists() or not json.loads(
+        (folder / "compress.json").read_text()
+    ).get("surgery")
     again = open_model(ModelRef(id=str(model.source.folder)), progress=SilentProgress())
     resume(again, folder)
     assert torch.equal(_output(again), whole)
