@@ -42,6 +42,24 @@ def test_the_xl_recipe_runs_one_product_per_layer():
     assert stage.settings.group_size is None
 
 
+def test_the_recipe_of_half_the_depth_is_the_papers():
+    search, recovery = (stage.settings for stage in load_recipe("dit_xl_tinyfusion_d14").recipe.stages)
+    assert (search.mode, search.lora.rank, search.lora.alpha, search.decay) == ("lora", 8, 16.0, 0.999)
+    assert (search.steps, search.batch_size, search.lr, search.gate_lr) == (10_000, 128, 1e-4, 1e-3)
+    assert (search.tau, search.scaling, search.clip_norm) == ((4.0, 0.1), (100.0, 100.0), 1.0)
+    assert (recovery.steps, recovery.batch_size, recovery.weight_decay) == (500_000, 256, 0.0)
+    assert (recovery.lr, recovery.min_lr, recovery.warmup, recovery.ema) == (2e-4, 1e-4, 0.0, 0.9999)
+    assert (recovery.answers, recovery.denoising, recovery.features) == (0.9, 0.1, 0.01)
+    assert (recovery.mask, recovery.sigmas, recovery.clip_norm) == ("zero", 2.0, 1.0)
+
+
+def test_the_chain_begins_as_the_recipe_without_a_quantizer_does():
+    """So that a work directory has its first two stages, whichever of the two runs first."""
+    alone, chain = (load_recipe(name).recipe for name in ("dit_tinyfusion", "dit_prune_quantize"))
+    assert alone.calibration == chain.calibration and alone.seed == chain.seed
+    assert alone.stages == chain.stages[:2] and chain.stages[2].method == "vidit_q"
+
+
 def test_descriptions():
     for item in shipped():
         assert len(item.does) > 20 and item.needs.startswith("Needs ")
