@@ -1,6 +1,9 @@
 """The search of TinyFusion on denoisers of which it is known which blocks should stay."""
 
 import copy
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -53,6 +56,7 @@ class Draws:
         states = torch.randn(self.size, 4, 8, 8, generator=generator)
         timestep = torch.randint(1000, (self.size,), generator=generator)
         labels = torch.randint(10, (self.size,), generator=generator)
+        states, timestep, labels = (item.chunk(parts)[part] for item in (states, timestep, labels))
         call = {"hidden_states": states, "timestep": timestep, "class_labels": labels}
         return Noised(call, states, states, states, timestep)
 
@@ -165,3 +169,40 @@ def test_the_choice_is_what_recovers_not_what_hurts_least(tmp_path):
     assert kept == (0, 1, 3)
     kept, _, _ = found_by(module, groups, tmp_path / "lora", mode="lora", lr=1e-2, **keys)
     assert kept == (0, 2, 3)
+
+
+_TOGETHER = """
+import importlib.util, json, sys
+from pathlib import Path
+from accelerate import PartialState
+spec = importlib.util.spec_from_file_location("given", sys.argv[1])
+given = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(given)
+found = given.together(Path(sys.argv[2]), accumulate=1)
+state = PartialState()
+(Path(sys.argv[2]) / f"found-{state.process_index}-{state.num_processes}.json").write_text(json.dumps(found))
+state.destroy_process_group()
+"""
+
+
+def together(folder, accumulate):
+    """Search a little, and return all decisions and whether the model is what it was."""
+    module = denoiser(4, 0)
+    before = {name: item.clone() for name, item in module.state_dict().items()}
+    keys = {"steps": 6, "batch_size": 8, "accumulate": accumulate, "gate_lr": 0.01, "lr": 1e-2}
+    _, found, _ = found_by(module, "1:2", folder, **keys)
+    same = all(torch.equal(item, before[name]) for name, item in module.state_dict().items())
+    return [[list(one.choices), list(one.confidences)] for one in found.decisions.values()], same
+
+
+@pytest.mark.slow
+def test_two_processes_search_as_one(tmp_path):
+    program = tmp_path / "together.py"
+    program.write_text(_TOGETHER)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*launcher, str(program), __file__, str(tmp_path / "both")], check=True, timeout=600)
+    both = [json.loads((tmp_path / "both" / f"found-{index}-2.json").read_text()) for index in range(2)]
+    alone, same = together(tmp_path / "alone", accumulate=2)  # parts of the same size
+    assert both[0] == both[1] and both[0][1] and same
+    for (choices, sure), (expected, others) in zip(both[0][0], alone, strict=True):
+        assert choices == expected and sure == pytest.approx(others, abs=1e-3)
