@@ -6,13 +6,14 @@ stage is kept in the work directory, and the next run starts after the last of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import publishing, report
 from .calibration.base import Calibration
@@ -75,7 +76,8 @@ def produce(state: Run, device: str, place: Callable[[ExportSettings], Path]) ->
     reference = evaluator.reference(model, state.work.reference, progress, fresh=state.fresh)
     return_freed_memory()
     interim = Interim(evaluator, reference, recipe.stages, state.work.measured, progress)
-    product = Product(model, described, _run_stages(state, model, interim), device)
+    stages, samples = _run_stages(state, model, interim)
+    product = Product(model, described, stages, device, samples)
     measured: dict[str, Evaluation] = {}
     return [
         _variant(state, product, export, place(export), evaluator, reference, measured)
@@ -99,11 +101,22 @@ def _variant(
     same = "the model itself" if shipped is product.model else own
     if same not in measured:
         measured[same] = evaluator.compare(shipped, reference, state.progress)
-    evaluation = replace(measured[same], metrics=dict(measured[same].metrics))
+    found = measured[same]
+    evaluation = replace(
+        found, metrics=dict(found.metrics), images=_with_those_between(found.images, product.samples)
+    )
     variant = make_variant(state, product, export, folder, shipped, evaluation)
     del shipped  # the tensors of this variant; the next one makes its own
     return_freed_memory()
     return variant
+
+
+def _with_those_between(images: Mapping[str, Tensor], between: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put the samples of the model between its stages between the original's and the result's."""
+    if not images:
+        return {}
+    *before, last = images
+    return {**{name: images[name] for name in before}, **between, last: images[last]}
 
 
 def _stage_keys(recipe: Recipe, model: OpenModel, calibration_key: str) -> list[tuple[str, str]]:
@@ -129,11 +142,17 @@ def _stage_keys(recipe: Recipe, model: OpenModel, calibration_key: str) -> list[
     return keys
 
 
-def _run_stages(state: Run, model: OpenModel, interim: Interim) -> list[dict[str, Any]]:
-    """Apply the stages to `model`, reusing the longest finished prefix."""
+def _run_stages(
+    state: Run, model: OpenModel, interim: Interim
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Apply the stages to `model`, reusing the longest finished prefix.
+
+    Returns:
+        The report's `stages`, and samples of a denoiser between them.
+    """
     recipe, work = state.recipe, state.work
     if not recipe.stages:
-        return []
+        return [], {}
     calibration = record(
         model,
         recipe.calibration,
@@ -165,7 +184,8 @@ def _run_stages(state: Run, model: OpenModel, interim: Interim) -> list[dict[str
         interim.measure(index, model, folders[index])
     for index, item in enumerate(records):
         item["details"].update(interim.kept(index, folders[index]))
-    return [{key: value for key, value in item.items() if key != "files"} for item in records]
+    told = [{key: value for key, value in item.items() if key != "files"} for item in records]
+    return told, interim.samples(folders)
 
 
 def _resume_prefix(model: OpenModel, folders: Sequence[Path], interim: Interim) -> None:

@@ -1,7 +1,7 @@
-"""Figures of a classifier between stages: what pruning cost, and what training brought back.
+"""Figures between stages: what pruning cost, and what training brought back.
 
-They are measured as the result is, on the held-out images, and kept beside other measurements, so that a
-run that goes on with finished stages tells them again.
+They are measured as the result is, on a classifier's held-out images or by a denoiser's samples, and kept
+beside other measurements, so that a run that goes on with finished stages tells them again.
 """
 
 from __future__ import annotations
@@ -10,16 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from .calibration.content import read_index, write_index
 from .evaluation.by_task import Measurer
 from .evaluation.classification import ClassificationEvaluator
+from .evaluation.evaluator import Evaluator
 from .evaluation.reference import Reference
 from .models.base import OpenModel
 from .progress import Progress, step
 from .recipes.schema import Stage
+from .runtime.atomic import atomic_file
 from .workdir import digest
 
 _PHASES = ("prune", "recover")
+_DRAWN = "compressed"
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,9 @@ class Interim:
         """Tell whether the model is measured after a stage: it was pruned or trained, and goes on."""
         changed = self.stages[index].settings.phase in _PHASES
         return (
-            isinstance(self.evaluator, ClassificationEvaluator) and changed and index < len(self.stages) - 1
+            isinstance(self.evaluator, ClassificationEvaluator | Evaluator)
+            and changed
+            and index < len(self.stages) - 1
         )
 
     def kept(self, index: int, stage: Path) -> dict[str, Any]:
@@ -57,14 +65,34 @@ class Interim:
         metrics = read_index(self._file(stage)) if self.wanted(index) else None
         return {} if metrics is None else {"measured": metrics}
 
+    def samples(self, stages: list[Path]) -> dict[str, Tensor]:
+        """Return "after METHOD" -> samples [n, C, H, W] of a denoiser, in the order of the stages.
+
+        Args:
+            stages: folders of all stages. Of those that were not measured nothing is returned.
+        """
+        found: dict[str, Tensor] = {}
+        methods = [stage.method for stage in self.stages]
+        for index, stage in enumerate(stages):
+            path = self._file(stage).with_suffix(".safetensors")
+            if self.kept(index, stage) and path.is_file():
+                again = f" {methods[: index + 1].count(methods[index])}"
+                name = f"after {methods[index]}{again if methods.count(methods[index]) > 1 else ''}"
+                found[name] = load_file(path)[_DRAWN]
+        return found
+
     def measure(self, index: int, model: OpenModel, stage: Path) -> None:
-        """Measure the model as a stage left it, where that is wanted, and keep the figures."""
-        if not self.wanted(index) or not isinstance(self.evaluator, ClassificationEvaluator):
+        """Measure the model as a stage left it, where that is wanted, and keep figures and samples."""
+        evaluator = self.evaluator
+        if not self.wanted(index) or not isinstance(evaluator, ClassificationEvaluator | Evaluator):
             return
         with step(self.progress, f"figures after {self.stages[index].method}"):
-            metrics = self.evaluator.between(model, self.reference, self.progress)
+            found = evaluator.between(model, self.reference, self.progress)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_index(self._file(stage), metrics)
+        if _DRAWN in found.images:
+            with atomic_file(self._file(stage).with_suffix(".safetensors")) as temporary:
+                save_file({_DRAWN: found.images[_DRAWN].contiguous()}, temporary)
+        write_index(self._file(stage), found.metrics)  # the last: where it is, the rest is
 
     def _file(self, stage: Path) -> Path:
         # The reference's name holds the hash of the original, of the images and of what is measured.

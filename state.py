@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from .report import Started
 from .workdir import WorkDirectory
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .models.base import OpenModel
 
 
@@ -66,9 +69,11 @@ class Product:
         described: the report's `model`.
         stages: the report's `stages`.
         device: that the run used.
+        samples: what to call a denoiser between two stages -> its samples then; see `Interim.samples`.
     """
 
     model: OpenModel
     described: dict[str, Any]
     stages: list[dict[str, Any]]
     device: str
+    samples: Mapping[str, Tensor]

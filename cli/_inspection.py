@@ -11,8 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ..exporters.depth_table import removals
 from ..exporters.pruning_table import prunings, recoveries
-from . import _pruning
+from . import _depth, _pruning
 from ._tables import Section, Table
 from ._units import amount, plain, size
 
@@ -36,6 +37,8 @@ def sections(document: Document) -> Iterator[Section]:
             "files", ["name", "bytes"], [[row["name"], size(row["bytes"])] for row in document["files"]]
         )
     history = {"stages": document["history"]}
+    for stage in removals(history):
+        yield textwrap.fill(_depth.short(stage), _WIDTH, subsequent_indent="  ")
     for stage in prunings(history):
         yield _pruning.removed(stage)
         yield _pruning.costs(stage)
@@ -61,6 +64,7 @@ def _head(document: Document) -> Table:
         ("bytes of the tensors", size(document["tensor_bytes"])),
         ("parameters", amount(once)),
         ("parameters, copies counted", amount(stored) if stored != once else None),
+        ("depth", _depth.of_original(document["depth"]) if document["depth"] else None),
         ("bits per weight, everything counted", document["bits_per_weight"]),
         ("bits of the quantized weights", document["quantized_bits"]),
         ("copies that are not stored", shared or None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ..exporters.depth_table import removals
 from ..exporters.pruning_table import (
     change,
     layers_of,
@@ -16,6 +17,7 @@ from ..exporters.pruning_table import (
     trained_on,
     widths_of,
 )
+from . import _depth
 from ._tables import Section, Table
 from ._units import amount
 
@@ -29,12 +31,15 @@ _COSTS = (
 
 
 def sections(document: Document) -> Iterator[Section]:
-    """Yield a table of classes and widths for every pruning stage, then lines on cost and training.
+    """Yield the blocks that stay, classes and widths of every pruning stage, then cost and training.
 
     Args:
         document: a report or a plan; nothing is yielded where nothing was removed or trained.
     """
     found, trained = prunings(document), recoveries(document)
+    for stage in removals(document):
+        yield from _depth.lines(stage)
+        yield from _measured(stage)
     for stage in found:
         yield removed(stage)
         yield _cost(stage)
@@ -54,8 +59,11 @@ def advice(document: Document) -> Iterator[str]:
 
 
 def _measured(stage: Document) -> Iterator[str]:
-    """Yield what was measured on held-out images right after a stage that was not the last."""
+    """Yield what was measured right after a stage that was not the last."""
     metrics = stage["details"].get("measured") or {}
+    if "psnr_db" in metrics or "fid" in metrics:
+        yield f"{stage['method']}: right after it: {', '.join(_of_samples(metrics))}"
+        return
     parts = []
     if "accuracy" in metrics:
         parts.append(
@@ -65,6 +73,15 @@ def _measured(stage: Document) -> Iterator[str]:
         parts.append(f"{metrics['top1_agreement']:.2%} answered as the original does")
     if parts:
         yield f"{stage['method']}: right after it, on held-out images: {'; '.join(parts)}"
+
+
+def _of_samples(metrics: Document) -> Iterator[str]:
+    if "class_agreement" in metrics:
+        before, after = metrics["class_agreement_original"], metrics["class_agreement"]
+        yield f"class agreement {after:.1%}, of the original {before:.1%}"
+        yield f"feature FID {metrics['fid']:.3f}, of the original {metrics['fid_original']:.3f}"
+    if "psnr_db" in metrics:
+        yield f"SQNR {metrics['sqnr_db']:.2f} dB, PSNR of samples {metrics['psnr_db']:.2f} dB"
 
 
 def removed(stage: Document) -> Table:

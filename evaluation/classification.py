@@ -116,8 +116,8 @@ class ClassificationEvaluator:
                 result.details["layers"] = layer_rows(model, sums)
         return result
 
-    def between(self, model: OpenModel, reference: Reference, progress: Progress) -> dict[str, float]:
-        """Return the metrics of a model between two stages; nothing by layers.
+    def between(self, model: OpenModel, reference: Reference, progress: Progress) -> Evaluation:
+        """Measure the model between two stages; nothing by layers.
 
         Args:
             model: as it is now.
@@ -127,7 +127,7 @@ class ClassificationEvaluator:
         result = Evaluation()
         if self._samples():
             self._measure(model, reference, result, progress)
-        return result.metrics
+        return result
 
     def _measure(
         self, model: OpenModel, reference: Reference, result: Evaluation, progress: Progress

@@ -48,7 +48,8 @@ class Evaluation:
     Attributes:
         metrics: name -> value; the names of `recipes.gates.METRICS`.
         details: JSON values for the report: per timestep, per layer, settings, notes.
-        images: ``original`` and ``compressed`` [n, C, H, W] float32, final samples of equal seeds.
+        images: name -> [n, C, H, W] float32, final samples of equal seeds: ``original`` first, ``compressed``
+            last, and between them those of the model as it was between stages, by what they are called.
         labels: one caption per image, or empty.
     """
 
@@ -126,6 +127,27 @@ class Evaluator:
             progress: told about the sampling.
         """
         result = Evaluation(details={"linears": linear_inventory(model)})
+        self._measure(model, reference, result, progress)
+        if self._settings.layers and self._settings.fidelity is not None:
+            with step(progress, "error per layer"):
+                result.details["layers"] = compare_watched(model, reference, _first_items)
+        return result
+
+    def between(self, model: OpenModel, reference: Reference, progress: Progress) -> Evaluation:
+        """Measure the model between two stages; nothing by layers.
+
+        Args:
+            model: as it is now.
+            reference: what `reference` returned for the original.
+            progress: told about the sampling.
+        """
+        result = Evaluation()
+        self._measure(model, reference, result, progress)
+        return result
+
+    def _measure(
+        self, model: OpenModel, reference: Reference, result: Evaluation, progress: Progress
+    ) -> None:
         if self._settings.fidelity is not None:
             images = reference.images()["fidelity"]
             with step(progress, "fidelity under equal inputs"):
@@ -135,13 +157,9 @@ class Evaluator:
             self._compare_images(model, images, drawn, result)
             result.labels = tuple(reference.index["labels"])
             result.images = {"original": images, "compressed": drawn}
-        if self._settings.layers and self._settings.fidelity is not None:
-            with step(progress, "error per layer"):
-                result.details["layers"] = compare_watched(model, reference, _first_items)
         if self._settings.quality is not None:
             with step(progress, "quality of samples"):
                 self._compare_quality(model, self._settings.quality, reference, result, progress)
-        return result
 
     def _record(
         self, model: OpenModel, scorer: Scorer | None, folder: Path, progress: Progress

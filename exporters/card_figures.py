@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .card_subject import Subject
+from .depth_table import removals
 from .markdown import code, sentence, table
 from .pruning_table import prunings, steps_of
 
@@ -18,6 +19,8 @@ _CAPTIONS = {
     "bits.png": "Bits and bytes of the linear layers inside the blocks.",
     "sensitivity.png": "Signal to error of the output with one layer's weight quantized, layer by layer.",
     "error_over_bytes.png": "Measured error over bytes: this checkpoint, other budgets, and equal bits.",
+    "blocks.png": "Blocks that stay, counted from 0.",
+    "choices.png": "How the search settled: the probability of every group's choice over its steps.",
     "widths.png": "Width of every layer before and after pruning.",
     "scores.png": "Scores of the channels that competed with each other: kept and removed."
     " A head goes as a whole.",
@@ -54,11 +57,21 @@ def _picture(name: str, subject: Subject) -> Iterator[str]:
     if later and f"{later[1]}.png" in _CAPTIONS:
         first, number = f"{later[1]}.png", int(later[2])
         caption = f"{_CAPTIONS[first]} Stage {number} of this kind."
+    if name == "samples.png" and _between(subject):
+        caption += " Between them, samples of the model as it was after the stages that are named."
+    if name == "layer_error.png" and removals(subject.document):
+        caption += " Blocks are counted in this checkpoint, and held against those that they come from."
     pruned = prunings(subject.document)
     if first == "scores.png" and number <= len(pruned):
         steps = steps_of(pruned[number - 1]["details"])
         caption += f" Of the last of {steps} steps; each has scores of its own." if steps > 1 else ""
     yield from (f"![{caption}]({name})", "")
+
+
+def _between(subject: Subject) -> bool:
+    """Tell whether samples were drawn between stages."""
+    stages = subject.document["stages"]
+    return any("psnr_db" in ((stage.get("details") or {}).get("measured") or {}) for stage in stages)
 
 
 def _rows(subject: Subject) -> list[tuple[str, str, str]]:

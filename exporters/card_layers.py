@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .card_subject import Subject
+from .depth_table import removals
 from .fresh_process import NOT_EXECUTED
 from .layer_table import grouped, has_quantizer
 from .markdown import code, sentence, table
@@ -52,7 +53,8 @@ def limits(subject: Subject) -> Iterator[str]:
     linears = [row for row in subject.linears if row["method"]]
     yield from ("## What it does not speed up", "")
     if subject.export["format"] == "dequantized" and has_quantizer(subject.document):
-        than = "the pruned model before" if prunings(subject.document) else "the original"
+        pruned = prunings(subject.document) or removals(subject.document)
+        than = "the pruned model before" if pruned else "the original"
         yield "- This format stores the rounded weights in floating point: neither smaller nor faster than"
         yield f"  {than}, and activations are not quantized."
     if any(row["weight_bits"] < 8 for row in linears):
@@ -65,6 +67,9 @@ def limits(subject: Subject) -> Iterator[str]:
     if prunings(subject.document):
         yield "- Narrower layers have fewer multiply-accumulates, by the share stated above. Time falls less"
         yield "  where a layer was small already, or its width is no multiple of what the processor works in."
+    if removals(subject.document):
+        yield "- Fewer blocks have fewer multiply-accumulates, by the share stated above. What lies before"
+        yield "  and after the blocks takes its time as it did."
     products = "- Attention products, softmax, normalisation and the layers listed as floating point run"
     if linears and prunings(subject.document):
         yield from (products, "  in floating point.")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from .card_depth import removed_blocks
 from .card_subject import Subject
+from .depth_table import removals
 from .markdown import code, sentence, table
 from .pruning_table import (
     Document,
@@ -40,14 +42,16 @@ _LOSSES = {
 def pruning(subject: Subject) -> Iterator[str]:
     """Yield the section on what was removed and trained, or nothing where nothing was."""
     found, trained = prunings(subject.document), recoveries(subject.document)
-    if not found and not trained:
+    shorter = removals(subject.document)
+    if not found and not trained and not shorter:
         return
-    yield from ("## What was removed" if found else "## What was trained", "")
+    yield from ("## What was removed" if found or shorter else "## What was trained", "")
+    yield from removed_blocks(shorter, subject)
     for stage in found:
         yield from _stage(stage)
     yield from _recovery(trained)
     yield from _advice(subject)
-    yield from _accuracy(subject.document, found, trained)
+    yield from _between(subject.document)
 
 
 def _stage(stage: Document) -> Iterator[str]:
@@ -140,16 +144,32 @@ def _left_out(details: Document) -> Iterator[str]:
         yield f"Images left out because they are held out for measuring: {details['held_out']:,}."
 
 
-def _accuracy(document: Document, found: Sequence[Document], trained: Sequence[Document]) -> Iterator[str]:
+_MEASURES = (
+    ("accuracy", "accuracy", "{:.2%}"),
+    ("class_agreement", "class agreement", "{:.1%}"),
+    ("fid", "feature FID", "{:.3f}"),
+    ("psnr_db", "PSNR of final samples, dB", "{:.2f}"),
+    ("sqnr_db", "SQNR of the output, dB", "{:.2f}"),
+)
+
+
+def _between(document: Document) -> Iterator[str]:
+    """Yield what was measured between the stages, beside original and result; nothing where it was not."""
     metrics: Mapping[str, Any] = document["evaluation"].get("metrics", {})
-    rows = []
-    if "accuracy_original" in metrics:
-        rows.append(("original", f"{metrics['accuracy_original']:.2%}"))
-    for stage in (*found, *trained):
-        value = (stage["details"].get("measured") or {}).get("accuracy")
-        if value is not None:
-            rows.append((f"after {code(stage['method'])}", f"{value:.2%}"))
-    if "accuracy" in metrics:
-        rows.append(("this checkpoint", f"{metrics['accuracy']:.2%}"))
-    if rows:
-        yield from table(("", "accuracy"), rows)
+    rows: list[tuple[str, Mapping[str, Any]]] = [
+        (f"after {code(stage['method'])}", stage["details"]["measured"])
+        for stage in document["stages"]
+        if (stage.get("details") or {}).get("measured")
+    ]
+    # Of a classifier the one figure that people ask for; a denoiser has no such figure.
+    measured = [row for row in _MEASURES if row[0] in metrics][: 1 if "accuracy" in metrics else None]
+    if not measured or not (rows or "accuracy" in metrics):
+        return
+    original = {key: metrics[f"{key}_original"] for key, _, _ in measured if f"{key}_original" in metrics}
+    rows = [("original", original), *rows, ("this checkpoint", metrics)]
+    cells = [
+        (name, *(form.format(values[key]) if key in values else "" for key, _, form in measured))
+        for name, values in rows
+        if any(key in values for key, _, _ in measured)
+    ]
+    yield from table(("", *(title for _, title, _ in measured)), cells)

@@ -16,8 +16,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..evaluation.evaluator import Evaluation
+from .depth_table import is_learned, removals
 from .drawing import BLUE, INK, MUTED, ORANGE, new_figure, plain_defaults, save, tidy
 from .figures_bits import draw_bits, draw_points, draw_sensitivity
+from .figures_depth import draw_choices, draw_kept
 from .figures_pruning import draw_scores, draw_training, draw_widths
 from .layer_table import allocation_of, has_quantizer, label_of, mixed_label_of
 from .pruning_table import numbered, prunings, recoveries, widths_of
@@ -25,7 +27,8 @@ from .pruning_table import numbered, prunings, recoveries, widths_of
 SAMPLES, TIMESTEPS, LAYERS, BITS = "samples.png", "sqnr_per_timestep.png", "layer_error.png", "bits.png"
 SENSITIVITY, POINTS = "sensitivity.png", "error_over_bytes.png"
 SCORES, WIDTHS, TRAINING = "scores.png", "widths.png", "training_loss.png"
-ORDER = (SAMPLES, TIMESTEPS, LAYERS, BITS, SENSITIVITY, POINTS, WIDTHS, SCORES, TRAINING)
+KEPT, CHOICES = "blocks.png", "choices.png"
+ORDER = (SAMPLES, TIMESTEPS, LAYERS, BITS, SENSITIVITY, POINTS, KEPT, CHOICES, WIDTHS, SCORES, TRAINING)
 """In which a card shows the pictures."""
 
 _COLUMNS = 8  # samples side by side
@@ -45,25 +48,27 @@ def _pictures(images: Tensor, low: float, high: float) -> np.ndarray:
 
 
 def draw_samples(evaluation: Evaluation, label: str) -> Figure:
-    """Draw original and compressed samples of equal seeds, one above the other.
+    """Draw samples of equal seeds, one above the other: original, between stages, compressed.
 
     Args:
         evaluation: with its images.
-        label: what the lower row is called, such as ``W4A8``; lines of text.
+        label: what the lowest row is called, such as ``W4A8``; lines of text.
     """
-    original, compressed = evaluation.images["original"], evaluation.images["compressed"]
+    original = evaluation.images["original"]
+    names = [label if name == "compressed" else name.replace(" ", "\n", 1) for name in evaluation.images]
     latent = original.shape[1] not in (1, 3)
     low, high = (float(original.min()), float(original.max())) if latent else (-1.0, 1.0)
-    rows = [_pictures(original, low, high), _pictures(compressed, low, high)]
+    rows = [_pictures(images, low, high) for images in evaluation.images.values()]
     count = len(original)
     columns = min(count, _COLUMNS)
     chunks = -(-count // columns)
     narrowest = 4.6 if latent else 4.0  # the title must fit
-    figure = new_figure(max(narrowest, 0.55 + 0.86 * columns), 0.45 + chunks * 2.02)
+    figure = new_figure(max(narrowest, 0.55 + 0.86 * columns), 0.45 + chunks * (2.02 + 0.85 * (len(rows) - 2)))
     bands = figure.subfigures(chunks, 1, squeeze=False)[:, 0]
     for chunk, band in enumerate(bands):
-        grid = band.subplots(2, columns, squeeze=False, gridspec_kw={"wspace": 0.03, "hspace": 0.03})
-        for row, column in np.ndindex(2, columns):
+        spaces = {"wspace": 0.03, "hspace": 0.03}
+        grid = band.subplots(len(rows), columns, squeeze=False, gridspec_kw=spaces)
+        for row, column in np.ndindex(len(rows), columns):
             axes, index = grid[row, column], chunk * columns + column
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
@@ -73,7 +78,7 @@ def draw_samples(evaluation: Evaluation, label: str) -> Figure:
             if row == 0 and index < len(evaluation.labels):
                 axes.set_title(evaluation.labels[index], fontsize=8, weight="normal", loc="center", pad=3)
             if column == 0:
-                axes.set_ylabel((label, "original")[row == 0], fontsize=8.5, color=INK)
+                axes.set_ylabel(names[row], fontsize=8.5, color=INK)
     kind = "latents of equal seeds (channels 1 to 3)" if latent else "samples of equal seeds"
     figure.suptitle(kind, fontsize=10.5, weight="bold", x=0.01, ha="left")
     return figure
@@ -139,12 +144,17 @@ Drawing = tuple[str, bool, Callable[[], Figure]]
 
 
 def _of_pruning(document: Mapping[str, Any]) -> Iterator[Drawing]:
-    """Yield the pictures of every stage that removed channels or trained; later ones are numbered."""
+    """Yield the pictures of every stage that removed or trained; later ones of a kind are numbered."""
     for number, stage in enumerate(prunings(document), 1):
         details = stage["details"]
         scored = any(entry.get("histogram") for entry in details["classes"])
         yield numbered(WIDTHS, number), bool(widths_of(details)), partial(draw_widths, details)
         yield numbered(SCORES, number), scored, partial(draw_scores, details)
+    for number, stage in enumerate(removals(document), 1):
+        yield numbered(KEPT, number), True, partial(draw_kept, stage["details"])
+    learned = [stage["details"] for stage in removals(document) if is_learned(stage["details"])]
+    for number, details in enumerate(learned, 1):
+        yield numbered(CHOICES, number), True, partial(draw_choices, details)
     for number, stage in enumerate(recoveries(document), 1):
         yield numbered(TRAINING, number), True, partial(draw_training, stage["details"])
 
@@ -166,7 +176,7 @@ def made_of(document: Mapping[str, Any]) -> str:
     scheme = f"{mixed} mixed" if mixed else label_of(document["evaluation"].get("linears", ()))
     if scheme is None and has_quantizer(document):
         scheme = "quantized"
-    pruned = "pruned" if prunings(document) else None
+    pruned = "pruned" if prunings(document) or removals(document) else None
     return "\n".join(filter(None, (pruned, scheme))) or "compressed"
 
 

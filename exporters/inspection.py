@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SourceError
+from ..models.origins import NAME as DEPTH_FILE
+from ..models.origins import blocks_before, kept_blocks
 from ..runtime.fetch import fetch
 from ..runtime.manifest import ActivationScheme, QuantizedModule
 from ..runtime.validate import (
@@ -18,6 +20,7 @@ from ..runtime.validate import (
     expected_tensors,
     open_folder,
 )
+from .attachments import read_attachments
 
 _TORCHAO_PART = "._weight_"
 
@@ -27,10 +30,11 @@ def inspect(path: str | Path, *, revision: str | None = None, subfolder: str | N
 
     Returns:
         A JSON value: `path, class, format, dtype, files, bytes, tensor_bytes, parameters,
-        parameters_stored, bits_per_weight, quantized_bits, shared, cut, layers, history`. Bytes are on
+        parameters_stored, bits_per_weight, quantized_bits, shared, cut, depth, layers, history`. Bytes are on
         disk; `bits_per_weight` is 8 * tensor_bytes / parameters; `quantized_bits` is the average
         over the weights of the quantized layers, scales not counted, None without any; `cut` is how
-        many modules have other sizes than the stock class builds from the config. A layer:
+        many modules have other sizes than the stock class builds from the config; `depth`, where blocks were
+        removed, list of blocks -> `of` (the original's number) and `kept` (their places there). A layer:
         `name, shape, bits, bytes` (all its tensors), `dtype` (of the stored weight),
         `activation_bits` (None: floating point), `activation_scope` (what shares a scale: `token`,
         `sample`, or `tensor`, which is static), `first_token_stored` (its output, in floating point),
@@ -59,9 +63,19 @@ def inspect(path: str | Path, *, revision: str | None = None, subfolder: str | N
         "quantized_bits": _quantized_bits(layers),
         "shared": len(stored.manifest.shared),
         "cut": len(stored.manifest.surgery),
+        "depth": _depth(folder),
         "layers": layers,
         "history": [entry.model_dump(mode="json") for entry in stored.manifest.history],
     }
+
+
+def _depth(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return list of blocks -> how many the original has and which of them are left; empty: all."""
+    text = read_attachments(folder).get(DEPTH_FILE)
+    if text is None:
+        return {}
+    before = blocks_before(text)
+    return {name: {"of": before[name], "kept": list(kept)} for name, kept in kept_blocks(text).items()}
 
 
 def foreign_schemes(folder: Path) -> dict[str, QuantizedModule]:

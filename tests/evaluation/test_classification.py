@@ -98,7 +98,7 @@ def test_a_worse_model_is_told_apart_and_where(recorded):
     rows = {row["name"]: row for row in result.details["layers"]}
     assert rows["vit.layers.2.mlp.fc2"]["sqnr_db"] < 10 and rows["vit.layers.2"]["role"] == "block"
     assert all(row["sqnr_db"] == 200.0 for name, row in rows.items() if ".layers.2" not in name)
-    between = evaluator.between(model, reference, QUIET)
+    between = evaluator.between(model, reference, QUIET).metrics
     assert between == {name: result.metrics[name] for name in between} and "accuracy" in between
 
 
@@ -153,7 +153,7 @@ def test_nothing_is_measured_where_all_is_off(vit):
     evaluator = ClassificationEvaluator(settings, 0, CalibrationSettings())
     reference = evaluator.reference(vit, None, QUIET)
     result = evaluator.compare(vit, reference, QUIET)
-    assert result.metrics == {} and evaluator.between(vit, reference, QUIET) == {}
+    assert result.metrics == {} and evaluator.between(vit, reference, QUIET).metrics == {}
 
 
 def test_accuracy_needs_labels_and_enough_images(make_vit, shared_data):

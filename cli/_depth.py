@@ -1,0 +1,60 @@
+"""What stages that removed whole blocks say of it: for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..exporters.depth_table import blocks_of, groups_told, is_learned, least_confidence, named
+from ._tables import Section, Table
+
+Document = Mapping[str, Any]
+
+
+def lines(stage: Document) -> Iterator[Section]:
+    """Yield a line for every list of blocks that became shorter, and a table of a choice's groups.
+
+    Args:
+        stage: with details of a stage that removed blocks.
+    """
+    details = stage["details"]
+    for name, row in named(blocks_of(details)):
+        which = f"{name}: " if name else ""
+        yield f"{stage['method']}: {which}kept {row.told}{_sure(details)}"
+    found = groups_told(details)
+    if len(found) > 1:
+        rows = [[_places(row["of"]), _places(row["kept"]), f"{row['confidence']:.2f}"] for row in found]
+        columns = ["group of blocks", "kept", "probability"]
+        yield Table(f"{stage['method']}: how sure every choice is", columns, rows)
+
+
+def short(stage: Document) -> str:
+    """Return all in one line, for a history."""
+    details = stage["details"]
+    parts = [f"{f'{name}: ' if name else ''}kept {row.told}" for name, row in named(blocks_of(details))]
+    return f"{stage['method']}: {'; '.join(parts)}{_sure(details)}"
+
+
+def of_original(depth: Mapping[str, Any]) -> str:
+    """Say how many blocks of the original a checkpoint has: "4 of 8 blocks of the original: 0, 2, 5, 7".
+
+    Args:
+        depth: list of blocks -> `of` and `kept`, as `inspect` tells it.
+    """
+    several = len(depth) > 1
+    return "; ".join(
+        f"{f'{name}: ' if several else ''}{len(row['kept'])} of {row['of']} blocks of the original:"
+        f" {_places(row['kept'])}"
+        for name, row in depth.items()
+    )
+
+
+def _sure(details: Document) -> str:
+    least = least_confidence(details)
+    if is_learned(details) and least is not None:
+        return f"; least confidence {least:.2f}"
+    return f", by {details['by']}" if "by" in details else ""
+
+
+def _places(places: list[int]) -> str:
+    return ", ".join(map(str, places))

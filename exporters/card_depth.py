@@ -1,0 +1,100 @@
+"""The card's account of depth pruning: which blocks stay, what decided it, where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..models.origins import NAME as DEPTH_FILE
+from .card_subject import Subject
+from .depth_table import LEARNS_BESIDE, RULES, Document, blocks_of, groups_told, is_learned, named
+from .markdown import code, table
+from .pruning_table import change
+
+_SETTLED = 0.9
+
+
+def removed_blocks(stages: Sequence[Document], subject: Subject) -> Iterator[str]:
+    """Yield what is told of stages that removed blocks, or nothing where there are none.
+
+    Args:
+        stages: of `depth_table.removals`.
+        subject: of the card.
+    """
+    for number, stage in enumerate(stages):
+        before = "the original" if number == 0 else "the model before this stage"
+        yield from _stage(stage, before)
+    if stages:
+        yield from _origin(subject)
+
+
+def _stage(stage: Document, before: str) -> Iterator[str]:
+    details = stage["details"]
+    if is_learned(details):
+        yield f"By {code(stage['method'])}: which blocks stay was learned (TinyFusion, arXiv 2412.01199)."
+        yield from _search(details)
+    else:
+        rule = RULES.get(details["by"], details["by"])
+        yield f"By {code(stage['method'])}, rule {code(details['by'])}: {rule}."
+        yield from _drawn(details.get("random"))
+    yield f"Blocks are counted from 0, as in {before}."
+    yield ""
+    rows = [(code(row.name), row.of, len(row.kept), _places(row.kept)) for row in blocks_of(details)]
+    yield from table(("blocks", "before", "after", "those that stay"), rows)
+    if is_learned(details):
+        yield from _groups(details)
+    sizes = [
+        (name, f"{stage['before'][key]:,}", f"{stage['after'][key]:,}", _share(stage, key))
+        for key, name in (("parameters", "parameters"), ("macs", "multiply-accumulates of one forward"))
+        if key in stage.get("before", {}) and key in stage.get("after", {})
+    ]
+    if sizes:
+        yield from table(("", "before", "after", "kept"), sizes)
+
+
+def _share(stage: Document, key: str) -> str:
+    return f"{stage['after'][key] / stage['before'][key]:.1%}"
+
+
+def _places(places: Sequence[int]) -> str:
+    return ", ".join(map(str, places))
+
+
+def _search(details: Document) -> Iterator[str]:
+    found = details["search"]
+    first, last = change(found["loss"])
+    yield f"The search took {found['steps']:,} steps on {details['data']:,} latents, every sample through a"
+    yield f"choice of its own; {LEARNS_BESIDE.get(details['mode'], details['mode'])}."
+    yield f"Its loss was {first:.4g} on average over its first twelfth, {last:.4g} over its last."
+
+
+def _drawn(found: Mapping[str, Any] | None) -> Iterator[str]:
+    if found:
+        yield f"Of {found['drawn']:,} choices, with losses from {found['least']:.4g} to"
+        yield f"{found['largest']:.4g}, the one with {found['loss']:.4g} was taken."
+
+
+def _groups(details: Document) -> Iterator[str]:
+    """Yield a table of groups with the probability of what was chosen."""
+    found = groups_told(details)
+    several = len(named(blocks_of(details))) > 1
+    rows = [
+        (f"{code(row['blocks'])} {_places(row['of'])}" if several else _places(row["of"]),
+         _places(row["kept"]), f"{row['confidence']:.3f}")
+        for row in found
+    ]  # fmt: skip
+    yield "Of every group these stay; the probability is what the search gave this choice in the end:"
+    yield ""
+    yield from table(("group of blocks", "those that stay", "probability"), rows)
+    open_ones = sum(row["confidence"] < _SETTLED for row in found)
+    if open_ones:
+        yield f"**{open_ones} of {len(found)} choices are not settled**: they have less than {_SETTLED:.0%}."
+        yield ""
+
+
+def _origin(subject: Subject) -> Iterator[str]:
+    model, revision = subject.model, subject.source_revision
+    at = f", revision {code(revision)}" if revision else ""
+    yield f"The blocks come from {code(subject.source)}{at}; {code(DEPTH_FILE)} beside the weights says which"
+    yield f"ones they were. The config gives the new depth: {code(model['class'])} builds just the blocks"
+    yield from ("that the weights are for.", "")

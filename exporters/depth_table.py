@@ -1,0 +1,89 @@
+"""What stages that removed whole blocks tell in a report, for card, pictures and terminal. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Document = Mapping[str, Any]
+
+RULES = {
+    "indices": "a list of the recipe's own",
+    "oracle": "the first of every pair in the first half of the model, the second in the second",
+    "shortgpt": "what turns its input least went (ShortGPT)",
+    "flux_lite": "what changes its input least went (Flux.1 Lite)",
+    "sensitivity": "what the loss rises least without went",
+    "random": "one of many random choices, by its loss",
+}
+"""Rule of the stage `depth` -> what it does."""
+
+LEARNS_BESIDE = {
+    "lora": "low-rank changes of all linear layers learned beside the choice, and were thrown away",
+    "full": "all weights learned beside the choice, and were put back",
+    "frozen": "nothing else learned",
+}
+"""Mode of the stage `tinyfusion` -> what the weights did meanwhile."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A list of blocks that became shorter.
+
+    Attributes:
+        name: of the list in the module.
+        of: blocks before.
+        kept: places of those that stay, counted from 0 before.
+    """
+
+    name: str
+    of: int
+    kept: tuple[int, ...]
+
+    @property
+    def told(self) -> str:
+        """As people write it: "4 of 8 blocks: 0, 2, 5, 7"."""
+        return f"{len(self.kept)} of {self.of} blocks: {', '.join(map(str, self.kept))}"
+
+
+def removals(document: Document) -> list[Document]:
+    """Return the stages that removed blocks, in order."""
+    return [stage for stage in document.get("stages", ()) if (stage.get("details") or {}).get("blocks")]
+
+
+def blocks_of(details: Document) -> list[Blocks]:
+    """Return the lists of a stage that became shorter.
+
+    Args:
+        details: of a stage that removed blocks.
+    """
+    rows = [Blocks(name, row["of"], tuple(row["kept"])) for name, row in details["blocks"].items()]
+    return [row for row in rows if len(row.kept) < row.of]
+
+
+def named(rows: Sequence[Blocks]) -> list[tuple[str, Blocks]]:
+    """Return (what to call it, list): nothing where there is one alone."""
+    return [("" if len(rows) == 1 else row.name, row) for row in rows]
+
+
+def is_learned(details: Document) -> bool:
+    """Tell whether the choice was learned, group by group."""
+    return bool(details.get("choices"))
+
+
+def least_confidence(details: Document) -> float | None:
+    """Return the least probability that a learned group gives what stays; None where nothing was learned.
+
+    A group that stays whole has nothing to choose and is not counted.
+    """
+    found = [row["confidence"] for row in details.get("choices", ()) if _chooses(row)]
+    return min(found) if found else None
+
+
+def groups_told(details: Document) -> list[Document]:
+    """Return the groups of a learned choice in which there was something to choose."""
+    return [row for row in details.get("choices", ()) if _chooses(row)]
+
+
+def _chooses(row: Document) -> bool:
+    return len(row["kept"]) < len(row["of"])
