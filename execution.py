@@ -6,7 +6,7 @@ stage is kept in the work directory, and the next run starts after the last of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from .evaluation.by_task import Measurer, evaluator_for
 from .evaluation.evaluator import Evaluation
 from .evaluation.reference import Reference
 from .exporters.formats import as_shipped, write
-from .fitting_images import data_of
+from .images_ahead import RunImages, images_of
 from .interim import Interim
 from .models.base import OpenModel
 from .models.open import open_model
@@ -71,11 +71,12 @@ def produce(state: Run, device: str, place: Callable[[ExportSettings], Path]) ->
     recipe, progress = state.recipe, state.progress
     model = open_model(recipe.model, device=device, progress=progress)
     described = describe_model(model.spec)
-    evaluator = evaluator_for(model, recipe.evaluate, recipe.seed, recipe.calibration)
+    images = images_of(model, recipe)
+    evaluator = evaluator_for(model, recipe.evaluate, recipe.seed, recipe.calibration, images.pools)
     reference = evaluator.reference(model, state.work.reference, progress, fresh=state.fresh)
     return_freed_memory()
     interim = Interim(evaluator, reference, recipe.stages, state.work.measured, progress)
-    product = Product(model, described, _run_stages(state, model, interim), device)
+    product = Product(model, described, _run_stages(state, model, interim, images), device)
     measured: dict[str, Evaluation] = {}
     return [
         _variant(state, product, export, place(export), evaluator, reference, measured)
@@ -106,12 +107,18 @@ def _variant(
     return variant
 
 
-def _stage_keys(recipe: Recipe, model: OpenModel, calibration_key: str) -> list[tuple[str, str]]:
-    """Return (hash of the input, key) per stage; a key contains all that the result depends on."""
+def _stage_keys(
+    recipe: Recipe, model: OpenModel, calibration_key: str, own: Mapping[int, str]
+) -> list[tuple[str, str]]:
+    """Return (hash of the input, key) per stage; a key contains all that the result depends on.
+
+    Args:
+        own: index of a stage -> hash of the images that it names for itself.
+    """
     keys: list[tuple[str, str]] = []
     previous = digest([sorted(model.source.hashes.items()), str(model.spec.dtype), model.config])
     for index, stage in enumerate(recipe.stages):
-        data = data_of(recipe, index)
+        data = own.get(index)
         key = digest(
             {
                 **({} if data is None else {"data": data}),
@@ -129,7 +136,7 @@ def _stage_keys(recipe: Recipe, model: OpenModel, calibration_key: str) -> list[
     return keys
 
 
-def _run_stages(state: Run, model: OpenModel, interim: Interim) -> list[dict[str, Any]]:
+def _run_stages(state: Run, model: OpenModel, interim: Interim, images: RunImages) -> list[dict[str, Any]]:
     """Apply the stages to `model`, reusing the longest finished prefix."""
     recipe, work = state.recipe, state.work
     if not recipe.stages:
@@ -141,8 +148,9 @@ def _run_stages(state: Run, model: OpenModel, interim: Interim) -> list[dict[str
         cache=work.calibration,
         progress=state.progress,
         fresh=state.fresh,
+        pools=images.pools,
     )
-    keys = _stage_keys(recipe, model, calibration.key)
+    keys = _stage_keys(recipe, model, calibration.key, images.data)
     folders = [
         work.stage_folder(key, stage.method) for (_, key), stage in zip(keys, recipe.stages, strict=True)
     ]

@@ -134,12 +134,21 @@ def training(stage: Document) -> str:
     first, last = change(details["loss"])
     images = details.get("images")
     on = f" on {images:,} images" if isinstance(images, int) else ""
-    without = [
-        f", {details[key]:,} {what} left out"
-        for key, what in (("skipped", "that cannot be read"), ("held_out", "that are held out"))
-        if details.get(key)
-    ]
+    without = _left_out(details)
     return (
-        f"{stage['method']}: {details['steps']:,} steps{on}{''.join(without)}, training loss {first:.4g} ->"
-        f" {last:.4g} (means of the first and the last twelfth)"
+        f"{stage['method']}: {details['steps']:,} steps{on}{without}{';' if without else ','} training"
+        f" loss {first:.4g} -> {last:.4g} (means of the first and the last twelfth)"
     )
+
+
+def _left_out(details: Document) -> str:
+    """Say how many images a training left out, and why; empty: none."""
+    parts: list[str] = []
+    for key, one, many in (
+        ("skipped", "cannot be read and is", "cannot be read and are"),
+        ("held_out", "is a held-out image and is", "are held-out images and are"),
+    ):
+        count = details.get(key)
+        if count:
+            parts.append(f"; {count:,} more {one if count == 1 else many} left out")
+    return "".join(parts)

@@ -27,8 +27,8 @@ def loading(subject: Subject) -> Iterator[str]:
     if export["format"] == "compress" and any("import compress" in way for way in export["loads_with"]):
         asks = library_of(subject.model["class"]) == "transformers"
         what = "that asks for it" if asks else "of the library that may not name `compress`"
-        yield f"Import `compress` before the stock class loads: without it, loading stops with an error {what};"
-        yield from ("it never fills in random weights.", "")
+        yield "Import `compress` before the stock class loads: without it, loading stops with an error"
+        yield from (f"{what}; it never fills in random weights.", "")
     yield from _use(subject)
     yield from (_verified(export), "")
 
