@@ -74,7 +74,7 @@ class TargetSettings(_Settings):
             value = getattr(self, name)
             if value is not None and 1.0 < value < _LEAST_AMOUNT:
                 raise ValueError(
-                    f"{name}: {value:g} is neither a share, which is at most 1, nor an amount; write 0.5 or 4.2G"
+                    f"{name}: {value:g} is neither a share, which is at most 1, nor an amount, as 4.2G"
                 )
         return self
 
