@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from .calibration.image_files import find_images
@@ -13,7 +13,9 @@ from .errors import SourceError
 from .recipes.recovery import FinetuneSettings
 
 if TYPE_CHECKING:
-    from .calibration.image_sets import Pools
+    from pathlib import Path
+
+    from .calibration.image_sets import Pool, Pools
     from .models.base import OpenModel
     from .recipes.schema import Recipe
 
@@ -23,7 +25,7 @@ class RunImages:
     """What a run knows of its images before it computes anything.
 
     Attributes:
-        pools: of the calibration; None: it has no images.
+        pools: of the calibration, with those of trainings; None: the calibration has no images.
         data: index of a stage -> hash of the images that it names for itself.
     """
 
@@ -48,15 +50,17 @@ def images_of(model: OpenModel, recipe: Recipe) -> RunImages:
     place = image_place(settings, model.source.folder)
     pools = None if place is None else pools_of(model, settings, recipe.seed)
     data: dict[int, str] = {}
+    trainings: dict[Path, Pool] = {}
     for index, stage in enumerate(recipe.stages):
         if not isinstance(stage.settings, FinetuneSettings) or stage.settings.images is None:
             continue
         path = stage.settings.images
         try:
             layout = find_images(path)
-            training_pool(model, path, pools, recipe.seed, layout).check()
+            pool = training_pool(model, path, pools, recipe.seed, layout)
+            pool.check()
         except SourceError as error:
             where = f"stages[{index}].{stage.method}.images"
             raise SourceError(f"{where}: {error.message}", hint=error.hint) from None
-        data[index] = layout.fingerprint()
-    return RunImages(pools, data)
+        data[index], trainings[path] = layout.fingerprint(), pool
+    return RunImages(None if pools is None else replace(pools, trainings=trainings), data)

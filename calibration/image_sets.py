@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -184,8 +184,10 @@ class Pools:
         train: for calibration and training.
         held_out: for measuring.
         notes: what was assumed about preprocessing and labels, and what could not be seen.
+        trainings: place that a training names for itself -> what may be trained on; those known so far.
     """
 
     train: Pool
     held_out: Pool
     notes: tuple[str, ...]
+    trainings: Mapping[Path, Pool] = field(default_factory=dict)

@@ -83,6 +83,8 @@ def training_pool(
     Raises:
         SourceError: there are none, or they do not fit the model.
     """
+    if pools is not None and path in pools.trainings:
+        return pools.trainings[path]
     if pools is not None and path.resolve() == pools.train.path.resolve():
         return pools.train
     layout, strict = layout or find_images(path), pools is not None and pools.train.strict
