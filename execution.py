@@ -26,6 +26,7 @@ from .evaluation.evaluator import Evaluation
 from .evaluation.reference import Reference
 from .exporters.formats import as_shipped, write
 from .fitting_data import stage_data
+from .images_ahead import RunImages, images_of
 from .interim import Interim
 from .models.base import OpenModel
 from .models.open import open_model
@@ -72,11 +73,12 @@ def produce(state: Run, device: str, place: Callable[[ExportSettings], Path]) ->
     recipe, progress = state.recipe, state.progress
     model = open_model(recipe.model, device=device, progress=progress)
     described = describe_model(model.spec)
-    evaluator = evaluator_for(model, recipe.evaluate, recipe.seed, recipe.calibration)
+    images = images_of(model, recipe)
+    evaluator = evaluator_for(model, recipe.evaluate, recipe.seed, recipe.calibration, images.pools)
     reference = evaluator.reference(model, state.work.reference, progress, fresh=state.fresh)
     return_freed_memory()
     interim = Interim(evaluator, reference, recipe.stages, state.work.measured, progress)
-    stages, samples = _run_stages(state, model, interim)
+    stages, samples = _run_stages(state, model, interim, images)
     product = Product(model, described, stages, device, samples)
     measured: dict[str, Evaluation] = {}
     return [
@@ -119,12 +121,18 @@ def _with_those_between(images: Mapping[str, Tensor], between: Mapping[str, Tens
     return {**{name: images[name] for name in before}, **between, last: images[last]}
 
 
-def _stage_keys(recipe: Recipe, model: OpenModel, calibration_key: str) -> list[tuple[str, str]]:
-    """Return (hash of the input, key) per stage; a key contains all that the result depends on."""
+def _stage_keys(
+    recipe: Recipe, model: OpenModel, calibration_key: str, own: Mapping[int, str]
+) -> list[tuple[str, str]]:
+    """Return (hash of the input, key) per stage; a key contains all that the result depends on.
+
+    Args:
+        own: index of a stage -> hash of the images that it names for itself.
+    """
     keys: list[tuple[str, str]] = []
     previous = digest([sorted(model.source.hashes.items()), str(model.spec.dtype), model.config])
     for index, stage in enumerate(recipe.stages):
-        data = stage_data(recipe, index, model.source.folder, model.source.revision)
+        data = own.get(index) or stage_data(recipe, index, model.source.folder, model.source.revision)
         key = digest(
             {
                 **({} if data is None else {"data": data}),
@@ -143,7 +151,7 @@ def _stage_keys(recipe: Recipe, model: OpenModel, calibration_key: str) -> list[
 
 
 def _run_stages(
-    state: Run, model: OpenModel, interim: Interim
+    state: Run, model: OpenModel, interim: Interim, images: RunImages
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Apply the stages to `model`, reusing the longest finished prefix.
 
@@ -160,8 +168,9 @@ def _run_stages(
         cache=work.calibration,
         progress=state.progress,
         fresh=state.fresh,
+        pools=images.pools,
     )
-    keys = _stage_keys(recipe, model, calibration.key)
+    keys = _stage_keys(recipe, model, calibration.key, images.data)
     folders = [
         work.stage_folder(key, stage.method) for (_, key), stage in zip(keys, recipe.stages, strict=True)
     ]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from .calibration.image_files import find_images
 from .calibration.latent_files import find_latents, fingerprint
 from .errors import SourceError
-from .fitting_images import data_of
 from .models.checkpoint import locate
 from .models.registry import FAMILY_NAMES, task_of
 from .recipes.data import PATH_KEYS
@@ -93,7 +92,7 @@ def _check_latents(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def stage_data(recipe: Recipe, index: int, folder: Path, revision: str | None) -> str | None:
-    """Return the hash of the data that a stage trains on, beside those that all stages see; None: of none.
+    """Return the hash of the data that a stage trains a denoiser on; None: of none.
 
     Args:
         recipe: that fits its model.
@@ -106,7 +105,7 @@ def stage_data(recipe: Recipe, index: int, folder: Path, revision: str | None) -
     """
     data = recipe.calibration.data
     if data is None or not recipe.stages[index].settings.learns_from_data:
-        return data_of(recipe, index)
+        return None
     content: dict[str, Any] = data.model_dump(mode="json", exclude=set(PATH_KEYS))
     if data.latents is not None:
         content["latents"] = fingerprint(find_latents(data.latents))

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .calibration.image_files import EMPTY_HINT, FileList, Images, Layout, find_images, held_out_count
+from .calibration.image_files import (
+    EMPTY_HINT,
+    FileList,
+    Images,
+    Layout,
+    TensorFile,
+    find_images,
+    held_out_count,
+)
 from .calibration.inputs import OWN_IMAGES, image_place
-from .calibration.labels import class_numbers
+from .calibration.labels import class_names, class_numbers
 from .errors import SourceError
 from .models.registry import FAMILY_NAMES, task_of
 from .recipes.pruning import IsomorphicSettings
@@ -51,7 +58,7 @@ def check_images(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
     if recipe.calibration.strict:
         layouts = [*([] if layout is None else [layout]), *trained]
         held_out = None if layout is None else layout.held_out
-        _check_strict(layouts, held_out, int(checkpoint.config.get("num_channels", 3)))
+        _check_strict(layouts, held_out, _channels(checkpoint))
 
 
 def _check_calibration(loaded: LoadedRecipe, layout: Layout, checkpoint: Checkpoint) -> None:
@@ -61,20 +68,9 @@ def _check_calibration(loaded: LoadedRecipe, layout: Layout, checkpoint: Checkpo
     if loaded.recipe.evaluate.quality is not None and not measured.labelled:
         raise loaded.error(
             ("evaluate", "quality"),
-            f"is accuracy for a classifier, and the images of {layout.path} have no labels",
+            f"is accuracy for a classifier, and the images of {layout.path} have no labels{_lack(measured)}",
             "leave it out, or give labels",
         )
-
-
-def data_of(recipe: Recipe, index: int) -> str | None:
-    """Return the hash of images that a stage names for itself; None where it names none.
-
-    Raises:
-        SourceError: they cannot be read.
-    """
-    settings = recipe.stages[index].settings
-    images: Path | None = getattr(settings, "images", None)
-    return None if images is None else find_images(images).fingerprint()
 
 
 def _needs(recipe: Recipe) -> Iterator[str]:
@@ -89,9 +85,26 @@ def _needs(recipe: Recipe) -> Iterator[str]:
     yield from (f"evaluate.{part}" for part in ("fidelity", "quality") if getattr(recipe.evaluate, part))
 
 
+def _lack(images: Images) -> str:
+    """Say what a table has in the place of labels."""
+    return f" ({images.lack})" if isinstance(images, FileList) and images.lack else ""
+
+
 def _check_classes(layout: Layout, checkpoint: Checkpoint) -> None:
+    """Hold classes, labels and channels against the model; files are decoded later."""
+    from .calibration.image_rows import check_channels, row_labels
+
     if layout.classes:
         class_numbers(layout.classes, checkpoint.config, layout.path)
+    for part in (layout.train, layout.held_out):
+        if isinstance(part, TensorFile):
+            check_channels(part, _channels(checkpoint))
+            if part.labelled:
+                row_labels(part, len(class_names(checkpoint.config)))
+
+
+def _channels(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.config.get("num_channels", 3))
 
 
 def _check_stages(loaded: LoadedRecipe, layout: Layout | None, checkpoint: Checkpoint) -> Iterator[Layout]:
@@ -161,7 +174,7 @@ def _check_scores(
     if by_labels and not layout.train.labelled:
         raise loaded.error(
             (*location, "importance" if settings.loss is None else "loss"),
-            f"cross_entropy needs labels, and the images of {layout.path} have none",
+            f"cross_entropy needs labels, and the images of {layout.path} have none{_lack(layout.train)}",
             LABEL_FREE,
         )
 
@@ -177,13 +190,13 @@ def _check_training(
     if settings.distill is None:
         raise loaded.error(
             location,
-            f"the images of {layout.path} have no labels to learn from",
+            f"the images of {layout.path} have no labels to learn from{_lack(layout.train)}",
             "add `distill: {}` to learn from the original instead, or give labels",
         )
     if settings.distill.weight < 1:
         raise loaded.error(
             (*location, "distill", "weight"),
             f"leaves {1 - settings.distill.weight:g} of the loss to labels, and the images of"
-            f" {layout.path} have none",
+            f" {layout.path} have none{_lack(layout.train)}",
             "write 1, or give labels",
         )

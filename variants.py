@@ -113,7 +113,7 @@ def _export(
             shutil.copyfile(path, folder / path.name)
     # What a format unpacks or rounds back takes more room than the module does in memory.
     evaluation.metrics.update(size_metrics(shipped, info.tensor_bytes))
-    with step(state.progress, "verify in a fresh process"):
+    with step(state.progress, "verify"):
         verification = verify_export(
             model, folder, seed=recipe.seed, progress=state.progress, shipped=shipped
         )

@@ -141,7 +141,12 @@ class ImageCalls:
 
 
 def record_images(
-    model: OpenModel, settings: CalibrationSettings, *, seed: int, progress: Progress
+    model: OpenModel,
+    settings: CalibrationSettings,
+    *,
+    seed: int,
+    progress: Progress,
+    pools: Pools | None = None,
 ) -> ClassificationCalibration | NoImages:
     """Choose the calibration images. Nothing is copied: they are read where they are, each time.
 
@@ -152,6 +157,7 @@ def record_images(
         settings: `images`, `samples`, `batch_size`, `strict`.
         seed: of the run.
         progress: told about it, and about images that cannot be read.
+        pools: of `pools_of` for these arguments, where they were found already.
 
     Raises:
         SourceError: see `images.pools_of`; or there are too few.
@@ -159,7 +165,7 @@ def record_images(
     if image_place(settings, model.source.folder) is None:
         return NoImages(seed, content_key(model, {"images": None, "seed": seed}))
     with step(progress, "choosing calibration images"):
-        pools = pools_of(model, settings, seed)
+        pools = pools or pools_of(model, settings, seed)
         chosen = pools.train.first(settings.samples)
     for note in pools.notes:
         progress.note(note)

@@ -18,7 +18,7 @@ from ..models.hub import fetch
 from ..runtime.hashes import file_sha256
 from .decoding import Unreadable, decode
 from .image_files import Images, TensorFile
-from .image_sets import tensor_rows
+from .image_rows import row_pixels
 from .seeds import generator_for
 
 _VAE = "vae"
@@ -142,7 +142,7 @@ def read_pixels(source: Images, rows: Sequence[int], encoder: Encoder) -> Tensor
     """
     try:
         if isinstance(source, TensorFile):
-            images = tensor_rows(source, rows, encoder.channels)
+            images = row_pixels(source, rows, encoder.channels)
         else:
             images = [decode(source.paths[row], encoder.channels) for row in rows]
     except Unreadable as error:

@@ -47,12 +47,14 @@ class FileList:
         paths: of the images, in a fixed order.
         labels: what each of them is called; None where nothing says it.
         classes: all names that occur, those of empty folders included.
+        lack: why there are no labels, where a table has columns and none of labels; empty otherwise.
     """
 
     root: Path
     paths: tuple[Path, ...]
     labels: tuple[str, ...] | None
     classes: tuple[str, ...] = ()
+    lack: str = ""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -217,8 +219,8 @@ def _folder(root: Path) -> FileList:
     if len(metadata) > 1:
         raise SourceError(f"{root}: has both {metadata[0].name} and {metadata[1].name}", hint="keep one")
     if metadata:
-        paths, given = read_table(root, metadata[0])
-        return FileList(root, paths, given, tuple(sorted(set(given or ()))))
+        table = read_table(root, metadata[0])
+        return FileList(root, table.paths, table.labels, tuple(sorted(set(table.labels or ()))), table.lack)
     seen = {_place(root): root}
     by_class = {path.name: tuple(_below(path, seen)) for path in entries if path.is_dir()}
     flat = tuple(path for path in entries if path.suffix.lower() in SUFFIXES and not path.is_dir())

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import SourceError
 from ..runtime.hashes import digest
 from .decoding import Unreadable, check_header, decode
-from .image_files import PIXELS, Images, TensorFile
+from .image_files import Images, TensorFile
+from .image_rows import row_pixels
 from .preprocessing import Preprocessor
 
 _DECODED_AT_MOST = 20_000
@@ -62,7 +61,7 @@ class ImageSet:
         """
         rows = [self.rows[index] for index in indices]
         if isinstance(self.source, TensorFile):
-            return self.prepare(tensor_rows(self.source, rows, self.prepare.channels))
+            return self.prepare(row_pixels(self.source, rows, self.prepare.channels))
         try:
             return self.prepare([decode(self.source.paths[row], self.prepare.channels) for row in rows])
         except Unreadable as error:
@@ -126,9 +125,24 @@ class Pool:
         Raises:
             SourceError: there is none; or one cannot be read, under `strict`.
         """
-        rows, skipped = self._readable(len(self.order))
+        return self._some(len(self.order))
+
+    def check(self) -> None:
+        """Read and prepare the first image that can be read; what serves nothing is so refused early.
+
+        Raises:
+            SourceError: there is none, or it does not fit the model.
+        """
+        self._some(1).pixels([0])
+
+    def _some(self, count: int) -> ImageSet:
+        """Return the first images that can be read, at most `count`, at least one."""
+        rows, skipped = self._readable(count)
         if not rows:
-            raise SourceError(f"{self.path}: none of its {len(skipped)} images can be read")
+            raise SourceError(
+                f"{self.path}: none of its {len(skipped)} images can be read; the first is {skipped[0]}",
+                hint="give images that can be read",
+            )
         return self._set(rows, skipped)
 
     def _readable(self, count: int) -> tuple[list[int], list[str]]:
@@ -170,22 +184,10 @@ class Pools:
         train: for calibration and training.
         held_out: for measuring.
         notes: what was assumed about preprocessing and labels, and what could not be seen.
+        trainings: place that a training names for itself -> what may be trained on; those known so far.
     """
 
     train: Pool
     held_out: Pool
     notes: tuple[str, ...]
-
-
-def tensor_rows(source: TensorFile, rows: Sequence[int], channels: int) -> list[np.ndarray]:
-    """Read rows of the tensor `pixels`, each [channels, height, width] uint8."""
-    if source.channels > channels:
-        raise SourceError(
-            f"{source.path}: the images have {source.channels} channels, the model takes {channels}",
-            hint="convert them before",
-        )
-    with safe_open(source.path, framework="np") as file:
-        pixels = file.get_slice(PIXELS)
-        images = [pixels[row : row + 1][0] for row in rows]
-    planes = [image.transpose(2, 0, 1) if image.ndim == 3 else image[None] for image in images]
-    return [np.repeat(plane, channels // source.channels, axis=0) for plane in planes]
+    trainings: Mapping[Path, Pool] = field(default_factory=dict)

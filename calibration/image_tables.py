@@ -30,8 +30,23 @@ class _Row:
     values: Mapping[str, Any]
 
 
-def read_table(root: Path, table: Path) -> tuple[tuple[Path, ...], tuple[str, ...] | None]:
-    """Return the images that a table names, and what each is called; None: it has no labels.
+@dataclass(frozen=True)
+class Table:
+    """What a table says.
+
+    Attributes:
+        paths: of the images that it names.
+        labels: what each of them is called; None: it has no labels.
+        lack: which other columns it has where it has no labels, as a sentence; empty: it has none.
+    """
+
+    paths: tuple[Path, ...]
+    labels: tuple[str, ...] | None
+    lack: str
+
+
+def read_table(root: Path, table: Path) -> Table:
+    """Return the images that a table names, and what each is called.
 
     Args:
         root: folder of the images.
@@ -52,7 +67,8 @@ def read_table(root: Path, table: Path) -> tuple[tuple[Path, ...], tuple[str, ..
         raise SourceError(f"{table}: has no rows", hint=_COLUMNS_HINT)
     paths = tuple(_inside(root, table, row) for row in rows)
     _refuse_repeated(root, table, rows, paths)
-    return paths, _labels(table, rows)
+    labels = _labels(table, rows)
+    return Table(paths, labels, _lack(table, rows) if labels is None else "")
 
 
 def _csv_rows(table: Path) -> Iterator[_Row]:
@@ -166,12 +182,6 @@ def _refuse_repeated(root: Path, table: Path, rows: Sequence[_Row], paths: Seque
 
 def _labels(table: Path, rows: Sequence[_Row]) -> tuple[str, ...] | None:
     if all(row.values.get(_LABEL) is None for row in rows):
-        others = sorted({str(key) for row in rows for key in row.values} - {_FILE_NAME, _LABEL})
-        if others and not any(_LABEL in row.values for row in rows):
-            raise SourceError(
-                f"{table}: line 1 has the columns {_shown([_FILE_NAME, *others])}, and no {_LABEL!r}",
-                hint=_COLUMNS_HINT,
-            )
         return None
     for row in rows:
         label = row.values.get(_LABEL)
@@ -180,6 +190,16 @@ def _labels(table: Path, rows: Sequence[_Row]) -> tuple[str, ...] | None:
                 f"{table}: line {row.line} has no label", hint="give all images a label, or none of them"
             )
     return tuple(str(row.values[_LABEL]) for row in rows)
+
+
+def _lack(table: Path, rows: Sequence[_Row]) -> str:
+    """Name the columns where labels may be under another name; empty: there are no other columns."""
+    found = {str(key) for row in rows for key in row.values}
+    others = sorted(found - {_FILE_NAME, _LABEL})
+    if not others or _LABEL in found:
+        return ""
+    what = "its header names the columns" if table.suffix == ".csv" else "its lines have the keys"
+    return f"{table.name}: {what} {_shown([_FILE_NAME, *others])}, and no {_LABEL!r}"
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import SourceError
@@ -22,16 +21,16 @@ from ..runtime.hashes import digest
 from .image_contents import Content, comparable, contents
 from .image_files import (
     EMPTY_HINT,
-    LABELS,
     FileList,
     Images,
     Layout,
     find_images,
     held_out_count,
 )
+from .image_rows import row_labels
 from .image_sets import ImageSet, Pool, Pools
 from .inputs import image_place
-from .labels import ClassNumbers, checked, class_names, class_numbers
+from .labels import ClassNumbers, class_names, class_numbers
 from .preprocessing import Preprocessor, preprocessor_for
 from .seeds import generator_for
 
@@ -60,7 +59,18 @@ def pools_of(model: OpenModel, settings: CalibrationSettings, seed: int) -> Pool
 
 
 def training_images(model: OpenModel, path: Path, pools: Pools | None, seed: int) -> ImageSet:
-    """Return all images of a place that may be trained on: none that is held out, by whatever name.
+    """Return all images of a place that may be trained on; see `training_pool`.
+
+    Raises:
+        SourceError: there are none, or they do not fit the model.
+    """
+    return training_pool(model, path, pools, seed).all()
+
+
+def training_pool(
+    model: OpenModel, path: Path, pools: Pools | None, seed: int, layout: Layout | None = None
+) -> Pool:
+    """Find what of a place may be trained on: nothing that is held out, by whatever name.
 
     Args:
         model: a classifier.
@@ -68,19 +78,22 @@ def training_images(model: OpenModel, path: Path, pools: Pools | None, seed: int
             images.
         pools: of the calibration; None: there are none, and nothing is measured.
         seed: of the run.
+        layout: what is at `path`, where that was found already.
 
     Raises:
         SourceError: there are none, or they do not fit the model.
     """
+    if pools is not None and path in pools.trainings:
+        return pools.trainings[path]
     if pools is not None and path.resolve() == pools.train.path.resolve():
-        return pools.train.all()
-    layout, strict = find_images(path), pools is not None and pools.train.strict
+        return pools.train
+    layout, strict = layout or find_images(path), pools is not None and pools.train.strict
     if layout.held_out is None:
         # A place that is only trained on: nothing is measured on it, so all of it is of use.
         pool = _Maker.of(model, layout, strict, seed).pool(layout.train)
     else:
         pool = _divide(model, layout, strict, seed).train
-    return (pool if pools is None else _without(pool, pools.held_out)).all()
+    return pool if pools is None else _without(pool, pools.held_out)
 
 
 def _divide(model: OpenModel, layout: Layout, strict: bool, seed: int) -> Pools:
@@ -205,8 +218,4 @@ def labels_of(source: Images, numbers: Mapping[str, int], classes: int) -> Tenso
         return torch.tensor([numbers[name] for name in source.labels], dtype=torch.int64)
     if not source.labelled:
         return None
-    with safe_open(source.path, framework="pt") as file:
-        labels: Tensor = file.get_tensor(LABELS).long()
-    for extreme in (int(labels.min()), int(labels.max())):
-        checked(extreme, classes, source.path)
-    return labels
+    return torch.from_numpy(row_labels(source, classes))

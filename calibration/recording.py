@@ -11,6 +11,7 @@ from . import diffusion
 from .base import Calibration
 from .classification import ClassificationCalibration, ImageCalls, NoImages, record_images
 from .diffusion import DiffusionCalibration
+from .image_sets import Pools
 from .sensitivity_calls import Calls, RecordedCalls
 from .text import TextCalibration, TextCalls, record_text
 
@@ -26,15 +27,16 @@ def record(
     cache: Path | None,
     progress: Progress,
     fresh: bool = False,
+    pools: Pools | None = None,
 ) -> DiffusionCalibration | TextCalibration | ClassificationCalibration | NoImages:
     """Record the original, or find what an earlier run recorded.
 
-    See `diffusion.record`, `record_text`, and `record_images`, which keeps nothing.
+    See `diffusion.record`, `record_text`, and `record_images`, which keeps nothing and alone takes `pools`.
     """
     if model.family.task == "language":
         return record_text(model, settings, seed=seed, cache=cache, progress=progress, fresh=fresh)
     if model.family.task == "classify":
-        return record_images(model, settings, seed=seed, progress=progress)
+        return record_images(model, settings, seed=seed, progress=progress, pools=pools)
     return diffusion.record(model, settings, seed=seed, cache=cache, progress=progress, fresh=fresh)
 
 

@@ -150,13 +150,22 @@ def training(stage: Document) -> str:
     """Say how long a recovery stage trained, and how its loss fell."""
     details = stage["details"]
     first, last = change(details["loss"])
-    without = [
-        f", {details[key]:,} {what} left out"
-        for key, what in (("skipped", "that cannot be read"), ("held_out", "that are held out"))
-        if details.get(key)
-    ]
-    steps = f"{details['steps']:,} steps{trained_on(details)}{''.join(without)}"
+    without = _left_out(details)
+    steps = f"{details['steps']:,} steps{trained_on(details)}{without}{';' if without else ','}"
     return (
-        f"{stage['method']}: {steps}, training loss {first:.4g} -> {last:.4g} (means of the first and the"
-        " last twelfth)"
+        f"{stage['method']}: {steps} training loss {first:.4g} -> {last:.4g} (means of the first and the last"
+        " twelfth)"
     )
+
+
+def _left_out(details: Document) -> str:
+    """Say how many images a training left out, and why; empty: none."""
+    parts: list[str] = []
+    for key, one, many in (
+        ("skipped", "cannot be read and is", "cannot be read and are"),
+        ("held_out", "is a held-out image and is", "are held-out images and are"),
+    ):
+        count = details.get(key)
+        if count:
+            parts.append(f"; {count:,} more {one if count == 1 else many} left out")
+    return "".join(parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from ..calibration.image_sets import Pools
 from ..models.base import OpenModel
 from ..progress import Progress
 from ..recipes.schema import CalibrationSettings, EvaluateSettings
@@ -27,7 +28,11 @@ class Measurer(Protocol):
 
 
 def evaluator_for(
-    model: OpenModel, settings: EvaluateSettings, seed: int, calibration: CalibrationSettings
+    model: OpenModel,
+    settings: EvaluateSettings,
+    seed: int,
+    calibration: CalibrationSettings,
+    pools: Pools | None = None,
 ) -> Measurer:
     """Return what measures a model of this kind.
 
@@ -36,9 +41,10 @@ def evaluator_for(
         settings: what to measure.
         seed: of the run.
         calibration: where class labels, prompts, text or images come from.
+        pools: images of a classifier, where they were found already.
     """
     if model.family.task == "classify":
-        return ClassificationEvaluator(settings, seed, calibration)
+        return ClassificationEvaluator(settings, seed, calibration, pools)
     if model.family.task == "language":
         return LanguageEvaluator(settings, seed, calibration)
     return Evaluator(settings, seed, calibration)

@@ -45,10 +45,18 @@ class ClassificationEvaluator:
         settings: what to measure.
         seed: of the run.
         calibration: the images, and how they are divided.
+        pools: of `pools_of` for the original, where they were found already.
     """
 
-    def __init__(self, settings: EvaluateSettings, seed: int, calibration: CalibrationSettings) -> None:
+    def __init__(
+        self,
+        settings: EvaluateSettings,
+        seed: int,
+        calibration: CalibrationSettings,
+        pools: Pools | None = None,
+    ) -> None:
         self._settings, self._seed, self._calibration = settings, seed, calibration
+        self._given = pools
         self._found: tuple[str, Pools, ImageSet] | None = None
 
     def reference(
@@ -169,7 +177,8 @@ class ClassificationEvaluator:
     def _images(self, model: OpenModel) -> tuple[Pools, ImageSet]:
         """Choose the images once a model: what is compressed is compared on those of the original."""
         if self._found is None or self._found[0] != model.source.id:
-            pools = pools_of(model, self._calibration, self._seed)
+            known = self._given if self._found is None else None  # it is of the original, which comes first
+            pools = known or pools_of(model, self._calibration, self._seed)
             self._found = (model.source.id, pools, pools.held_out.first(self._samples()))
         return self._found[1], self._found[2]
 

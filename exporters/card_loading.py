@@ -25,8 +25,10 @@ def loading(subject: Subject) -> Iterator[str]:
         yield "`compress` is the toolkit that made this, in the version that stands below: install it"
         yield from ("from its own repository, not a package of the same name from elsewhere.", "")
     if export["format"] == "compress" and any("import compress" in way for way in export["loads_with"]):
-        yield "Import `compress` before the stock class loads: without it, loading stops with an error of"
-        yield from ("the library that may not name `compress`; it never fills in random weights.", "")
+        asks = library_of(subject.model["class"]) == "transformers"
+        what = "that asks for it" if asks else "of the library that may not name `compress`"
+        yield "Import `compress` before the stock class loads: without it, loading stops with an error"
+        yield from (f"{what}; it never fills in random weights.", "")
     yield from _use(subject)
     yield from (_verified(export), "")
 

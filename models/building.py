@@ -6,7 +6,7 @@ Stock constructors draw a few tensors from it, whatever becomes of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,12 +14,16 @@ from torch import nn
 from ..runtime.manifest import ModuleSurgery
 from ..runtime.surgery import apply_surgery
 
-if TYPE_CHECKING:
-    from .base import Family
+
+class Builder(Protocol):
+    """What builds the stock module of a config: a family."""
+
+    def build(self, config: Mapping[str, Any]) -> nn.Module:
+        """Build it on the current default device."""
 
 
 def meta_module(
-    family: Family, config: Mapping[str, Any], surgery: Mapping[str, ModuleSurgery] | None = None
+    family: Builder, config: Mapping[str, Any], surgery: Mapping[str, ModuleSurgery] | None = None
 ) -> nn.Module:
     """Build a module on the meta device, its buffers too: no memory, no weights.
 
@@ -37,7 +41,7 @@ def meta_module(
     return module
 
 
-def empty_module(family: Family, config: Mapping[str, Any]) -> nn.Module:
+def empty_module(family: Builder, config: Mapping[str, Any]) -> nn.Module:
     """Build a module with parameters on the meta device and real, computed buffers."""
     from accelerate import init_empty_weights
 

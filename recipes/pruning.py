@@ -28,6 +28,9 @@ SizeAmount = Annotated[
 ]
 
 
+_LEAST_AMOUNT = 100.0  # what lies between it and 1 is a share gone wrong
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -67,6 +70,12 @@ class TargetSettings(_Settings):
     def _some(self) -> TargetSettings:
         if self.macs is None and self.parameters is None and self.bytes is None:
             raise ValueError("a target needs macs, parameters or bytes")
+        for name in ("macs", "parameters", "bytes"):
+            value = getattr(self, name)
+            if value is not None and 1.0 < value < _LEAST_AMOUNT:
+                raise ValueError(
+                    f"{name}: {value:g} is neither a share, which is at most 1, nor an amount, as 4.2G"
+                )
         return self
 
 

@@ -23,6 +23,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
 }  # fmt: skip
 Value = TypeVar("Value")
+_DOUBLE_HINT = "convert it to float32; `compress run` does that when it opens a checkpoint"
 _HINT = "config and weights do not belong together, or the file is damaged; fetch or export it again"
 
 
@@ -70,7 +71,7 @@ def check_dtype(name: str, entry: TensorEntry, dtype: torch.dtype) -> None:
     if entry.dtype not in wanted:
         raise SourceError(
             f"{entry.file}: tensor {name} is stored as {entry.dtype}; the model needs {' or '.join(wanted)}",
-            hint=_HINT,
+            hint=_DOUBLE_HINT if dtype.is_floating_point and entry.dtype == "F64" else _HINT,
         )
 
 

@@ -189,14 +189,14 @@ class Search:
         if strict and now.load(self._limits) <= 1.0:
             raise PlanError(
                 f"target: the model takes {self._told(now)} and keeps it already; nothing would be removed",
-                hint="ask for less",
+                hint="lower the target; at most 1 is a share of the original's",
             )
         least = self._count(self._at(lambda scope: scope.least))
         if least.load(self._limits) > 1.0:
             raise PlanError(
                 f"target: {_figures(self._limits)} cannot be reached; with everything removed that the"
                 f" settings allow the model takes {self._told(least)}, of {self._told(now)} now",
-                hint="ask for more, lower round_to, or give ratios for more kinds of layers",
+                hint="allow the model to take more, lower round_to, or give ratios for more kinds of layers",
             )
 
     def _told(self, cost: Cost) -> str:

@@ -356,4 +356,5 @@ def _attention(settings: TrainingSettings, device: torch.device) -> AbstractCont
 
 def _shown(done: int, steps: int, loss: float, rate: float, numbers: Mapping[str, float]) -> str:
     others = "".join(f", {name} {value:.4g}" for name, value in numbers.items())
-    return f"step {done} of {steps}, loss {loss:.4g}{others}, lr {rate:.3g}"
+    # The loss first: narrow terminals cut off the end, and show the count beside it.
+    return f"loss {loss:.4g}{others}, lr {rate:.3g}, step {done} of {steps}"

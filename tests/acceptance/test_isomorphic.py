@@ -275,7 +275,8 @@ def test_heads_drop_their_own_channels_and_queries_those_of_keys(tiny_vit, tmp_p
         ({"ratios": {"width": 0.5}, "global_pruning": False}, 2, "ranking: local"),
         ({"ratios": {"width": 0.5, "modules": {"vit.layers.7.mlp.fc1": 0.5}}}, 3, "vit.layers.3.mlp.fc1"),
         ({"ratios": {"ff": 0.5}, "keep": ["vit.layer.*"]}, 3, "keep: the pattern"),
-        ({"target": {"parameters": 10}}, 3, "cannot be reached"),
+        ({"target": {"parameters": 1000}}, 3, "cannot be reached"),
+        ({"target": {"parameters": 10}}, 2, "neither a share"),
         ({"ratios": {"head_dim": 0.5}, "round_to": 8}, 3, "lower round_to"),
     ],
 )

@@ -53,7 +53,6 @@ def test_links_into_a_store_of_contents_are_files_of_their_own(tmp_path):
     [
         ("file_name;label\na.png;cat\n", "line 1 names the columns 'file_name;label'"),
         ("file_name\tlabel\na.png\tcat\n", "line 1 names the columns 'file_name"),
-        ("file_name,lable\na.png,cat\n", "the columns 'file_name', 'lable', and no 'label'"),
         ("file_name,label,label\na.png,cat,dog\n", "one of them twice"),
         ("file_name,label\na.png,cat\n\nb.png,tench, Tinca tinca\n", "line 4 has 3 cells for 2 columns"),
         ('file_name,label\n"a\n.png",cat\nb.png\n', "line 4 has 1 cell for 2 columns"),
@@ -86,14 +85,27 @@ def test_what_a_line_of_json_may_not_hold(tmp_path, line, message):
     _refused(tmp_path, "metadata.jsonl", f'{{"file_name": "0.png"}}\n{line}\n', rf"jsonl: line 2.*{message}")
 
 
-def test_labels_under_another_name_are_not_taken_for_none(tmp_path):
-    error = _refused(
-        tmp_path,
-        "metadata.jsonl",
-        '{"file_name": "a.png", "class": 1}\n',
-        "'file_name', 'class', and no 'label'",
-    )
-    assert "file_name and label" in str(error.hint)
+@pytest.mark.parametrize(
+    ("name", "text", "lack"),
+    [
+        (
+            "metadata.csv", "text,file_name\na red cat,a.png\n",
+            "metadata.csv: its header names the columns 'file_name', 'text', and no 'label'",
+        ),
+        (
+            "metadata.jsonl", '{"file_name": "b.png"}\n{"file_name": "a.png", "class": 1}\n',
+            "metadata.jsonl: its lines have the keys 'file_name', 'class', and no 'label'",
+        ),
+        ("metadata.csv", "file_name\na.png\n", ""),
+        ("metadata.jsonl", '{"file_name": "a.png", "label": null, "text": "cat"}\n', ""),
+        ("metadata.csv", "file_name,text,label\na.png,a red cat,cat\n", ""),
+    ],
+)  # fmt: skip
+def test_other_columns_are_no_labels_and_are_named(tmp_path, name, text, lack):
+    (tmp_path / name).write_text(text)
+    found = find_images(tmp_path).train
+    assert found.lack == lack
+    assert found.labels == (("cat",) if "label\n" in text else None)
 
 
 def test_columns_beside_the_label_are_left_alone(tmp_path):

@@ -88,14 +88,14 @@ def test_a_long_detail_leaves_bar_and_time_at_80_columns():
     stream = io.StringIO()
     progress = RichProgress(Console(file=stream, force_terminal=True, width=80))
     with step(progress, "finetune"), step(progress, "training", 313):
-        progress.advance(130, "step 130 of 313, loss 0.2294, labels 1.286, original 0.1121, lr 0.000683")
+        progress.advance(130, "loss 0.2294, labels 1.286, original 0.1121, lr 0.000683, step 130 of 313")
         time.sleep(0.01)
-        progress.advance(1, "step 131 of 313, loss 0.2294, labels 1.286, original 0.1121, lr 0.000683")
+        progress.advance(1, "loss 0.2294, labels 1.286, original 0.1121, lr 0.000683, step 131 of 313")
         progress._bars.refresh()
         (line,) = drawn(stream)
     progress.close()
     assert line.startswith("finetune > training ━━━━━━") and " 131/313 " in line and " s left " in line
-    assert "step 131 of" in line and line.endswith("…") and len(line) <= 80
+    assert "loss 0.2294" in line and line.endswith("…") and len(line) <= 80
 
 
 def test_a_step_that_counts_nothing_has_no_row_while_another_runs_inside():

@@ -66,7 +66,12 @@ def test_classes_widths_cost_and_training_are_shown(pruned):
 
 def test_images_that_a_training_left_out_are_counted(pruned):
     pruned["stages"][1]["details"] |= {"skipped": 2, "held_out": 1}
-    assert "on 5,000 images, 2 that cannot be read left out, 1 that are held out left out," in shown(pruned)
+    lines = " ".join(shown(pruned).split())
+    left_out = "2 more cannot be read and are left out; 1 more is a held-out image and is left out"
+    assert f"on 5,000 images; {left_out}; training loss 2 -> 0.5" in lines
+    pruned["stages"][1]["details"] |= {"skipped": 0, "held_out": 13}
+    lines = " ".join(shown(pruned).split())
+    assert "on 5,000 images; 13 more are held-out images and are left out; training loss 2" in lines
 
 
 def test_a_job_summary_has_the_same(pruned):

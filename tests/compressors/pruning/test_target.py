@@ -9,6 +9,7 @@ from compress.compressors.pruning.target import Cost, Counter, Search, limits_of
 from compress.compressors.pruning.widths import Widths
 from compress.errors import PlanError
 from compress.recipes.pruning import IsomorphicSettings, TargetSettings
+from pydantic import ValidationError
 
 VIT = "ViTForImageClassification"
 LARGER = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 6, "num_hidden_layers": 6}
@@ -122,3 +123,10 @@ def test_even_scores_are_those_of_a_plan(prunable):
     model = prunable(VIT)
     groups = find_groups_in(model.module, model.family)
     assert {name: len(value) for name, value in even_scores(groups).items()} == Widths.of(groups).flat()
+
+
+@pytest.mark.parametrize("value", [1.2, 50, "60"])
+def test_what_is_neither_a_share_nor_an_amount_is_refused(value):
+    with pytest.raises(ValidationError, match="neither a share, which is at most 1, nor an amount"):
+        TargetSettings.model_validate({"macs": 0.5, "parameters": value})
+    assert TargetSettings.model_validate({"macs": 1, "bytes": "1kB"}).bytes == 1000

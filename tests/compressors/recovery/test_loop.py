@@ -220,7 +220,7 @@ def test_progress_tells_step_loss_and_rate(regression, trained, settings, tmp_pa
     progress = Recorded()
     result = trained(regression(), tmp_path, settings(), progress=progress)
     assert progress.totals == [20] and len(progress.details) == 20
-    assert progress.details[4] == f"step 5 of 20, loss {result.losses[4]:.4g}, lr {result.rates[4]:.3g}"
+    assert progress.details[4] == f"loss {result.losses[4]:.4g}, lr {result.rates[4]:.3g}, step 5 of 20"
 
 
 def test_every_part_of_every_step_has_dropout_of_its_own(regression, trained, settings, tmp_path):
