@@ -63,7 +63,9 @@ def draw_samples(evaluation: Evaluation, label: str) -> Figure:
     columns = min(count, _COLUMNS)
     chunks = -(-count // columns)
     narrowest = 4.6 if latent else 4.0  # the title must fit
-    figure = new_figure(max(narrowest, 0.55 + 0.86 * columns), 0.45 + chunks * (2.02 + 0.85 * (len(rows) - 2)))
+    figure = new_figure(
+        max(narrowest, 0.55 + 0.86 * columns), 0.45 + chunks * (2.02 + 0.85 * (len(rows) - 2))
+    )
     bands = figure.subfigures(chunks, 1, squeeze=False)[:, 0]
     for chunk, band in enumerate(bands):
         spaces = {"wspace": 0.03, "hspace": 0.03}
