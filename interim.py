@@ -63,7 +63,9 @@ class Interim:
             stage: folder that it is kept in, named by all that its result depends on.
         """
         metrics = read_index(self._file(stage)) if self.wanted(index) else None
-        return {} if metrics is None else {"measured": metrics}
+        if metrics is None or ("psnr_db" in metrics and not self._drawn(stage).is_file()):
+            return {}
+        return {"measured": metrics}
 
     def samples(self, stages: list[Path]) -> dict[str, Tensor]:
         """Return "after METHOD" -> samples [n, C, H, W] of a denoiser, in the order of the stages.
@@ -74,11 +76,10 @@ class Interim:
         found: dict[str, Tensor] = {}
         methods = [stage.method for stage in self.stages]
         for index, stage in enumerate(stages):
-            path = self._file(stage).with_suffix(".safetensors")
-            if self.kept(index, stage) and path.is_file():
+            if self.kept(index, stage) and self._drawn(stage).is_file():
                 again = f" {methods[: index + 1].count(methods[index])}"
                 name = f"after {methods[index]}{again if methods.count(methods[index]) > 1 else ''}"
-                found[name] = load_file(path)[_DRAWN]
+                found[name] = load_file(self._drawn(stage))[_DRAWN]
         return found
 
     def measure(self, index: int, model: OpenModel, stage: Path) -> None:
@@ -90,9 +91,12 @@ class Interim:
             found = evaluator.between(model, self.reference, self.progress)
         self.folder.mkdir(parents=True, exist_ok=True)
         if _DRAWN in found.images:
-            with atomic_file(self._file(stage).with_suffix(".safetensors")) as temporary:
+            with atomic_file(self._drawn(stage)) as temporary:
                 save_file({_DRAWN: found.images[_DRAWN].contiguous()}, temporary)
         write_index(self._file(stage), found.metrics)  # the last: where it is, the rest is
+
+    def _drawn(self, stage: Path) -> Path:
+        return self._file(stage).with_suffix(".safetensors")
 
     def _file(self, stage: Path) -> Path:
         # The reference's name holds the hash of the original, of the images and of what is measured.

@@ -25,7 +25,8 @@ def resume(model: OpenModel, folder: Path) -> None:
     if DEPTH_FILE in attachments:
         kept = kept_blocks(attachments[DEPTH_FILE])
         model.shared = dict(shallower_spec(model.spec, kept).shared)
-        model.config = shallower_config(model.config, kept)
+        # Of the model as it was opened: it may have taken the place of an earlier stage since.
+        model.config = shallower_config(model.spec.config, kept)
     model.surgery = stored_surgery(folder, model.family, model.config)
     model.attachments = attachments
     model.module = module.to(next(model.module.parameters()).device)

@@ -75,3 +75,61 @@ def test_a_run_tells_accuracy_after_pruning_and_after_training(tmp_path):
     measured = again["stages"][0]["details"]["measured"]
     assert measured["accuracy"] == figures["accuracy"] and measured["sqnr_db"] != figures["sqnr_db"]
     assert "measured" not in again["stages"][1]["details"]
+
+
+def _denoiser(folder, stages, seed=0):
+    model = open_model(ModelRef(id="builtin:dit"), progress=SilentProgress())
+    settings = EvaluateSettings.model_validate(
+        {"fidelity": {"samples": 2, "steps": 2}, "quality": {"samples": 10, "steps": 2}, "layers": False}
+    )
+    evaluator = evaluator_for(model, settings, seed, CalibrationSettings())
+    reference = evaluator.reference(model, folder / "references", SilentProgress())
+    recipe = load_recipe({"model": "builtin:dit", "stages": stages, "export": {"path": str(folder / "out")},
+                          "calibration": {"data": {"generate": 8}}}).recipe  # fmt: skip
+    return model, Interim(evaluator, reference, recipe.stages, folder / "measured", SilentProgress())
+
+
+HALF = {"depth": {"by": "indices", "keep": [0, 2, 5, 7]}}
+
+
+def test_samples_of_a_denoiser_are_kept_with_its_figures(tmp_path):
+    distill = {"distill": {"steps": 2, "batch_size": 2}}
+    model, interim = _denoiser(tmp_path, [HALF, distill, distill, {"rtn": {"weight_bits": 8}}])
+    assert [interim.wanted(index) for index in range(4)] == [True, True, True, False]
+    folders = [tmp_path / name for name in ("one", "two", "three", "four")]
+    assert interim.samples(folders) == {}
+    interim.measure(0, model, folders[0])
+    figures = interim.kept(0, folders[0])["measured"]
+    assert figures["psnr_db"] == 200.0 and figures["fid"] == figures["fid_original"]
+    original = interim.reference.images()["fidelity"]
+    assert torch.equal(interim.samples(folders)["after depth"], original)
+    with torch.no_grad():
+        model.module.proj_out_2.weight.neg_()
+    interim.measure(1, model, folders[1])
+    interim.measure(2, model, folders[2])
+    interim.measure(3, model, folders[3])
+    found = interim.samples(folders)
+    assert list(found) == ["after depth", "after distill 1", "after distill 2"]
+    assert torch.equal(found["after depth"], original)
+    assert not torch.equal(found["after distill 1"], original)
+    assert interim.kept(1, folders[1])["measured"]["psnr_db"] < 30
+
+
+@pytest.mark.slow
+def test_a_run_draws_a_denoiser_between_its_stages_and_again_from_what_is_kept(tmp_path):
+    recipe = {
+        "model": "builtin:dit",
+        "calibration": {"samples": 2, "steps": 2},
+        "stages": [HALF, {"rtn": {"weight_bits": 8}}],
+        "evaluate": {"fidelity": {"samples": 2, "steps": 2}},
+        "export": {"path": str(tmp_path / "out"), "overwrite": True},
+    }
+    report = compress.run(recipe, work_dir=tmp_path / "work")
+    assert "measured" in report["stages"][0]["details"] and "measured" not in report["stages"][1]["details"]
+    assert report["stages"][0]["details"]["measured"]["psnr_db"] < 60
+    first = (tmp_path / "out" / "samples.png").read_bytes()
+    for path in (tmp_path / "work" / "measured").glob("between-*.safetensors"):
+        path.unlink()
+    fewer = compress.run(recipe, work_dir=tmp_path / "work")
+    assert fewer["stages"][0]["resumed"]
+    assert (tmp_path / "out" / "samples.png").read_bytes() == first
