@@ -58,7 +58,7 @@ def measure(
     """
     call = inputs(torch.float32, batch, seed)
     models = [shallower(module, depth) for depth in depths]
-    seconds = cpu_minima([lambda model=model: model(**call) for model in models], rounds)  # type: ignore[misc]
+    seconds = cpu_minima([lambda model=model: model(**call) for model in models], rounds)
     return dict(zip(depths, seconds, strict=True))
 
 

@@ -110,16 +110,29 @@ class Bench:
         calibration = record(
             self.opened(), self.recipe.calibration, seed=seed, cache=shared, progress=_SILENT
         )
+        known: dict[tuple[Any, ...], Result] = {}
         for choice in choices:
             pruned, chooser = self.opened(), self.chooser(choice)
             told, took = self.applied(pruned, chooser, calibration, folder / choice, shared)
-            say(f"seed {seed}, {choice}: keeps {told['blocks'][BLOCKS]['kept']} after {took:.0f} s")
-            yield choice, "", Result(self.judged(pruned), 0.0)
-            for name, changes in RECOVERIES.items():
-                settings = MaskedDistillSettings.model_validate({**self.recovery.model_dump(), **changes})
-                model, place = copy.deepcopy(pruned), folder / f"{choice}-{name}"
-                _, took = self.applied(model, settings, calibration, place, shared)
-                yield choice, name, Result(self.judged(model), took)
+            kept = told["blocks"][BLOCKS]["kept"]
+            say(f"seed {seed}, {choice}: keeps {kept} after {took:.0f} s")
+            for name in ("", *RECOVERIES):
+                # Rules that agree are recovered once: blocks, data and order are the same.
+                same = (name, *kept, choice == LEARNED)
+                if same not in known:
+                    place = folder / f"{choice}-{name}"
+                    known[same] = self.recovered(copy.deepcopy(pruned), name, calibration, place, shared)
+                yield choice, name, known[same]
+
+    def recovered(
+        self, model: OpenModel, name: str, calibration: Calibration, folder: Path, shared: Path
+    ) -> Result:
+        """Train a pruned model, where a recovery is named, and judge it."""
+        if not name:
+            return Result(self.judged(model), 0.0)
+        settings = MaskedDistillSettings.model_validate({**self.recovery.model_dump(), **RECOVERIES[name]})
+        _, took = self.applied(model, settings, calibration, folder, shared)
+        return Result(self.judged(model), took)
 
     def chooser(self, choice: str) -> StageSettings:
         """Return the stage that chooses."""
