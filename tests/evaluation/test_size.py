@@ -77,7 +77,7 @@ def test_copies_name_what_they_are_copies_of(open_tiny):
         for copy, first in zip(_embedders(model, 1), _embedders(model, 0), strict=True)
         for leaf in ("weight", "bias")
     }
-    model.spec = model.spec.evolve(shared=shared)
+    model.shared = shared
     rows = {row["name"]: row for row in linear_inventory(model)}
     copies = {name: row["copy_of"] for name, row in rows.items() if row["copy_of"]}
     assert copies == dict(zip(_embedders(model, 1), _embedders(model, 0), strict=True))
