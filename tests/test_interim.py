@@ -11,6 +11,7 @@ from compress.models.open import open_model
 from compress.progress import SilentProgress
 from compress.recipes.loader import load_recipe
 from compress.recipes.schema import CalibrationSettings, EvaluateSettings, ModelRef
+from PIL import Image
 
 PRUNE = {"isomorphic": {"ratios": {"width": 0.25}, "importance": "magnitude", "round_to": 4}}
 EVALUATE = {"fidelity": {"samples": 8}, "quality": {"samples": 20}}
@@ -128,6 +129,8 @@ def test_a_run_draws_a_denoiser_between_its_stages_and_again_from_what_is_kept(t
     assert "measured" in report["stages"][0]["details"] and "measured" not in report["stages"][1]["details"]
     assert report["stages"][0]["details"]["measured"]["psnr_db"] < 60
     first = (tmp_path / "out" / "samples.png").read_bytes()
+    with Image.open(tmp_path / "out" / "samples.png") as picture:
+        assert picture.height > 350, "three rows: one of the model between its stages"
     for path in (tmp_path / "work" / "measured").glob("between-*.safetensors"):
         path.unlink()
     fewer = compress.run(recipe, work_dir=tmp_path / "work")

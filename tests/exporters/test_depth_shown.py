@@ -9,7 +9,7 @@ import pytest
 import torch
 from compress.evaluation.evaluator import Evaluation
 from compress.exporters.card import render_card
-from compress.exporters.depth_table import blocks_of, least_confidence, removals
+from compress.exporters.depth_table import blocks_of, groups_told, least_confidence, removals
 from compress.exporters.drawing import plain_defaults
 from compress.exporters.figures import CHOICES, KEPT, TRAINING, draw_samples, made_of, write_figures
 from compress.exporters.figures_depth import draw_choices, draw_kept
@@ -132,6 +132,7 @@ def test_groups_without_a_choice_are_not_drawn_nor_counted():
         figure = draw_choices(details)
     assert len(figure.axes[0].get_yticklabels()) == 3
     assert not figure.axes[0].get_lines()
+    assert [row["of"] for row in groups_told(details)] == [[0, 1], [2, 3], [4, 5]]
     assert least_confidence(details) == 0.4
     assert least_confidence({"blocks": details["blocks"], "by": "oracle"}) is None
 
