@@ -7,7 +7,16 @@ from typing import Any
 
 from ..models.origins import NAME as DEPTH_FILE
 from .card_subject import Subject
-from .depth_table import LEARNS_BESIDE, RULES, Document, blocks_of, groups_told, is_learned, named
+from .depth_table import (
+    LEARNS_BESIDE,
+    RULES,
+    Document,
+    blocks_of,
+    groups_told,
+    is_learned,
+    left_of_original,
+    named,
+)
 from .markdown import code, table
 from .pruning_table import change
 
@@ -25,7 +34,7 @@ def removed_blocks(stages: Sequence[Document], subject: Subject) -> Iterator[str
         before = "the original" if number == 0 else "the model before this stage"
         yield from _stage(stage, before)
     if stages:
-        yield from _origin(subject)
+        yield from _origin(subject, len(stages))
 
 
 def _stage(stage: Document, before: str) -> Iterator[str]:
@@ -92,9 +101,15 @@ def _groups(details: Document) -> Iterator[str]:
         yield ""
 
 
-def _origin(subject: Subject) -> Iterator[str]:
+def _origin(subject: Subject, number: int) -> Iterator[str]:
     model, revision = subject.model, subject.source_revision
+    left = left_of_original(subject.document)
     at = f", revision {code(revision)}" if revision else ""
     yield f"The blocks come from {code(subject.source)}{at}; {code(DEPTH_FILE)} beside the weights says which"
     yield f"ones they were. The config gives the new depth: {code(model['class'])} builds just the blocks"
     yield from ("that the weights are for.", "")
+    if number > 1:
+        yield f"After all {number} removals these are left, counted as in the original:"
+        yield ""
+        rows = [(code(row.name), row.of, len(row.kept), _places(row.kept)) for row in left]
+        yield from table(("blocks", "original", "left", "places"), rows)

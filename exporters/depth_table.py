@@ -10,10 +10,10 @@ Document = Mapping[str, Any]
 
 RULES = {
     "indices": "a list of the recipe's own",
-    "oracle": "the first of every pair in the first half of the model, the second in the second",
-    "shortgpt": "what turns its input least went (ShortGPT)",
-    "flux_lite": "what changes its input least went (Flux.1 Lite)",
-    "sensitivity": "what the loss rises least without went",
+    "oracle": "of every pair the first stays in the first half of the model, the second in the second",
+    "shortgpt": "the blocks that turn their input least went (ShortGPT)",
+    "flux_lite": "the blocks that change their input least went (Flux.1 Lite)",
+    "sensitivity": "the blocks without which the loss rises least went",
     "random": "one of many random choices, by its loss",
 }
 """Rule of the stage `depth` -> what it does."""
@@ -59,6 +59,16 @@ def blocks_of(details: Document) -> list[Blocks]:
     """
     rows = [Blocks(name, row["of"], tuple(row["kept"])) for name, row in details["blocks"].items()]
     return [row for row in rows if len(row.kept) < row.of]
+
+
+def left_of_original(document: Document) -> list[Blocks]:
+    """Return the lists that became shorter, with the places in the original of what all stages left."""
+    found: dict[str, Blocks] = {}
+    for stage in removals(document):
+        for row in blocks_of(stage["details"]):
+            before = found.get(row.name, Blocks(row.name, row.of, tuple(range(row.of))))
+            found[row.name] = Blocks(row.name, before.of, tuple(before.kept[place] for place in row.kept))
+    return list(found.values())
 
 
 def named(rows: Sequence[Blocks]) -> list[tuple[str, Blocks]]:

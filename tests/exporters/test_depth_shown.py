@@ -158,6 +158,7 @@ def test_later_stages_have_pictures_of_their_own(tmp_path, shallow):
     card = render_card(shallow, written, "")
     assert "![Blocks that stay, counted from 0. Stage 2 of this kind.](blocks_2.png)" in card
     assert "Blocks are counted from 0, as in the model before this stage." in card
+    assert f"| `{LIST}` | 8 | 2 | 0, 6 |" in card, "0 and 3 of 0, 2, 4, 6"
 
 
 def test_samples_between_stages_stand_between_original_and_result():
