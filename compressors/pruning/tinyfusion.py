@@ -28,6 +28,7 @@ from ..activations import activation_bytes
 from ..base import StagePlan, Workspace
 from ..recovery.details import training_details
 from ..recovery.noised import NoisedBatches
+from ..recovery.weights import refuse_quantized
 from .block_groups import BlockGroup, groups_of, kept_of
 from .gates import Annealing, ChoiceGates, Decision
 from .lora import low_rank_parameters
@@ -51,11 +52,7 @@ class TinyFusion:
         Raises:
             PlanError: the groups do not fit the model, or it is quantized.
         """
-        if spec.quantization:
-            raise PlanError(
-                "the model is quantized, and a search needs gradients",
-                hint="put tinyfusion before the quantizer",
-            )
+        refuse_quantized(settings.method, bool(spec.quantization), "a search needs gradients")
         groups = groups_of(spec.config, settings.groups)
         after = shallower_spec(spec, kept_of(spec.config, groups, [0] * len(groups)))
         left = depths(after.config)
@@ -90,9 +87,11 @@ class TinyFusion:
             SourceError: there is nothing to train on, or it cannot be read.
             StageError: the search did not stay finite.
         """
-        if model.quantization or not isinstance(calibration, DiffusionCalibration):
-            what = "is quantized" if model.quantization else "is no denoiser"
-            raise PlanError(f"{settings.method}: {model.source.id} {what}, and blocks are chosen by its loss")
+        refuse_quantized(settings.method, bool(model.quantization), "a search needs gradients")
+        if not isinstance(calibration, DiffusionCalibration):
+            raise PlanError(
+                f"{settings.method}: {model.source.id} is no denoiser, and blocks are chosen by its loss"
+            )
         before = depths(model.config)
         groups = groups_of(model.config, settings.groups)
         original = None if workspace.original is None else cache(workspace.original)

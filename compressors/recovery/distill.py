@@ -36,6 +36,7 @@ from .noised import NoisedBatches
 from .schedule import step_count
 from .teacher import named_teacher, pairs_with, teacher_bytes
 from .tied import tied_embedders
+from .weights import refuse_quantized
 
 
 class Distill:
@@ -51,7 +52,7 @@ class Distill:
         Raises:
             PlanError: the model is quantized, or nothing is known of its blocks and they are compared.
         """
-        _refuse_quantized(bool(spec.quantization))
+        refuse_quantized(settings.method, bool(spec.quantization))
         if settings.features:
             block_lists(spec.config["_class_name"])
         teacher, name = teacher_bytes(spec, settings), settings.teacher or "the original"
@@ -73,7 +74,7 @@ class Distill:
             SourceError: there is nothing to train on, or it cannot be read.
             StageError: training did not stay finite.
         """
-        _refuse_quantized(bool(model.quantization))
+        refuse_quantized(settings.method, bool(model.quantization))
         if not isinstance(calibration, DiffusionCalibration):
             raise PlanError(f"{settings.method}: trains denoisers, and {model.family.name} is none")
         original = None if workspace.original is None else cache(workspace.original)
@@ -142,16 +143,3 @@ def _teacher(
             hint="write answers: 0 and features: 0, or give the workspace a way to open it",
         )
     return original()
-
-
-def _refuse_quantized(quantized: bool) -> None:
-    """Refuse integer weights: they have no gradient.
-
-    Raises:
-        PlanError: there are some.
-    """
-    if quantized:
-        raise PlanError(
-            "the model is quantized, and rounded weights cannot be trained",
-            hint="put distill before the quantizer",
-        )

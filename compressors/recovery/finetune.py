@@ -29,6 +29,7 @@ from .keeping import BUDGET_BYTES, KeptImages
 from .loop import train
 from .memory import original_bytes, plan_training
 from .schedule import step_count
+from .weights import refuse_quantized
 
 
 class Finetune:
@@ -44,7 +45,7 @@ class Finetune:
         Raises:
             PlanError: the model is quantized.
         """
-        _refuse_quantized(bool(spec.quantization))
+        refuse_quantized(settings.method, bool(spec.quantization))
         teacher = original_bytes(spec) if settings.distill is not None else 0
         notes = (f"the original answers beside it: {teacher / 2**20:,.0f} MiB",) if teacher else ()
         return plan_training(spec, settings, teacher_bytes=teacher, data_bytes=BUDGET_BYTES, notes=notes)
@@ -64,7 +65,7 @@ class Finetune:
                 is not at hand.
             StageError: training did not stay finite.
         """
-        _refuse_quantized(bool(model.quantization))
+        refuse_quantized(settings.method, bool(model.quantization))
         images = _images(model, settings, calibration)
         _check_labels(images, settings, model)
         _tell(images, settings, calibration, progress)
@@ -85,19 +86,6 @@ class Finetune:
         )
         left_out = {"skipped": len(images.skipped), "held_out": images.copies}
         return {**training_details(trained), "images": len(images), **left_out}
-
-
-def _refuse_quantized(quantized: bool) -> None:
-    """Refuse integer weights: they have no gradient.
-
-    Raises:
-        PlanError: there are some.
-    """
-    if quantized:
-        raise PlanError(
-            "the model is quantized, and rounded weights cannot be trained",
-            hint="put finetune before the quantizer",
-        )
 
 
 def _weights(model: OpenModel) -> tuple[str, list[tuple[str, str]]]:

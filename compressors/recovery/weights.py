@@ -9,6 +9,22 @@ import torch
 from torch import nn
 
 from ...calibration.flags import keeping_flags
+from ...errors import PlanError
+
+
+def refuse_quantized(method: str, quantized: bool, why: str = "rounded weights cannot be trained") -> None:
+    """Refuse integer weights: they have no gradient.
+
+    Args:
+        method: that is to train, or to look ahead by training.
+        quantized: whether the model has any.
+        why: they are of no use to the method.
+
+    Raises:
+        PlanError: there are some.
+    """
+    if quantized:
+        raise PlanError(f"the model is quantized, and {why}", hint=f"put {method} before the quantizer")
 
 
 @contextmanager
