@@ -24,10 +24,11 @@ from ...models.shallower import keep_blocks, shallower_spec
 from ...progress import Progress
 from ...recipes.depth import TinyFusionSettings
 from ...runtime.hashes import digest
-from ..activations import activation_bytes
 from ..base import StagePlan, Workspace
 from ..recovery.details import training_details
+from ..recovery.memory import FLOAT32_BYTES, part_activation_bytes
 from ..recovery.noised import NoisedBatches
+from ..recovery.state import COPIES_ON_DISK
 from ..recovery.weights import refuse_quantized
 from .block_groups import BlockGroup, groups_of, kept_of
 from .gates import Annealing, ChoiceGates, Decision
@@ -35,8 +36,6 @@ from .lora import low_rank_parameters
 from .search import Found, search
 
 _SETTLED = 0.9
-_FLOAT32 = 4
-_STATES_ON_DISK = 2
 
 
 class TinyFusion:
@@ -189,23 +188,21 @@ def _rounded(values: Sequence[float]) -> list[float]:
 def _needs(spec: ModelSpec, settings: TinyFusionSettings) -> tuple[int, int, str]:
     """Return (bytes of memory, bytes on disk, sentence on both)."""
     module = spec.meta_module().float().train()
-    weights = _FLOAT32 * sum(item.numel() for item in module.parameters())
+    weights = FLOAT32_BYTES * sum(item.numel() for item in module.parameters())
     learned = _learned(module, spec.shared, settings)
     stored = spec.size().bytes
-    items = settings.batch_size // settings.accumulate
-    activations = items * activation_bytes(module, spec.family)
-    activations //= 1 if settings.precision == "float32" else 2
+    activations = part_activation_bytes(module, spec.family, settings)
     copies = 4 if settings.decay else 3  # two moments and the average, beside what learns
     extra = learned if settings.mode == "lora" else 0
-    memory = stored + weights + _FLOAT32 * (learned * copies + extra) + activations
-    state = _FLOAT32 * learned * copies
+    memory = stored + weights + FLOAT32_BYTES * (learned * copies + extra) + activations
+    state = FLOAT32_BYTES * learned * copies
     note = (
         f"search: {settings.steps} steps of {settings.batch_size} through all blocks, in which"
         f" {learned:,} parameters learn beside the choice (mode {settings.mode});"
         f" {memory / 2**20:,.0f} MiB; a state of {state / 2**20:,.0f} MiB every"
         f" {settings.checkpoint_every} steps"
     )
-    return memory, _STATES_ON_DISK * state, note
+    return memory, COPIES_ON_DISK * state, note
 
 
 def _learned(module: Any, shared: Mapping[str, str], settings: TinyFusionSettings) -> int:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from ...models.base import ModelSpec
+from torch import nn
+
+from ...models.base import Family, ModelSpec
 from ...models.open import read_spec
+from ...recipes.depth import TinyFusionSettings
 from ...recipes.recovery import TrainingSettings
 from ...recipes.schema import ModelRef
 from ..activations import activation_bytes
 from ..base import StagePlan
 from .state import COPIES_ON_DISK
 
-_FLOAT32 = 4
+FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -52,21 +55,32 @@ def training_bytes(spec: ModelSpec, settings: TrainingSettings) -> TrainingBytes
         spec: the model as the stage finds it.
         settings: of the stage.
     """
-    weights = _FLOAT32 * sum(prod(tensor.shape) for tensor in spec.tensors.values())
-    items = settings.batch_size // settings.accumulate
+    weights = FLOAT32_BYTES * sum(prod(tensor.shape) for tensor in spec.tensors.values())
+    module = spec.meta_module().float().train()
     return TrainingBytes(
         weights=weights,
         gradients=weights,
         moments=2 * weights,
         average=weights if settings.ema is not None else 0,
-        activations=items * _activation_bytes(spec, settings.precision),
+        activations=part_activation_bytes(module, spec.family, settings),
     )
 
 
-def _activation_bytes(spec: ModelSpec, precision: str) -> int:
-    """Return what one item keeps; of reduced precision half, though norms and losses stay in float32."""
-    found = activation_bytes(spec.meta_module().float().train(), spec.family)
-    return found if precision == "float32" else found // 2
+def part_activation_bytes(
+    module: nn.Module, family: Family, settings: TrainingSettings | TinyFusionSettings
+) -> int:
+    """Return what one part of a batch keeps for the way back.
+
+    Of reduced precision it is half, though norms and losses stay in float32.
+
+    Args:
+        module: float32, on the meta device, in training mode.
+        family: its adapter.
+        settings: of the stage.
+    """
+    items = settings.batch_size // settings.accumulate
+    found = items * activation_bytes(module, family)
+    return found if settings.precision == "float32" else found // 2
 
 
 def original_bytes(spec: ModelSpec) -> int:
