@@ -1,7 +1,7 @@
-"""The loss of a denoiser on samples of its own: how well it predicts what noise was added.
+"""The loss of a denoiser on samples of its own: how well it predicts what it was trained to predict.
 
-Its calibration ends in clean latents. They are noised at several timesteps spread over the schedule, and
-the error is taken of what the scheduler asks the model for. No training data is needed.
+Its calibration ends in clean latents. They are noised at several levels, spread over those that it was
+trained at, and the error is taken of what it is asked for. No training data is needed.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import StageError
 from ..models.base import OpenModel
 from ..runtime.hashes import digest
 from .diffusion import DiffusionCalibration
-from .diffusion_loss import PREDICTIONS
-from .sampler import make_scheduler, place
+from .diffusion_loss import DiffusionTask, task_for
+from .sampler import place
 from .seeds import generator_for
 
 TIMESTEPS = 4
-"""Timesteps of every sample: the middles of as many equal parts of the schedule."""
+"""Timesteps of every sample: the middles of as many equal parts of the levels that a model is trained at."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,43 +30,39 @@ class DenoisingObjective:
 
     Attributes:
         calibration: recorded trajectories, which end in clean latents.
-        kept: share of the signal that is left at each timestep of the schedule: [steps] float64.
-        prediction: what the model is asked for, one of `PREDICTIONS`.
+        task: how noise is added, and what is predicted.
     """
 
     calibration: DiffusionCalibration
-    kept: Tensor
-    prediction: str
+    task: DiffusionTask
 
     @classmethod
-    def of(cls, model: OpenModel, calibration: DiffusionCalibration) -> DenoisingObjective:
-        """Read the schedule of a model's own scheduler.
+    def of(cls, model: OpenModel, calibration: DiffusionCalibration, instead: str) -> DenoisingObjective:
+        """Read how a model was trained from its own scheduler.
+
+        Args:
+            model: any denoiser.
+            calibration: of the model.
+            instead: see `diffusion_loss.task_for`.
 
         Raises:
-            StageError: it adds noise in another way (flow matching).
+            StageError: it was trained in a way that is not known.
         """
-        scheduler = make_scheduler(model, None)
-        kept = getattr(scheduler, "alphas_cumprod", None)
-        prediction = scheduler.config.get("prediction_type")
-        if kept is None or prediction not in PREDICTIONS:
-            raise StageError(
-                f"{model.source.id}: the denoising loss is not known for {type(scheduler).__name__}"
-                f" with prediction_type {prediction!r}",
-                hint="set importance to magnitude, which needs no loss",
-            )
-        return cls(calibration, kept.double(), str(prediction))
+        return cls(calibration, task_for(model, instead))
 
     @property
-    def timesteps(self) -> tuple[int, ...]:
-        """Where noise is added: whole numbers within the schedule, from little noise to much."""
-        steps = len(self.kept)
-        return tuple((2 * index + 1) * steps // (2 * TIMESTEPS) for index in range(TIMESTEPS))
+    def _shares(self) -> Tensor:
+        return (2 * torch.arange(TIMESTEPS, dtype=torch.float64) + 1) / (2 * TIMESTEPS)
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """Where noise is added, from little noise to much; of diffusion whole numbers."""
+        return tuple(self.task.timesteps(self._shares).tolist())
 
     @property
     def key(self) -> str:
         """Content hash of the samples, the schedule and the loss."""
-        content = [self.calibration.key, "denoising", self.timesteps, self.kept.tolist(), self.prediction]
-        return digest(content)
+        return digest([self.calibration.key, "denoising", self.timesteps, *self.task.content])
 
     @property
     def samples(self) -> int:
@@ -83,30 +78,20 @@ class DenoisingObjective:
         """Yield (loss, samples) part by part; see `objectives.Objective.losses`."""
         first = 0
         for index, (clean, inputs) in enumerate(self.calibration.clean()):
-            for turn, time in enumerate(self.timesteps):
+            for turn in range(TIMESTEPS):
                 if index * TIMESTEPS + turn >= start:
-                    yield self._loss(model, clean, inputs, time, first), len(clean)
+                    yield self._loss(model, clean, inputs, turn, first), len(clean)
             first += len(clean)
 
-    def _loss(self, model: OpenModel, clean: Tensor, inputs: dict[str, Any], time: int, first: int) -> Tensor:
-        """Return the loss of a batch at one timestep; `first` is the number of its first sample."""
-        seed = self.calibration.seed
+    def _loss(self, model: OpenModel, clean: Tensor, inputs: dict[str, Any], turn: int, first: int) -> Tensor:
+        """Return the loss of a batch at one of the timesteps; `first` is the number of its first sample."""
+        seed, time = self.calibration.seed, int(self.timesteps[turn])
         noise = torch.stack(
             [
                 torch.randn(item.shape, generator=generator_for(seed, "denoising", first + row, time))
                 for row, item in enumerate(clean)
             ]
         )
-        signal, noisy = float(self.kept[time].sqrt()), float((1 - self.kept[time]).sqrt())
-        call = {
-            model.family.latents: signal * clean + noisy * noise,
-            "timestep": torch.full((len(clean),), time, dtype=torch.int64),
-            **inputs,
-        }
-        output = model.module(**place(call, model.module), return_dict=False)[0].float()
-        wanted = {
-            "epsilon": noise, "sample": clean, "v_prediction": signal * noise - noisy * clean
-        }[self.prediction]  # fmt: skip
-        # Models that learn their variance predict it in further channels, which this loss leaves alone.
-        error: Tensor = output[:, : clean.shape[1]] - wanted.to(output.device)
-        return error.square().flatten(1).mean(dim=1).sum()
+        noised = self.task.noised(clean, inputs, self._shares[turn].expand(len(clean)), noise)
+        output = model.module(**place(noised.call, model.module), return_dict=False)[0]
+        return self.task.errors(output, noised).sum()

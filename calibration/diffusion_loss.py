@@ -57,7 +57,38 @@ Generators = torch.Generator | Sequence[torch.Generator]
 class DiffusionTask(ABC):
     """How a denoiser is trained."""
 
+    @property
     @abstractmethod
+    def content(self) -> tuple[Any, ...]:
+        """What noise is added and what is predicted, as JSON values."""
+
+    @abstractmethod
+    def timesteps(self, share: Tensor) -> Tensor:
+        """Return where in the schedule items are noised: [b], see `Noised`.
+
+        Args:
+            share: [b] float64 in [0, 1): of the items that are trained on, so many have less noise.
+        """
+
+    @abstractmethod
+    def noised(
+        self,
+        latents: Tensor,
+        conditions: Mapping[str, Any],
+        share: Tensor,
+        noise: Tensor,
+        dropped: Tensor | None = None,
+    ) -> Noised:
+        """Noise every item at a level of its own.
+
+        Args:
+            latents: [b, C, H, W] float32, clean, on the CPU.
+            conditions: keyword arguments of the denoiser beside latents and timestep, b rows each.
+            share: of `timesteps`.
+            noise: like `latents`, standard normal.
+            dropped: [b] in [0, 1), uniform: labels go where this is low; None: all of them stay.
+        """
+
     def draw(self, latents: Tensor, conditions: Mapping[str, Any], generator: Generators) -> Noised:
         """Draw a noise level, noise, and whether its label is dropped, for every item.
 
@@ -65,6 +96,19 @@ class DiffusionTask(ABC):
             latents: [b, C, H, W] float32, clean, on the CPU.
             conditions: keyword arguments of the denoiser beside latents and timestep, b rows each.
             generator: with one for each item, what an item gets does not depend on the others.
+        """
+        share, dropped, noise = _numbers(latents, generator)
+        return self.noised(latents, conditions, share, noise, dropped)
+
+    @abstractmethod
+    def errors(self, output: Tensor, noised: Noised) -> Tensor:
+        """Return the mean square error of the prediction alone for every item: [b] float32, with its graph.
+
+        What a model says of its variance does not count.
+
+        Args:
+            output: [b, C or 2C, H, W], of the denoiser for `noised.call`.
+            noised: of `noised` or `draw`.
         """
 
     @abstractmethod
@@ -98,8 +142,12 @@ class DiffusionTask(ABC):
         return self.distillation_losses(output, teacher, noised).mean()
 
 
-def task_for(model: OpenModel) -> DiffusionTask:
+def task_for(model: OpenModel, instead: str = "") -> DiffusionTask:
     """Return how a model is trained, by its scheduler and its config.
+
+    Args:
+        model: any denoiser.
+        instead: what a stage can do without a loss, for the hint of the error.
 
     Raises:
         StageError: the kind of scheduler or of prediction is not known.
@@ -114,10 +162,11 @@ def task_for(model: OpenModel) -> DiffusionTask:
     kept = getattr(scheduler, "alphas_cumprod", None)
     prediction = scheduler.config.get("prediction_type")
     if kept is None or prediction not in PREDICTIONS:
+        known = f"known: flow matching, and diffusion with {', '.join(PREDICTIONS)}"
         raise StageError(
             f"{model.source.id}: no training loss is known for {type(scheduler).__name__} with"
             f" prediction_type {prediction!r}",
-            hint=f"known: flow matching, and diffusion with {', '.join(PREDICTIONS)}",
+            hint=f"{known}; {instead}" if instead else known,
         )
     learned = int(model.config["out_channels"]) == 2 * int(model.config["in_channels"])
     return NoiseTask(inputs, Schedule.of(kept), str(prediction), learned)
@@ -149,10 +198,10 @@ class _Inputs:
     null: int
 
     def call(
-        self, noisy: Tensor, timestep: Tensor, conditions: Mapping[str, Any], dropped: Tensor
+        self, noisy: Tensor, timestep: Tensor, conditions: Mapping[str, Any], dropped: Tensor | None
     ) -> dict[str, Any]:
         call = {self.latents: noisy, "timestep": timestep, **conditions}
-        if self.rate and LABELS in call:
+        if dropped is not None and self.rate and LABELS in call:
             call[LABELS] = torch.where(dropped < self.rate, self.null, call[LABELS])
         return call
 
@@ -184,20 +233,40 @@ class NoiseTask(DiffusionTask):
     prediction: str
     learned: bool
 
-    def draw(self, latents: Tensor, conditions: Mapping[str, Any], generator: Generators) -> Noised:
-        """Noise every item at a timestep of its own, all of them equally likely."""
-        uniform, dropped, noise = _numbers(latents, generator)
-        timestep = (uniform * len(self.schedule)).long().clamp_max(len(self.schedule) - 1)
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """See `DiffusionTask`."""
+        return self.schedule.kept.tolist(), self.prediction
+
+    def timesteps(self, share: Tensor) -> Tensor:
+        """Return whole numbers; all of the schedule are equally likely."""
+        return (share * len(self.schedule)).long().clamp_max(len(self.schedule) - 1)
+
+    def noised(
+        self,
+        latents: Tensor,
+        conditions: Mapping[str, Any],
+        share: Tensor,
+        noise: Tensor,
+        dropped: Tensor | None = None,
+    ) -> Noised:
+        """See `DiffusionTask`."""
+        timestep = self.timesteps(share)
         signal, noisy = self.schedule.levels(timestep, latents)
         states = signal * latents + noisy * noise
         call = self.inputs.call(states, timestep, conditions, dropped)
         return Noised(call, latents, noise, states, timestep)
 
+    def errors(self, output: Tensor, noised: Noised) -> Tensor:
+        """See `DiffusionTask`."""
+        prediction, _ = self._parts(output.float(), noised)
+        return _mean_square(prediction - self._wanted(noised).to(output.device))
+
     def losses(self, output: Tensor, noised: Noised) -> Tensor:
         """Return the mean square error, plus the bound where the variance is learned."""
         output = output.float()
+        found = self.errors(output, noised)
         prediction, variance = self._parts(output, noised)
-        found = _mean_square(prediction - self._wanted(noised).to(output.device))
         if variance is None:
             return found
         clean = noised.clean.to(output.device)
@@ -262,20 +331,41 @@ class FlowTask(DiffusionTask):
     shift: float
     steps: int
 
-    def draw(self, latents: Tensor, conditions: Mapping[str, Any], generator: Generators) -> Noised:
-        """Noise every item at a level whose logit is normal, then shifted."""
-        uniform, dropped, noise = _numbers(latents, generator)
-        logits = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6)) + log(self.shift)
-        level = torch.sigmoid(logits).float()
-        share = level.view(-1, *(1 for _ in latents.shape[1:]))
-        states = (1 - share) * latents + share * noise
-        timestep = level * self.steps
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """See `DiffusionTask`."""
+        return "flow", self.shift, self.steps
+
+    def timesteps(self, share: Tensor) -> Tensor:
+        """Return float32; the logits of the levels are normal, then shifted."""
+        return self._levels(share) * self.steps
+
+    def _levels(self, share: Tensor) -> Tensor:
+        logits = torch.special.ndtri(share.clamp(1e-6, 1 - 1e-6)) + log(self.shift)
+        return torch.sigmoid(logits).float()
+
+    def noised(
+        self,
+        latents: Tensor,
+        conditions: Mapping[str, Any],
+        share: Tensor,
+        noise: Tensor,
+        dropped: Tensor | None = None,
+    ) -> Noised:
+        """See `DiffusionTask`."""
+        level = self._levels(share).view(-1, *(1 for _ in latents.shape[1:]))
+        states = (1 - level) * latents + level * noise
+        timestep = self.timesteps(share)
         call = self.inputs.call(states, timestep, conditions, dropped)
         return Noised(call, latents, noise, states, timestep)
 
-    def losses(self, output: Tensor, noised: Noised) -> Tensor:
+    def errors(self, output: Tensor, noised: Noised) -> Tensor:
         """Return the mean square error of the velocity."""
         return _mean_square(output.float() - (noised.noise - noised.clean).to(output.device))
+
+    def losses(self, output: Tensor, noised: Noised) -> Tensor:
+        """Return the same as `errors`: there is nothing else to learn."""
+        return self.errors(output, noised)
 
     def distillation_losses(self, output: Tensor, teacher: Tensor, noised: Noised) -> Tensor:
         """Return the mean square between the velocities."""

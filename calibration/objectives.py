@@ -87,7 +87,9 @@ class ClassificationObjective:
                 yield F.cross_entropy(logits, wanted, reduction="sum"), len(rows)
 
 
-def objective_for(model: OpenModel, calibration: Calibration, loss: str | None) -> Objective:
+def objective_for(
+    model: OpenModel, calibration: Calibration, loss: str | None, instead: str = ""
+) -> Objective:
     """Return the loss that a model's weights are judged by.
 
     Args:
@@ -96,6 +98,7 @@ def objective_for(model: OpenModel, calibration: Calibration, loss: str | None) 
         loss: `cross_entropy` with the images' labels; `pseudo_labels`, the same with the model's own
             answers; `output_norm`, the mean square of the logits; `denoising`, the error of a denoiser
             on its own samples. None: cross_entropy of a classifier, denoising of a denoiser.
+        instead: what the stage can do without a loss, for the hint where none is known of a denoiser.
 
     Raises:
         StageError: the loss does not fit the model, or the images have no labels.
@@ -103,7 +106,7 @@ def objective_for(model: OpenModel, calibration: Calibration, loss: str | None) 
     if isinstance(calibration, DiffusionCalibration):
         if loss not in (None, DENOISING_LOSS):
             raise StageError(f"loss {loss}: is for classifiers; {model.family.name} has {DENOISING_LOSS}")
-        return DenoisingObjective.of(model, calibration)
+        return DenoisingObjective.of(model, calibration, instead)
     if isinstance(calibration, NoImages):
         raise StageError("there are no images to take a loss of", hint="add `calibration: {images: FOLDER}`")
     if not isinstance(calibration, ClassificationCalibration):

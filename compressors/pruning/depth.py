@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from ...calibration.base import Calibration
 from ...calibration.objectives import Objective, objective_for
 from ...models.base import ModelSpec, OpenModel
-from ...models.blocks import depths, pinned_blocks
 from ...models.shallower import keep_blocks, shallower_spec
 from ...progress import Progress
 from ...recipes.depth import DepthSettings
@@ -19,6 +18,7 @@ from ...recipes.schema import CalibrationSettings
 from ..activations import activation_bytes
 from ..base import StagePlan, Workspace
 from .block_choice import Kept, draws, indices, lowest, oracle, units_to_remove, without
+from .block_notes import notes_on_depth, pinned_and_told
 from .block_scores import Scores, change_scores, choice_losses, sensitivities
 
 _BATCH = CalibrationSettings().batch_size
@@ -38,10 +38,7 @@ class Depth:
         stored = spec.size().bytes
         # Nothing is kept for a way back: one block's activations would do, a few are certain.
         work = activation_bytes(spec.meta_module(), spec.family) * _BATCH // 4 if looks else 0
-        left = {name: [depth, depths(after.config)[name]] for name, depth in depths(spec.config).items()}
-        notes = [
-            f"{name}: {now} of {before} blocks stay" for name, (before, now) in left.items() if now < before
-        ]
+        notes = notes_on_depth(spec, after)
         if looks:
             notes.append("which blocks these are depends on the data")
         return StagePlan(
@@ -67,20 +64,9 @@ class Depth:
             PlanError: what is asked does not fit the model.
             StageError: no loss is known for the model, or what stays needs what would go.
         """
-        before = depths(model.config)
         kept, found = _chosen(model, settings, calibration, progress)
-        about = {
-            "method": settings.method,
-            "by": settings.by,
-            "seed": calibration.seed,
-            "parent": model.source.id,
-        }
-        keep_blocks(model, kept, about)
-        return {
-            "by": settings.by,
-            "blocks": {name: {"of": before[name], "kept": list(places)} for name, places in kept.items()},
-            **found,
-        }
+        about = {"method": settings.method, "by": settings.by, "seed": calibration.seed}
+        return {"by": settings.by, "blocks": keep_blocks(model, kept, about), **found}
 
 
 def _planned(spec: ModelSpec, settings: DepthSettings) -> Kept:
@@ -103,12 +89,9 @@ def _chosen(
     if settings.by == "oracle":
         return oracle(model.config, settings), {}
     units_to_remove(model.config, settings)  # before anything is computed
-    objective = objective_for(model, calibration, None)
-    pinned = pinned_blocks(model.module, model.config)
-    if pinned:
-        progress.note(
-            "block 0 stays: the model's head reads its embedder, of which the other blocks have other copies"
-        )
+    instead = "by: oracle and by: indices look at no data"
+    objective = objective_for(model, calibration, None, instead)
+    pinned = pinned_and_told(model, progress)
     if settings.by == "random":
         return _drawn(model, settings, calibration.seed, objective, pinned, progress)
     scores = _scores(model, settings, objective, progress)

@@ -123,7 +123,8 @@ class _Run:
     def _objective(self) -> Objective | None:
         if self.settings.importance == "magnitude" and not self.settings.baselines:
             return None
-        return objective_for(self.model, self.calibration, self.settings.loss)
+        instead = "importance: magnitude without baselines needs no loss"
+        return objective_for(self.model, self.calibration, self.settings.loss, instead)
 
     def decide(self, index: int, groups: list[Group]) -> Decision:
         """Decide a step on the model as it is now, or read what was decided before a kill."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -128,13 +130,46 @@ def test_prompts_as_well(tiny_pixart, tmp_path):
     assert all(float(loss) > 0 for loss, _ in objective.losses(model))
 
 
-def test_other_losses_and_other_schedules_are_refused(tiny_dit, tiny_sd3, tmp_path):
+def test_other_losses_and_other_schedules_are_refused(tiny_dit):
     model = _open(tiny_dit)
+    calibration = _record(model)
     with pytest.raises(StageError, match="loss cross_entropy: is for classifiers"):
-        objective_for(model, _record(model), "cross_entropy")
+        objective_for(model, calibration, "cross_entropy")
+    _schedule(tiny_dit, prediction_type="score")
+    with pytest.raises(StageError, match="no training loss is known for DDIMScheduler") as found:
+        objective_for(_open(tiny_dit), calibration, None, "leave it")
+    assert str(found.value.hint).startswith("known: flow matching")
+    assert str(found.value.hint).endswith("; leave it")
+
+
+def test_flow_matching_by_hand(tiny_sd3, tmp_path):
+    """The velocity, at the levels below which an eighth, three eighths ... of what is trained on lies."""
     path = tmp_path / "embeddings.safetensors"
-    save_file({"prompt_embeds": torch.zeros(1, 5, 32), "pooled_prompt_embeds": torch.zeros(1, 32)}, path)
-    flow = _open(tiny_sd3)
-    with pytest.raises(StageError, match="FlowMatchEulerDiscreteScheduler") as found:
-        objective_for(flow, _record(flow, embeddings=path, guidance_scale=1.0), None)
-    assert "magnitude" in str(found.value.hint)
+    generator = torch.Generator().manual_seed(0)
+    save_file(
+        {
+            "prompt_embeds": torch.randn(1, 5, 32, generator=generator),
+            "pooled_prompt_embeds": torch.randn(1, 32, generator=generator),
+        },
+        path,
+    )
+    model = _open(tiny_sd3)
+    calibration = _record(model, embeddings=path, guidance_scale=1.0, samples=1)
+    objective = objective_for(model, calibration, None)
+    levels = []
+    for share in (1 / 8, 3 / 8, 5 / 8, 7 / 8):
+        odds = 3.0 * math.exp(NormalDist().inv_cdf(share))  # the model's shift is 3
+        levels.append(odds / (1 + odds))
+    assert objective.timesteps == pytest.approx([1000 * level for level in levels], rel=1e-5)
+    (clean, inputs), found = next(calibration.clean()), list(objective.losses(model))
+    for time, level, (loss, count) in zip(objective.timesteps, levels, found, strict=True):
+        drawn = generator_for(5, "denoising", 0, int(time))
+        noise = torch.randn(clean.shape[1:], generator=drawn)[None]
+        noisy = (1 - level) * clean + level * noise
+        with torch.no_grad():
+            output = model.module(hidden_states=noisy, timestep=torch.tensor([time]), **inputs).sample
+        expected = float((output - (noise - clean)).square().mean())
+        assert count == 1 and float(loss) == pytest.approx(expected, rel=1e-4)
+    before, shift = objective.key, model.scheduler.config.shift
+    model.scheduler.register_to_config(shift=shift + 1)
+    assert objective_for(model, calibration, None).key != before
