@@ -27,13 +27,20 @@ def shallower_spec(spec: ModelSpec, kept: Mapping[str, Sequence[int]]) -> ModelS
     return spec.cut(_renumbered(spec.surgery, chosen), config, _copies(spec.shared, chosen))
 
 
-def keep_blocks(model: OpenModel, kept: Mapping[str, Sequence[int]], about: Mapping[str, Any]) -> None:
+def keep_blocks(
+    model: OpenModel, kept: Mapping[str, Sequence[int]], about: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
     """Remove all other blocks of an open model, in place, and note where those that stay come from.
 
     Args:
         model: dense.
         kept: list of blocks -> places that stay; lists that are not named stay whole.
         about: of the removal, for the file beside the weights: its method, and what decided it. JSON values.
+            The file names as well what the blocks were removed from.
+
+    Returns:
+        For the report: each list that `kept` names -> `of`, the blocks before, and `kept`, the places of
+        those that stay.
 
     Raises:
         PlanError: such a model cannot be left, or the model is quantized.
@@ -49,8 +56,11 @@ def keep_blocks(model: OpenModel, kept: Mapping[str, Sequence[int]], about: Mapp
     model.config = shallower_config(model.config, chosen)
     model.surgery = _renumbered(model.surgery, chosen)
     model.shared = _copies(model.shared, chosen)
-    told = {**about, "kept": {name: list(places) for name, places in chosen.items()}, "of": before}
+    places = {name: list(row) for name, row in chosen.items()}
+    parent = {"parent": model.source.id, "revision": model.source.revision}
+    told = {**about, **parent, "kept": places, "of": before}
     model.attachments[NAME] = write_origins(model.attachments.get(NAME), chosen, before, told)
+    return {name: {"of": before[name], "kept": places[name]} for name in kept}
 
 
 def _renumbered(surgery: Mapping[str, ModuleSurgery], kept: Kept) -> dict[str, ModuleSurgery]:

@@ -19,7 +19,7 @@ from ...calibration.diffusion_loss import task_for
 from ...calibration.latents import KEPT_BYTES, LatentSet
 from ...errors import PlanError
 from ...models.base import ModelSpec, OpenModel
-from ...models.blocks import depths, pinned_blocks
+from ...models.blocks import depths
 from ...models.shallower import keep_blocks, shallower_spec
 from ...progress import Progress
 from ...recipes.depth import TinyFusionSettings
@@ -31,6 +31,7 @@ from ..recovery.noised import NoisedBatches
 from ..recovery.state import COPIES_ON_DISK
 from ..recovery.weights import refuse_quantized
 from .block_groups import BlockGroup, groups_of, kept_of
+from .block_notes import notes_on_depth, pinned_and_told
 from .gates import Annealing, ChoiceGates, Decision
 from .lora import low_rank_parameters
 from .search import Found, search
@@ -54,12 +55,6 @@ class TinyFusion:
         refuse_quantized(settings.method, bool(spec.quantization), "a search needs gradients")
         groups = groups_of(spec.config, settings.groups)
         after = shallower_spec(spec, kept_of(spec.config, groups, [0] * len(groups)))
-        left = depths(after.config)
-        notes = [
-            f"{name}: {left[name]} of {before} blocks stay; which ones is learned"
-            for name, before in depths(spec.config).items()
-            if left[name] < before
-        ]
         memory, disk, note = _needs(spec, settings)
         return StagePlan(
             method=settings.method,
@@ -67,7 +62,7 @@ class TinyFusion:
             after=after.size(),
             spec=after,
             peak_memory_bytes=memory + KEPT_BYTES,
-            notes=[*notes, note],
+            notes=[*notes_on_depth(spec, after, "; which ones is learned"), note],
             disk_bytes=disk,
         )
 
@@ -91,7 +86,6 @@ class TinyFusion:
             raise PlanError(
                 f"{settings.method}: {model.source.id} is no denoiser, and blocks are chosen by its loss"
             )
-        before = depths(model.config)
         groups = groups_of(model.config, settings.groups)
         original = None if workspace.original is None else cache(workspace.original)
         data = calibration.training(model, original, progress)
@@ -106,13 +100,10 @@ class TinyFusion:
             "groups": asked,
             "confidences": _rounded(decision.confidences),
             "seed": calibration.seed,
-            "parent": model.source.id,
-            "revision": model.source.revision,
         }
-        keep_blocks(model, kept, about)
         return {
             "groups": asked,
-            "blocks": {name: {"of": before[name], "kept": list(places)} for name, places in kept.items()},
+            "blocks": keep_blocks(model, kept, about),
             "data": len(data),
             **_told(groups, settings, found),
         }
@@ -127,11 +118,7 @@ def _searched(
     workspace: Workspace,
     progress: Progress,
 ) -> Found:
-    pinned = pinned_blocks(model.module, model.config)
-    if pinned:
-        progress.note(
-            "block 0 stays: the model's head reads its embedder, of which the other blocks have other copies"
-        )
+    pinned = pinned_and_told(model, progress)
     task = task_for(model)
     key = digest(
         [settings.model_dump(mode="json"), data.key, sorted(pinned), hash_weights(model.module), seed]

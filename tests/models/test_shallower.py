@@ -91,6 +91,7 @@ def test_blocks_know_where_they_come_from_through_several_removals(opened):
     assert kept_blocks(text) == {LIST: (2, 5)}
     assert [row["method"] for row in removals(text)] == ["one", "two"]
     assert removals(text)[1]["of"] == {LIST: 4}
+    assert [(row["parent"], row["revision"]) for row in removals(text)] == [(model.source.id, None)] * 2
     assert model.original_name(f"{LIST}.1.ff.net.2") == f"{LIST}.5.ff.net.2"
     assert model.original_name("proj_out_1") == "proj_out_1"
     assert original_name(f"{LIST}.0", text) == f"{LIST}.2"
