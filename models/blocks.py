@@ -20,6 +20,9 @@ from ..errors import PlanError, StageError
 Kept = Mapping[str, tuple[int, ...]]
 """Name of a list of blocks -> places of the blocks that stay, ascending."""
 
+IMAGE = "hidden_states"
+"""What blocks call the image that passes through them; a text may pass beside it."""
+
 
 @dataclass(frozen=True)
 class BlockList:
@@ -35,11 +38,15 @@ class BlockList:
     name: str
     depth_key: str
     mirrored: bool = False
-    returns: tuple[str, ...] = ("hidden_states",)
+    returns: tuple[str, ...] = (IMAGE,)
+
+    def image_of(self, output: Any) -> Any:
+        """Return the image of what a block returned."""
+        return output[self.returns.index(IMAGE)] if isinstance(output, tuple) else output
 
 
 _SINGLE = (BlockList("transformer_blocks", "num_layers"),)
-_TWO_STREAMS = ("encoder_hidden_states", "hidden_states")
+_TWO_STREAMS = ("encoder_hidden_states", IMAGE)
 _LISTS: Mapping[str, tuple[BlockList, ...]] = {
     "DiTTransformer2DModel": _SINGLE,
     "PixArtTransformer2DModel": _SINGLE,

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ...calibration.flags import keeping_flags
 from ...calibration.objectives import Objective
 from ...models.base import OpenModel
-from ...models.blocks import BlockList, Kept, block_lists, depths
+from ...models.blocks import IMAGE, BlockList, Kept, block_lists, depths
 from ...models.gating import Gates, gated
 from ...progress import Progress, SilentProgress, step
 from .measuring import mean_loss
@@ -80,12 +80,9 @@ def _watched(
 
 
 def _hook(signature: inspect.Signature, blocks: BlockList, found: _Sum, by: Change) -> Any:
-    image = len(blocks.returns) - 1  # the image comes last where there are two streams
-
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        before = signature.bind(*args, **kwargs).arguments[blocks.returns[image]]
-        after = output if isinstance(output, Tensor) else output[image]
-        values = _values(before.float(), after.float(), by)
+        before = signature.bind(*args, **kwargs).arguments[IMAGE]
+        values = _values(before.float(), blocks.image_of(output).float(), by)
         found.total += float(values.sum(dtype=torch.float64))
         found.count += values.numel()
 

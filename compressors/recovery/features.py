@@ -13,17 +13,14 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ...models.blocks import block_lists
-
-_STREAM = "hidden_states"
-"""What a block does to the image; where a text passes through it too, that is not compared."""
+from ...models.blocks import BlockList, block_lists
 
 
 @contextmanager
 def block_outputs(
     module: nn.Module, class_name: str, places: Mapping[str, Sequence[int]]
 ) -> Iterator[dict[tuple[str, int], Tensor]]:
-    """Yield (list, place) -> what the block put out in the last forward, with its graph.
+    """Yield (list, place) -> the image that the block put out in the last forward, with its graph.
 
     Args:
         module: a stock module; it is as before afterwards.
@@ -34,19 +31,18 @@ def block_outputs(
     handles = []
     try:
         for blocks in block_lists(class_name):
-            stream = blocks.returns.index(_STREAM)
             for place in places.get(blocks.name, ()):
                 block = module.get_submodule(f"{blocks.name}.{place}")
-                handles.append(block.register_forward_hook(_keep(found, (blocks.name, place), stream)))
+                handles.append(block.register_forward_hook(_keep(found, blocks, place)))
         yield found
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _keep(found: dict[tuple[str, int], Tensor], key: tuple[str, int], stream: int) -> Any:
+def _keep(found: dict[tuple[str, int], Tensor], blocks: BlockList, place: int) -> Any:
     def hook(_: nn.Module, __: Any, output: Any) -> None:
-        found[key] = output[stream] if isinstance(output, tuple) else output
+        found[blocks.name, place] = blocks.image_of(output)
 
     return hook
 
