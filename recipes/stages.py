@@ -82,7 +82,7 @@ class GridSettings(StageSettings):
         description="After rounding, scale every weight so that it is as long along the original as that is:"
         " clipping shrinks all layers alike, and such errors add up. Costs no bytes; beyond the papers.",
     )
-    adaln_weight_bits: Literal[8, 16] | None = Field(
+    adaln_weight_bits: Literal[4, 6, 8, 16] | None = Field(
         16,
         description="Bits of the adaptive-norm modulation weights (weight-only); 16 leaves them in floating "
         "point; null, where bits are allocated: theirs are, too.",
@@ -123,7 +123,7 @@ class UniformSettings(GridSettings, BitsSettings):
     @model_validator(mode="after")
     def _check_adaln(self) -> UniformSettings:
         if self.adaln_weight_bits is None and self.allocation is None:
-            raise ValueError("adaln_weight_bits: null is for allocated bits; write 8 or 16")
+            raise ValueError("adaln_weight_bits: null is for allocated bits; write 4, 6, 8 or 16")
         return self
 
     @model_validator(mode="after")
@@ -255,7 +255,7 @@ class MixdqSettings(GridSettings, AllocationSettings):
     weight_symmetric: bool = Field(
         True, description="Symmetric weight grid, as the paper; false: min-max with a zero point."
     )
-    adaln_weight_bits: Literal[8, 16] | None = Field(
+    adaln_weight_bits: Literal[4, 6, 8, 16] | None = Field(
         None,
         description="Bits of the adaptive-norm modulation weights (weight-only), 16 for floating point; null:"
         " allocated as the others.",

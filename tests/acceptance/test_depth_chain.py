@@ -6,9 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from compress.models.open import open_model
+from compress.progress import SilentProgress
+from compress.recipes.schema import ModelRef
+from safetensors.torch import load_file
+from torch import Tensor
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -57,8 +63,18 @@ def states(folder: Path, name: str) -> list[Path]:
     return list((folder / f"work-{name}").rglob("training.safetensors"))
 
 
+def block_tensors(state: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return all of the blocks, modulation layers with them; copies of the model's one embedder are none."""
+    return [state[name] for name in state if name.startswith(LIST) and "norm1.emb" not in name]
+
+
 def test_half_the_depth_at_4_bits_is_at_most_0_16_of_the_original_blocks(folder):
     metrics = json.loads((folder / "whole" / "report.json").read_text())["evaluation"]["metrics"]
+    stored = block_tensors(load_file(folder / "whole" / WEIGHTS))
+    dense = open_model(ModelRef(id="builtin:dit"), progress=SilentProgress()).module
+    original = block_tensors(dense.state_dict())
+    bfloat16 = sum(2 * tensor.numel() for tensor in original)
+    assert 0.1 < sum(tensor.nbytes for tensor in stored) / bfloat16 <= 0.16
     kept = json.loads((folder / "whole" / "depth.json").read_text())["blocks"][LIST]
     assert kept["of"] == 8 and len(kept["kept"]) == 4
     assert metrics["linear_bytes_ratio"] * len(kept["kept"]) / kept["of"] <= 0.16

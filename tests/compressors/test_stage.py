@@ -34,6 +34,8 @@ SETTINGS = [
     RtnSettings(),
     RtnSettings(weight_bits=4, group_size=32, weight_symmetric=True),
     SmoothQuantSettings(weight_bits=4, adaln_weight_bits=8),
+    RtnSettings(weight_bits=4, adaln_weight_bits=4),
+    ViditQSettings(weight_bits=8, adaln_weight_bits=6),
     ViditQSettings(weight_bits=4, rotation="hadamard", act_exponent=0.5),
     ViditQSettings(weight_bits=4, activation_bits=4, rotation="none", rounding="gptq", adaln_weight_bits=8),
     ViditQSettings(weight_bits=3, rotation="block", low_rank=4, group_size=16),
@@ -93,6 +95,14 @@ def test_other_families(class_name, opened, outputs):
     apply(model, settings, Calibration())
     assert planned.after.bytes == model.size().bytes
     assert relative(outputs(model), exact) < 0.08
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_modulation_layers_take_fewer_bits_of_their_own(bits, opened, calibrate):
+    model = opened()
+    apply(model, RtnSettings(weight_bits=8, adaln_weight_bits=bits), calibrate(model))
+    assert {s.bits for name, s in model.quantization.items() if "norm1.linear" in name} == {bits}
+    assert {s.bits for name, s in model.quantization.items() if "norm1.linear" not in name} == {8}
 
 
 def test_two_runs_give_the_same_bytes(opened, calibrate):

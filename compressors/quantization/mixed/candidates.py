@@ -106,7 +106,7 @@ def find_candidates(
     """Find out what may be chosen for every layer.
 
     A rule earlier in this list wins: a pattern of `keep`; one of `fixed`; `adaln_weight_bits` for
-    modulation layers (8 beside a pattern of `fixed` is refused); the family's own list of layers left
+    modulation layers (below 16, a pattern of `fixed` beside it is refused); the family's own list of layers left
     in floating point; embedders and heads in floating point; the bits of the layer's group, or of the
     stage, for the rest.
 

@@ -74,12 +74,12 @@ def _refuse_idle(key: str, pattern: str, found: list[str], excluded: Mapping[str
 
 
 def refuse_twice_decided(fixed: Fixed, modulations: Collection[str], adaln_weight_bits: int | None) -> None:
-    """Refuse modulation layers that are given bits by `fixed` and by adaln_weight_bits: 8.
+    """Refuse modulation layers that are given bits by `fixed` and by adaln_weight_bits below 16.
 
     Raises:
         PlanError: naming the layer.
     """
-    if adaln_weight_bits != 8:
+    if adaln_weight_bits in (None, 16):
         return
     for name in modulations:
         if name in fixed:

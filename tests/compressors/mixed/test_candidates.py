@@ -102,6 +102,7 @@ REFUSED = [
     ({"fixed_activations": {"*.norm1.linear": 8}}, "modulation layers are weight-only"),
     ({"fixed_activations": {"*.to_v": 8}, "fixed": {"*.to_v": 16}}, "leaves the layer in floating point"),
     ({"adaln_weight_bits": 8, "fixed": {"*.0.*": 4}}, "0.norm1.linear is given 4 bits .* adaln_weight_bits"),
+    ({"adaln_weight_bits": 6, "fixed": {"*.0.*": 4}}, "0.norm1.linear is given 4 bits .* adaln_weight_bits"),
 ]
 
 
