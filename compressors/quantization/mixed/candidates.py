@@ -106,9 +106,9 @@ def find_candidates(
     """Find out what may be chosen for every layer.
 
     A rule earlier in this list wins: a pattern of `keep`; one of `fixed`; `adaln_weight_bits` for
-    modulation layers (below 16, a pattern of `fixed` beside it is refused); the family's own list of layers left
-    in floating point; embedders and heads in floating point; the bits of the layer's group, or of the
-    stage, for the rest.
+    modulation layers (below 16, a pattern of `fixed` beside it is refused); the family's own list of
+    layers left in floating point; embedders and heads in floating point; the bits of the layer's group,
+    or of the stage, for the rest.
 
     Args:
         family: of the model.
