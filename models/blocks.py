@@ -57,7 +57,8 @@ _LISTS: Mapping[str, tuple[BlockList, ...]] = {
     ),
     "HunyuanDiT2DModel": (BlockList("blocks", "num_layers", mirrored=True),),
 }
-_EMBEDDER = "norm1.emb"
+EMBEDDER = "norm1.emb"
+"""In each block of a DiT, a copy of the one embedder that the model was trained with."""
 
 
 def block_lists(class_name: str) -> tuple[BlockList, ...]:
@@ -191,7 +192,7 @@ def drop_blocks(module: nn.Module, config: Mapping[str, Any], kept: Mapping[str,
         StageError: the model uses what is in a block outside of it, and that differs between blocks.
     """
     chosen, changed = checked(config, kept), shallower_config(config, kept)
-    if config["_class_name"] == "DiTTransformer2DModel":
+    if has_embedders(config["_class_name"]):
         _check_embedders(module, chosen["transformer_blocks"])
     for blocks in block_lists(config["_class_name"]):
         if blocks.name not in chosen:
@@ -215,29 +216,40 @@ def pinned_blocks(module: nn.Module, config: Mapping[str, Any]) -> set[tuple[str
         module: of the stock class.
         config: its config, completed, with `_class_name`.
     """
-    if config["_class_name"] != "DiTTransformer2DModel":
+    if not has_embedders(config["_class_name"]):
         return set()
     blocks = range(1, depths(config)["transformer_blocks"])
-    return {("transformer_blocks", 0)} if any(_differing(module, place) for place in blocks) else set()
+    differ = any(differing_embedder(module, place) for place in blocks)
+    return {("transformer_blocks", 0)} if differ else set()
 
 
 def _check_embedders(module: nn.Module, places: tuple[int, ...]) -> None:
     """The head reads the embedder of the first block, whichever that is."""
     if places[0] == 0:
         return
-    different = _differing(module, places[0])
+    different = differing_embedder(module, places[0])
     if different:
         raise StageError(
-            f"transformer_blocks.0.{_EMBEDDER}.{different[0]} differs from the copy in block {places[0]},"
+            f"transformer_blocks.0.{EMBEDDER}.{different[0]} differs from the copy in block {places[0]},"
             " and the model's head reads that of its first block: without block 0 its output would change",
             hint="keep block 0; the copies were equal when the model was trained, fine-tuning has moved them",
         )
 
 
-def _differing(module: nn.Module, place: int) -> list[str]:
-    """Return the tensors of a block's embedder that differ from those of the first block's."""
-    first = module.get_submodule(f"transformer_blocks.0.{_EMBEDDER}").state_dict()
-    other = module.get_submodule(f"transformer_blocks.{place}.{_EMBEDDER}").state_dict()
+def has_embedders(class_name: str) -> bool:
+    """Tell whether each block of a stock class has a copy of an embedder; the head reads the first."""
+    return class_name == "DiTTransformer2DModel"
+
+
+def differing_embedder(module: nn.Module, place: int) -> list[str]:
+    """Return the tensors of a block's embedder that differ from those of the first block's.
+
+    Args:
+        module: with embedders in its blocks.
+        place: of the block.
+    """
+    first = module.get_submodule(f"transformer_blocks.0.{EMBEDDER}").state_dict()
+    other = module.get_submodule(f"transformer_blocks.{place}.{EMBEDDER}").state_dict()
     return [name for name, value in first.items() if not torch.equal(value, other[name])]
 
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
-_EMBEDDER = "emb"
-_OWNER = "norm1"
-_BLOCKS = "transformer_blocks"
+from ...models.blocks import EMBEDDER, block_lists, differing_embedder, has_embedders
 
 
 @contextmanager
@@ -25,23 +22,26 @@ def tied_embedders(module: nn.Module, class_name: str) -> Iterator[None]:
         module: the denoiser; a parameter that is shared meanwhile goes by its name in the first block.
         class_name: of the stock class.
     """
-    if class_name != "DiTTransformer2DModel":
+    if not has_embedders(class_name):
         yield
         return
-    owners = [block.get_submodule(_OWNER) for block in module.get_submodule(_BLOCKS).children()]
-    first = owners[0].get_submodule(_EMBEDDER)
-    copies = [(owner, own) for owner in owners[1:] if _equal(own := owner.get_submodule(_EMBEDDER), first)]
+    (blocks,) = block_lists(class_name)
+    owner_name, _, name = EMBEDDER.rpartition(".")
+    first, *others = (
+        block.get_submodule(owner_name) for block in module.get_submodule(blocks.name).children()
+    )
+    shared = first.get_submodule(name)
+    copies = [
+        (owner, owner.get_submodule(name))
+        for place, owner in enumerate(others, 1)
+        if not differing_embedder(module, place)
+    ]
     try:
         for owner, _ in copies:
-            setattr(owner, _EMBEDDER, first)
+            setattr(owner, name, shared)
         yield
     finally:
         for owner, own in copies:
             # Tensors of its own: files of safetensors cannot hold a tensor under two names.
-            own.load_state_dict(first.state_dict())
-            setattr(owner, _EMBEDDER, own)
-
-
-def _equal(one: nn.Module, other: nn.Module) -> bool:
-    ours, theirs = one.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+            own.load_state_dict(shared.state_dict())
+            setattr(owner, name, own)
