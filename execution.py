@@ -122,20 +122,19 @@ def _with_those_between(images: Mapping[str, Tensor], between: Mapping[str, Tens
 
 
 def _stage_keys(
-    recipe: Recipe, model: OpenModel, calibration_key: str, own: Mapping[int, str]
+    recipe: Recipe, model: OpenModel, calibration_key: str, data: Mapping[int, str]
 ) -> list[tuple[str, str]]:
     """Return (hash of the input, key) per stage; a key contains all that the result depends on.
 
     Args:
-        own: index of a stage -> hash of the images that it names for itself.
+        data: index of a stage -> hash of what it trains on, where the calibration's key does not say it.
     """
     keys: list[tuple[str, str]] = []
     previous = digest([sorted(model.source.hashes.items()), str(model.spec.dtype), model.config])
     for index, stage in enumerate(recipe.stages):
-        data = own.get(index) or stage_data(recipe, index, model.source.folder, model.source.revision)
         key = digest(
             {
-                **({} if data is None else {"data": data}),
+                **({"data": data[index]} if index in data else {}),
                 "input": previous,
                 "method": stage.method,
                 "method_version": registry.get(stage.method).version,
@@ -170,7 +169,8 @@ def _run_stages(
         fresh=state.fresh,
         pools=images.pools,
     )
-    keys = _stage_keys(recipe, model, calibration.key, images.data)
+    data = {**stage_data(recipe, model.source.folder, model.source.revision), **images.data}
+    keys = _stage_keys(recipe, model, calibration.key, data)
     folders = [
         work.stage_folder(key, stage.method) for (_, key), stage in zip(keys, recipe.stages, strict=True)
     ]

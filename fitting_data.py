@@ -91,12 +91,11 @@ def _check_latents(path: Path, checkpoint: Checkpoint) -> None:
         )
 
 
-def stage_data(recipe: Recipe, index: int, folder: Path, revision: str | None) -> str | None:
-    """Return the hash of the data that a stage trains a denoiser on; None: of none.
+def stage_data(recipe: Recipe, folder: Path, revision: str | None) -> dict[int, str]:
+    """Return index of a stage -> hash of the data that it trains a denoiser on; files are read once for all.
 
     Args:
         recipe: that fits its model.
-        index: of the stage.
         folder: of the model: the VAE that encodes images lies beside it.
         revision: of the model on the Hub, which fixes the VAE as well; None of a folder.
 
@@ -104,18 +103,25 @@ def stage_data(recipe: Recipe, index: int, folder: Path, revision: str | None) -
         SourceError: the data cannot be read.
     """
     data = recipe.calibration.data
-    if data is None or not recipe.stages[index].settings.learns_from_data:
-        return None
+    learning: dict[int, str | None] = {
+        index: getattr(stage.settings, "teacher", None)
+        for index, stage in enumerate(recipe.stages)
+        if stage.settings.learns_from_data
+    }
+    if data is None or not learning:
+        return {}
     content: dict[str, Any] = data.model_dump(mode="json", exclude=set(PATH_KEYS))
     if data.latents is not None:
         content["latents"] = fingerprint(find_latents(data.latents))
     if data.images is not None:
         content["images"] = find_images(data.images).fingerprint()
         content["vae"] = [] if revision is not None else _vae_hashes(folder)
-    teacher = getattr(recipe.stages[index].settings, "teacher", None)
-    if teacher is not None:
-        content["teacher"] = _checkpoint_hash(teacher)
-    return digest(content)
+    named = {name for name in learning.values() if name is not None}
+    teachers = {name: _checkpoint_hash(name) for name in named}
+    return {
+        index: digest(content if name is None else {**content, "teacher": teachers[name]})
+        for index, name in learning.items()
+    }
 
 
 def _vae_hashes(folder: Path) -> list[str]:

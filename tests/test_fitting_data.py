@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from compress import fitting_data
+from compress.calibration.latent_files import fingerprint
 from compress.errors import RecipeError, SourceError
 from compress.fitting_data import stage_data
 from compress.models.checkpoint import locate
@@ -109,7 +111,7 @@ def test_paths_are_looked_up_beside_the_recipe(tiny_dit, latents, tmp_path, monk
 
 def test_the_key_of_a_stage_knows_its_data(check, latents, tiny_dit):
     def key(stages=TRAINED, index=1, **data):
-        return stage_data(check(stages, data=data), index, tiny_dit, None)
+        return stage_data(check(stages, data=data), tiny_dit, None).get(index)
 
     first = key(generate=3)
     assert first == key(generate=3) != key(generate=4) and first != key(generate=3, flip=False)
@@ -122,6 +124,19 @@ def test_the_key_of_a_stage_knows_its_data(check, latents, tiny_dit):
     assert key(quantized, 2, generate=3) is None
 
 
+def test_stages_that_train_on_the_same_data_read_it_once(check, latents, tiny_dit, monkeypatch):
+    read = []
+
+    def counted(parts):
+        read.append(parts)
+        return fingerprint(parts)
+
+    monkeypatch.setattr(fitting_data, "fingerprint", counted)
+    stages = [*TRAINED, *TRAINED[1:], {"rtn": {"weight_bits": 8}}]
+    found = stage_data(check(stages, data={"latents": str(latents)}), tiny_dit, None)
+    assert list(found) == [1, 2] and found[1] == found[2] and len(read) == 1
+
+
 def test_a_model_is_no_teacher_of_itself(check, make_tiny, tiny_dit):
     data = {"generate": 3}
     alone = {"distill": {"steps": 2}}
@@ -130,8 +145,8 @@ def test_a_model_is_no_teacher_of_itself(check, make_tiny, tiny_dit):
     check(PLAIN, data=data)
     teacher = make_tiny(seed=1, name="teacher")
     named = [{"distill": {"steps": 2, "teacher": str(teacher)}}]
-    first = stage_data(check(named, data=data), 0, tiny_dit, None)
-    assert first == stage_data(check(named, data=data), 0, tiny_dit, None)
+    first = stage_data(check(named, data=data), tiny_dit, None)
+    assert first == stage_data(check(named, data=data), tiny_dit, None) and list(first) == [0]
     weights = teacher / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    assert first != stage_data(check(named, data=data), 0, tiny_dit, None)
+    assert first[0] != stage_data(check(named, data=data), tiny_dit, None)[0]
