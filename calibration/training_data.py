@@ -124,7 +124,7 @@ class TrainingData:
         return keep.latents(model, given, "pixels" if data.flip else None)
 
     def _original(self, model: OpenModel, original: Original | None) -> OpenModel:
-        if not (model.history or model.quantization or model.surgery or model.attachments):
+        if not model.changed:
             return model
         if original is None:
             raise StageError("samples of the original are missing, and a stage has changed the model already")

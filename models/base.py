@@ -139,6 +139,10 @@ class Family(ABC):
     def build(self, config: Mapping[str, Any]) -> nn.Module:
         """Build the stock module from its config, on the current default device."""
 
+    def adopt(self, module: nn.Module) -> nn.Module:
+        """Return a stock module that was loaded elsewhere as `build` builds it."""
+        return module
+
     @abstractmethod
     def linears(self, module: nn.Module) -> list[LinearSite]:
         """Every `nn.Linear` in forward order with its role (a quantized one counts as well)."""
@@ -343,6 +347,11 @@ class OpenModel:
     def original_name(self, name: str) -> str:
         """Return what a module or tensor was called before blocks were removed."""
         return original_name(name, self.attachments.get(DEPTH_FILE))
+
+    @property
+    def changed(self) -> bool:
+        """Whether a stage has changed the model since it was opened."""
+        return bool(self.history or self.quantization or self.surgery or self.attachments)
 
     def linears(self) -> Sequence[LinearSite]:
         """The family's linears of the module as it is now."""

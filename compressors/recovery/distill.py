@@ -131,7 +131,7 @@ def _teacher(
         return None
     if settings.teacher is not None:
         return named_teacher(model, settings, progress)
-    if not (model.history or model.surgery or model.attachments):
+    if not model.changed:
         raise PlanError(
             f"{settings.method}: no stage has changed the model, so it is its own original and has nothing to"
             " learn from it",
