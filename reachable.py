@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .errors import PlanError
+from .evaluation.size import counted_sizes
 from .models.base import ModelSpec
 from .recipes.export import ExportSettings
 from .recipes.pruning import IsomorphicSettings
@@ -37,15 +38,7 @@ def check_gates(
     Raises:
         PlanError: naming the gate and what is predicted.
     """
-    size, original = after.size(), before.size()
-    predicted: dict[str, int | float] = {
-        "size_ratio": stored_bytes / original.bytes,
-        "bytes": stored_bytes,
-        "bits_per_weight": 8 * stored_bytes / size.parameters,
-        "parameters": size.parameters,
-        "macs": size.macs,
-    }
-    for name, value in predicted.items():
+    for name, value in counted_sizes(after.size(), before.size(), stored_bytes).items():
         gate = recipe.require.get(name)
         if gate is None or gate.operator not in ("<=", "<"):
             continue

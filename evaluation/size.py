@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..models.base import OpenModel, tensor_bytes
+from ..models.base import OpenModel, Size, tensor_bytes
 
 _BFLOAT16_BYTES = 2
 
@@ -88,6 +88,23 @@ def _float_bits(module: nn.Module) -> int:
     return 8 * next(module.parameters()).element_size()
 
 
+def counted_sizes(size: Size, original: Size, stored_bytes: int) -> dict[str, int | float]:
+    """Return the metrics that follow from shapes and stored bytes alone, of a plan as of a model.
+
+    Args:
+        size: of the model after its stages.
+        original: of the model before them.
+        stored_bytes: tensor bytes of the exported files.
+    """
+    return {
+        "size_ratio": stored_bytes / original.bytes,
+        "bytes": stored_bytes,
+        "bits_per_weight": 8 * stored_bytes / size.parameters,
+        "parameters": size.parameters,
+        "macs": size.macs,
+    }
+
+
 def size_metrics(model: OpenModel, stored_bytes: int | None = None) -> dict[str, float]:
     """Return the size metrics of a model after its stages.
 
@@ -102,13 +119,7 @@ def size_metrics(model: OpenModel, stored_bytes: int | None = None) -> dict[str,
     """
     size, original = model.size(), model.spec.size()
     stored_bytes = size.bytes if stored_bytes is None else stored_bytes
-    metrics: dict[str, float] = {
-        "size_ratio": stored_bytes / original.bytes,
-        "bytes": stored_bytes,
-        "bits_per_weight": 8 * stored_bytes / size.parameters,
-        "parameters": size.parameters,
-        "macs": size.macs,
-    }
+    metrics: dict[str, float] = {**counted_sizes(size, original, stored_bytes)}
     linears, dense = linear_bytes(model)
     if dense:
         metrics["linear_bytes_ratio"] = linears / dense
