@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,26 @@ def plan_stages(spec: ModelSpec, loaded: LoadedRecipe, known: Sequence[StagePlan
     return plans
 
 
+def least_plans(spec: ModelSpec, loaded: LoadedRecipe, plans: Sequence[StagePlan]) -> list[StagePlan]:
+    """Return the same stages on the smallest models that they may leave; see `StagePlan.least`.
+
+    Args:
+        spec: of the original.
+        loaded: the recipe.
+        plans: of all its stages, on the largest models.
+
+    Raises:
+        PlanError: a stage cannot be carried out on such a model, with its place in the recipe.
+    """
+    found = list(plans)
+    for index in range(len(found)):
+        one = found[index]
+        if one.least is not None:
+            smaller = replace(one, spec=one.least, after=one.least.size())
+            found = plan_stages(spec, loaded, [*found[:index], smaller])
+    return found
+
+
 def check_plan(loaded: LoadedRecipe, targets: Sequence[Path], work_root: Path, *, workers: int = 1) -> None:
     """Plan a recipe and refuse what cannot be reached or does not fit on this machine.
 
@@ -69,7 +89,7 @@ def check_plan(loaded: LoadedRecipe, targets: Sequence[Path], work_root: Path, *
     recipe = loaded.recipe
     spec = read_spec(recipe.model)
     plans = plan_stages(spec, loaded)
-    exports = plan_exports(loaded, spec, plans[-1].spec if plans else spec)
+    exports = plan_exports(loaded, spec, plans, least=least_plans(spec, loaded, plans))
     writes = [(target, item.most_bytes) for target, item in zip(targets, exports, strict=True)]
     downloads = [
         write
@@ -145,6 +165,8 @@ class ExportPlan:
         most_bytes: what they take at the most; more than `bytes` only where scores have yet to say how wide
             the widest layers are, to which the others are padded.
         unpadded_bytes: what they would take without padding; None where nothing is padded.
+        least_bytes: what they take at the least; None where data do not decide which blocks of different
+            sizes stay.
     """
 
     export: ExportSettings
@@ -153,33 +175,47 @@ class ExportPlan:
     tensor_bytes: int
     most_bytes: int
     unpadded_bytes: int | None = None
+    least_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan document's form."""
         document = {"format": self.export.format, "path": str(self.export.path), "bytes": self.bytes}
+        if self.least_bytes is not None:
+            document["bytes_at_least"] = self.least_bytes
         if self.unpadded_bytes is None:
             return document
         return {**document, "bytes_at_most": self.most_bytes, "bytes_unpadded": self.unpadded_bytes}
 
 
 def plan_exports(
-    loaded: LoadedRecipe, before: ModelSpec, after: ModelSpec, *, decided: bool = False
+    loaded: LoadedRecipe,
+    before: ModelSpec,
+    plans: Sequence[StagePlan],
+    *,
+    least: Sequence[StagePlan] = (),
+    decided: bool = False,
 ) -> list[ExportPlan]:
     """Predict every export, and refuse gates that the plan shows to be out of reach.
 
     Args:
         loaded: the recipe.
         before: of the original.
-        after: of the model after the last stage.
+        plans: of the stages.
+        least: of `least_plans`: only what the smallest model cannot reach is out of reach.
         decided: the first stage has decided on the data what it removes.
 
     Raises:
         PlanError: naming the gate and what is predicted; or a format cannot express the layers.
     """
-    exports = [_plan_export(export, before, after, decided) for export in loaded.recipe.export]
-    for item in exports:
-        check_gates(loaded.recipe, item.export, before, item.spec, item.tensor_bytes, decided=decided)
-    return exports
+    after = plans[-1].spec if plans else before
+    smallest = least[-1].spec if least else after
+    found = []
+    for export in loaded.recipe.export:
+        item = _plan_export(export, before, after, decided)
+        low = item if smallest is after else _plan_export(export, before, smallest, decided)
+        check_gates(loaded.recipe, export, before, low.spec, low.tensor_bytes, decided=decided)
+        found.append(item if low.bytes == item.bytes else replace(item, least_bytes=low.bytes))
+    return found
 
 
 def _plan_export(export: ExportSettings, before: ModelSpec, after: ModelSpec, decided: bool) -> ExportPlan:
@@ -202,14 +238,19 @@ def plan_document(loaded: LoadedRecipe, progress: Progress) -> dict[str, Any]:
     spec = read_spec(loaded.recipe.model)
     with step(progress, "plan"):
         plans = plan_stages(spec, loaded)
-        exports = plan_exports(loaded, spec, plans[-1].spec if plans else spec)
-    return document_of(loaded, spec, plans, exports)
+        least = least_plans(spec, loaded, plans)
+        exports = plan_exports(loaded, spec, plans, least=least)
+    return document_of(loaded, spec, plans, exports, least)
 
 
 def document_of(
-    loaded: LoadedRecipe, spec: ModelSpec, plans: Sequence[StagePlan], exports: Sequence[ExportPlan]
+    loaded: LoadedRecipe,
+    spec: ModelSpec,
+    plans: Sequence[StagePlan],
+    exports: Sequence[ExportPlan],
+    least: Sequence[StagePlan] = (),
 ) -> dict[str, Any]:
-    """Put a plan into the form of its document."""
+    """Put a plan into the form of its document; of `least_plans` the sizes where they are others."""
     recipe = loaded.recipe
     written = [item.to_json() for item in exports]
     return {
@@ -220,6 +261,7 @@ def document_of(
                 "method": item.method,
                 "before": item.before.to_json(),
                 "after": item.after.to_json(),
+                **({"after_at_least": low.after.to_json()} if low.after != item.after else {}),
                 "peak_memory_bytes": item.peak_memory_bytes + _PROCESS_BYTES,
                 "notes": [
                     *item.notes,
@@ -228,7 +270,7 @@ def document_of(
                 ],
                 "layers": list(item.layers),
             }
-            for index, item in enumerate(plans)
+            for index, (item, low) in enumerate(zip(plans, least or plans, strict=True))
         ],
         "export": written[0] if len(written) == 1 else written,
     }

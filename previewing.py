@@ -38,12 +38,12 @@ def preview_document(loaded: LoadedRecipe, progress: Progress) -> dict[str, Any]
     spec = read_spec(recipe.model)
     with step(progress, "plan"):
         assumed = plan_stages(spec, loaded)
-        plan_exports(loaded, spec, assumed[-1].spec)  # refuses what is out of reach before weights are read
+        plan_exports(loaded, spec, assumed)  # refuses what is out of reach before weights are read
         check_memory(assumed[:1], workers=1)
     seen = _preview(method, loaded, progress)
     first = replace(assumed[0], spec=seen.spec, after=seen.spec.size(), notes=seen.notes)
     plans = plan_stages(spec, loaded, [first])
-    exports = plan_exports(loaded, spec, plans[-1].spec, decided=True)
+    exports = plan_exports(loaded, spec, plans, decided=True)
     document = document_of(loaded, spec, plans, exports)
     document["stages"][0]["details"] = seen.details
     return document

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from . import _allocation, _pruning
@@ -20,7 +20,7 @@ _SIZES = (
 )
 
 
-def before_after(first: Document, last: Document) -> Table:
+def before_after(first: Document, last: Document, title: str = "before and after") -> Table:
     """Compare two sizes, row by row."""
     rows = []
     for key, label, write in _SIZES:
@@ -28,7 +28,7 @@ def before_after(first: Document, last: Document) -> Table:
             continue
         share = f"{last[key] / first[key]:.3f} x" if first[key] else "-"
         rows.append([label, write(first[key]), write(last[key]), share])
-    return Table("before and after", ["", "before", "after", "ratio"], rows)
+    return Table(title, ["", "before", "after", "ratio"], rows)
 
 
 def gates(rows: Sequence[Document]) -> list[Section]:
@@ -137,8 +137,8 @@ def plan(document: Document) -> list[Section]:
         [
             stage["method"],
             size(stage["before"]["bytes"]),
-            size(stage["after"]["bytes"]),
-            plain(stage["after"]["bits_per_weight"]),
+            _after(stage, lambda item: size(item["bytes"])),
+            _after(stage, lambda item: plain(item["bits_per_weight"])),
             size(stage["peak_memory_bytes"]),
         ]
         for stage in stages
@@ -148,6 +148,9 @@ def plan(document: Document) -> list[Section]:
         sections.append(Table("planned stages", columns, rows))
         sections += _pruning.sections(document)
         sections.append(before_after(stages[0]["before"], stages[-1]["after"]))
+        if "after_at_least" in stages[-1]:
+            title = "before and after, at the least"
+            sections.append(before_after(stages[0]["before"], stages[-1]["after_at_least"], title))
     notes = [f"{stage['method']}: {note}" for stage in stages for note in stage["notes"]]
     sections += [f"note: {note}" for note in notes]
     found = document["export"]
@@ -157,9 +160,18 @@ def plan(document: Document) -> list[Section]:
     return sections
 
 
+def _after(stage: Document, write: Callable[[Document], str]) -> str:
+    """Show a size after a stage, as a range where data decide it."""
+    most = write(stage["after"])
+    least = write(stage.get("after_at_least", stage["after"]))
+    return most if least == most else f"{least} to {most}"
+
+
 def _predicted(export: Document) -> str:
     """Say what an export will take; of a padded one also what padding costs."""
     least, unpadded = export["bytes"], export.get("bytes_unpadded")
+    if "bytes_at_least" in export:
+        return f"{size(export['bytes_at_least'])} to {size(least)}, by which blocks stay"
     if unpadded is None:
         return size(least)
     if export["bytes_at_most"] == least:

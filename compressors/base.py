@@ -26,6 +26,8 @@ class StagePlan:
         layers: one row per linear: name, bits, bytes, rule that decided.
         disk_bytes: what the stage keeps in its workspace until it is finished.
         worker_memory_bytes: resident memory of each process that works for the stage, where several do.
+        least: the smallest model that the stage may leave, where data decide how large it is; `spec` is the
+            largest then. None: there is one size.
     """
 
     method: str
@@ -37,6 +39,7 @@ class StagePlan:
     layers: Sequence[dict[str, Any]] = field(default_factory=tuple)
     disk_bytes: int = 0
     worker_memory_bytes: int = 0
+    least: ModelSpec | None = None
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def test_the_download_that_verifies_a_push_is_counted(tiny_dit, tmp_path, monkey
         return int(caught.value.message.rpartition(" ")[2].replace(",", ""))
 
     spec = planning.read_spec(recipe.model)
-    one, two = planning.plan_exports(loaded, spec, planning.plan_stages(spec, loaded)[-1].spec)
+    one, two = planning.plan_exports(loaded, spec, planning.plan_stages(spec, loaded))
     off = [{**part, "push": {**part["push"], "verify_remote": False}} for part in exports]
     unverified = load_recipe(_recipe(tiny_dit, tmp_path, export=off))
     # One of them at a time is on the disk.
@@ -94,7 +94,7 @@ def test_layers_at_all_bits_are_counted_on_the_disk_of_the_work_directory(tiny_d
     spec = planning.read_spec(loaded.recipe.model)
     (planned,) = planning.plan_stages(spec, loaded)
     assert any(f"about {planned.disk_bytes:,} bytes" in note for note in planned.notes)
-    (written,) = planning.plan_exports(loaded, spec, planned.spec)
+    (written,) = planning.plan_exports(loaded, spec, [planned])
     needed = written.bytes + planned.after.bytes + planned.disk_bytes
     usage = shutil.disk_usage(tmp_path)
     for free in (needed, needed - 1):

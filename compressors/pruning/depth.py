@@ -11,14 +11,15 @@ from typing import Any, ClassVar
 from ...calibration.base import Calibration
 from ...calibration.objectives import Objective, objective_for
 from ...models.base import ModelSpec, OpenModel
-from ...models.shallower import keep_blocks, shallower_spec
+from ...models.shallower import keep_blocks
 from ...progress import Progress
 from ...recipes.depth import DepthSettings
 from ...recipes.schema import CalibrationSettings
 from ..activations import activation_bytes
 from ..base import StagePlan, Workspace
-from .block_choice import Kept, draws, indices, lowest, oracle, units_to_remove, without
+from .block_choice import Kept, draws, indices, lowest, oracle, units_to_remove
 from .block_notes import notes_on_depth, pinned_and_told
+from .block_range import Range, range_of_count, specs_of
 from .block_scores import Scores, change_scores, choice_losses, sensitivities
 
 _BATCH = CalibrationSettings().batch_size
@@ -32,15 +33,15 @@ class Depth:
     version: ClassVar[int] = 1
 
     def plan(self, spec: ModelSpec, settings: DepthSettings) -> StagePlan:
-        """Predict. The size does not depend on which blocks stay."""
-        after = shallower_spec(spec, _planned(spec, settings))
+        """Predict. Where blocks differ in size and data decide which ones stay, the largest model counts."""
+        after, least, range_notes = specs_of(spec, _planned(spec, settings))
         looks = settings.by not in ("indices", "oracle")
         stored = spec.size().bytes
         # Nothing is kept for a way back: one block's activations would do, a few are certain.
         work = activation_bytes(spec.meta_module(), spec.family) * _BATCH // 4 if looks else 0
         notes = notes_on_depth(spec, after)
         if looks:
-            notes.append("which blocks these are depends on the data")
+            notes += ["which blocks these are depends on the data", *range_notes]
         return StagePlan(
             method=settings.method,
             before=spec.size(),
@@ -48,6 +49,7 @@ class Depth:
             spec=after,
             peak_memory_bytes=stored + work,
             notes=notes,
+            least=least,
         )
 
     def apply(
@@ -69,15 +71,12 @@ class Depth:
         return {"by": settings.by, "blocks": keep_blocks(model, kept, about), **found}
 
 
-def _planned(spec: ModelSpec, settings: DepthSettings) -> Kept:
-    """Return the choice where it is known, and else one of the same size."""
-    if settings.by == "indices":
-        return indices(spec.config, settings)
-    if settings.by == "oracle":
-        return oracle(spec.config, settings)
-    # The last blocks of a list are built as the last are, whichever go.
-    asked = units_to_remove(spec.config, settings)
-    return without(spec.config, {name: units[:gone] for name, (units, gone) in asked.items()})
+def _planned(spec: ModelSpec, settings: DepthSettings) -> Range:
+    """Return the choice where it is known, and else those that leave most and least."""
+    if settings.by not in ("indices", "oracle"):
+        return range_of_count(spec.config, settings)
+    kept = (indices if settings.by == "indices" else oracle)(spec.config, settings)
+    return kept, kept
 
 
 def _chosen(

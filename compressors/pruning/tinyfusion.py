@@ -20,9 +20,9 @@ from ...calibration.latents import KEPT_BYTES, LatentSet
 from ...errors import PlanError
 from ...models.base import ModelSpec, OpenModel
 from ...models.blocks import depths
-from ...models.shallower import keep_blocks, shallower_spec
+from ...models.shallower import keep_blocks
 from ...progress import Progress
-from ...recipes.depth import TinyFusionSettings
+from ...recipes.depth import SETTLED, TinyFusionSettings
 from ...runtime.hashes import digest
 from ..base import StagePlan, Workspace
 from ..recovery.details import training_details
@@ -32,11 +32,10 @@ from ..recovery.state import COPIES_ON_DISK
 from ..recovery.weights import refuse_quantized
 from .block_groups import BlockGroup, groups_of, kept_of
 from .block_notes import notes_on_depth, pinned_and_told
+from .block_range import range_of_groups, specs_of
 from .gates import Annealing, ChoiceGates, Decision
 from .lora import low_rank_parameters
 from .search import Found, search
-
-_SETTLED = 0.9
 
 
 class TinyFusion:
@@ -47,14 +46,14 @@ class TinyFusion:
     version: ClassVar[int] = 1
 
     def plan(self, spec: ModelSpec, settings: TinyFusionSettings) -> StagePlan:
-        """Predict. The depth does not depend on which blocks stay.
+        """Predict. Where blocks differ in size, the largest model that may be left counts.
 
         Raises:
             PlanError: the groups do not fit the model, or it is quantized.
         """
         refuse_quantized(settings.method, bool(spec.quantization), "a search needs gradients")
         groups = groups_of(spec.config, settings.groups)
-        after = shallower_spec(spec, kept_of(spec.config, groups, [0] * len(groups)))
+        after, least, range_notes = specs_of(spec, range_of_groups(spec.config, groups))
         memory, disk, note = _needs(spec, settings)
         return StagePlan(
             method=settings.method,
@@ -62,8 +61,9 @@ class TinyFusion:
             after=after.size(),
             spec=after,
             peak_memory_bytes=memory + KEPT_BYTES,
-            notes=[*notes_on_depth(spec, after, "; which ones is learned"), note],
+            notes=[*notes_on_depth(spec, after, "; which ones is learned"), *range_notes, note],
             disk_bytes=disk,
+            least=least,
         )
 
     def apply(
@@ -137,7 +137,7 @@ def _tell(groups: Sequence[BlockGroup], decision: Decision, progress: Progress) 
     open_ones = [
         f"{group.members[0]} to {group.members[-1]} ({sure:.2f})"
         for group, sure in zip(groups, decision.confidences, strict=True)
-        if group.choices > 1 and sure < _SETTLED
+        if group.choices > 1 and sure < SETTLED
     ]
     if open_ones:
         progress.note(
