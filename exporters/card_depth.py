@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..models.origins import NAME as DEPTH_FILE
+from ..recipes.depth import SETTLED
 from .card_subject import Subject
 from .depth_table import (
     LEARNS_BESIDE,
@@ -19,8 +20,6 @@ from .depth_table import (
 )
 from .markdown import code, table
 from .pruning_table import change
-
-_SETTLED = 0.9
 
 
 def removed_blocks(stages: Sequence[Document], subject: Subject) -> Iterator[str]:
@@ -95,9 +94,9 @@ def _groups(details: Document) -> Iterator[str]:
     yield "Of every group these stay; the probability is what the search gave this choice in the end:"
     yield ""
     yield from table(("group of blocks", "those that stay", "probability"), rows)
-    open_ones = sum(row["confidence"] < _SETTLED for row in found)
+    open_ones = sum(row["confidence"] < SETTLED for row in found)
     if open_ones:
-        yield f"**{open_ones} of {len(found)} choices are not settled**: they have less than {_SETTLED:.0%}."
+        yield f"**{open_ones} of {len(found)} choices are not settled**: they have less than {SETTLED:.0%}."
         yield ""
 
 
