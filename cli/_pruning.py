@@ -110,24 +110,23 @@ def _span(members: Sequence[Document]) -> str:
     return span([member["after"] for member in members])
 
 
+def _costs_of(details: Document) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (what it is, before, after, share that is kept) of what a stage counted."""
+    for key, name in _COSTS:
+        if details.get(key):
+            before, after = details[key]
+            yield name, amount(before), amount(after), f"{after / before:.1%}"
+
+
 def costs(stage: Document) -> Table:
     """Return a table of what the model took before a pruning stage, and after it."""
-    details = stage["details"]
-    rows = []
-    for key, name in _COSTS:
-        pair = details.get(key)
-        if pair:
-            rows.append([name, *(amount(value) for value in pair), f"{pair[1] / pair[0]:.1%}"])
+    rows = [[name, *cells] for name, *cells in _costs_of(stage["details"])]
     return Table("", ["", "before", "after", "kept"], rows)
 
 
 def _cost(stage: Document) -> str:
     details = stage["details"]
-    parts = []
-    for key, name in _COSTS:
-        pair = details.get(key)
-        if pair:
-            parts.append(f"{name} {amount(pair[0])} -> {amount(pair[1])} ({pair[1] / pair[0]:.1%})")
+    parts = [f"{name} {before} -> {after} ({kept})" for name, before, after, kept in _costs_of(details)]
     if details.get("samples"):
         parts.append(f"scored on {details['samples']:,} calibration samples")
     elif details["importance"] == "magnitude":
