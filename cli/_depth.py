@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..exporters.depth_table import blocks_of, groups_told, is_learned, least_confidence, named
+from ..exporters.depth_table import (
+    blocks_of,
+    groups_told,
+    is_learned,
+    least_confidence,
+    named,
+    places_told,
+    rows_of,
+)
 from ._tables import Section, Table
 
 Document = Mapping[str, Any]
@@ -18,12 +26,13 @@ def lines(stage: Document) -> Iterator[Section]:
         stage: with details of a stage that removed blocks.
     """
     details = stage["details"]
-    for name, row in named(blocks_of(details)):
-        which = f"{name}: " if name else ""
-        yield f"{stage['method']}: {which}kept {row.told}{_sure(details)}"
+    for kept in _kept(details):
+        yield f"{stage['method']}: {kept}{_sure(details)}"
     found = groups_told(details)
     if len(found) > 1:
-        rows = [[_places(row["of"]), _places(row["kept"]), f"{row['confidence']:.2f}"] for row in found]
+        rows = [
+            [places_told(row["of"]), places_told(row["kept"]), f"{row['confidence']:.2f}"] for row in found
+        ]
         columns = ["group of blocks", "kept", "probability"]
         yield Table(f"{stage['method']}: how sure every choice is", columns, rows)
 
@@ -31,8 +40,15 @@ def lines(stage: Document) -> Iterator[Section]:
 def short(stage: Document) -> str:
     """Return all in one line, for a history."""
     details = stage["details"]
-    parts = [f"{f'{name}: ' if name else ''}kept {row.told}" for name, row in named(blocks_of(details))]
-    return f"{stage['method']}: {'; '.join(parts)}{_sure(details)}"
+    return f"{stage['method']}: {'; '.join(_kept(details))}{_sure(details)}"
+
+
+def _kept(details: Document) -> list[str]:
+    return [f"{_which(name)}kept {row.told}" for name, row in named(blocks_of(details))]
+
+
+def _which(name: str) -> str:
+    return f"{name}: " if name else ""
 
 
 def of_original(depth: Mapping[str, Any]) -> str:
@@ -41,12 +57,7 @@ def of_original(depth: Mapping[str, Any]) -> str:
     Args:
         depth: list of blocks -> `of` and `kept`, as `inspect` tells it.
     """
-    several = len(depth) > 1
-    return "; ".join(
-        f"{f'{name}: ' if several else ''}{len(row['kept'])} of {row['of']} blocks of the original:"
-        f" {_places(row['kept'])}"
-        for name, row in depth.items()
-    )
+    return "; ".join(f"{_which(name)}{row.told_of_original}" for name, row in named(rows_of(depth)))
 
 
 def _sure(details: Document) -> str:
@@ -54,7 +65,3 @@ def _sure(details: Document) -> str:
     if is_learned(details) and least is not None:
         return f"; least confidence {least:.2f}"
     return f", by {details['by']}" if "by" in details else ""
-
-
-def _places(places: list[int]) -> str:
-    return ", ".join(map(str, places))

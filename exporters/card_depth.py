@@ -17,6 +17,7 @@ from .depth_table import (
     is_learned,
     left_of_original,
     named,
+    places_told,
 )
 from .markdown import code, table
 from .pruning_table import change
@@ -47,7 +48,7 @@ def _stage(stage: Document, before: str) -> Iterator[str]:
         yield from _drawn(details.get("random"))
     yield f"Blocks are counted from 0, as in {before}."
     yield ""
-    rows = [(code(row.name), row.of, len(row.kept), _places(row.kept)) for row in blocks_of(details)]
+    rows = [(code(row.name), row.of, len(row.kept), places_told(row.kept)) for row in blocks_of(details)]
     yield from table(("blocks", "before", "after", "those that stay"), rows)
     if is_learned(details):
         yield from _groups(details)
@@ -62,10 +63,6 @@ def _stage(stage: Document, before: str) -> Iterator[str]:
 
 def _share(stage: Document, key: str) -> str:
     return f"{stage['after'][key] / stage['before'][key]:.1%}"
-
-
-def _places(places: Sequence[int]) -> str:
-    return ", ".join(map(str, places))
 
 
 def _search(details: Document) -> Iterator[str]:
@@ -87,8 +84,8 @@ def _groups(details: Document) -> Iterator[str]:
     found = groups_told(details)
     several = len(named(blocks_of(details))) > 1
     rows = [
-        (f"{code(row['blocks'])} {_places(row['of'])}" if several else _places(row["of"]),
-         _places(row["kept"]), f"{row['confidence']:.3f}")
+        (f"{code(row['blocks'])} {places_told(row['of'])}" if several else places_told(row["of"]),
+         places_told(row["kept"]), f"{row['confidence']:.3f}")
         for row in found
     ]  # fmt: skip
     yield "Of every group these stay; the probability is what the search gave this choice in the end:"
@@ -110,5 +107,5 @@ def _origin(subject: Subject, number: int) -> Iterator[str]:
     if number > 1:
         yield f"After all {number} removals these are left, counted as in the original:"
         yield ""
-        rows = [(code(row.name), row.of, len(row.kept), _places(row.kept)) for row in left]
+        rows = [(code(row.name), row.of, len(row.kept), places_told(row.kept)) for row in left]
         yield from table(("blocks", "original", "left", "places"), rows)

@@ -43,7 +43,20 @@ class Blocks:
     @property
     def told(self) -> str:
         """As people write it: "4 of 8 blocks: 0, 2, 5, 7"."""
-        return f"{len(self.kept)} of {self.of} blocks: {', '.join(map(str, self.kept))}"
+        return self._told("blocks")
+
+    @property
+    def told_of_original(self) -> str:
+        """The same of places in the original: "4 of 8 blocks of the original: 0, 2, 5, 7"."""
+        return self._told("blocks of the original")
+
+    def _told(self, what: str) -> str:
+        return f"{len(self.kept)} of {self.of} {what}: {places_told(self.kept)}"
+
+
+def places_told(places: Sequence[int]) -> str:
+    """Return places of blocks as people write them: "0, 2, 5, 7"."""
+    return ", ".join(map(str, places))
 
 
 def removals(document: Document) -> list[Document]:
@@ -57,8 +70,12 @@ def blocks_of(details: Document) -> list[Blocks]:
     Args:
         details: of a stage that removed blocks.
     """
-    rows = [Blocks(name, row["of"], tuple(row["kept"])) for name, row in details["blocks"].items()]
-    return [row for row in rows if len(row.kept) < row.of]
+    return [row for row in rows_of(details["blocks"]) if len(row.kept) < row.of]
+
+
+def rows_of(told: Mapping[str, Document]) -> list[Blocks]:
+    """Return lists of blocks from what a document says: list -> `of` and `kept`."""
+    return [Blocks(name, row["of"], tuple(row["kept"])) for name, row in told.items()]
 
 
 def left_of_original(document: Document) -> list[Blocks]:
@@ -86,14 +103,15 @@ def least_confidence(details: Document) -> float | None:
 
     A group that stays whole has nothing to choose and is not counted.
     """
-    found = [row["confidence"] for row in details.get("choices", ()) if _chooses(row)]
+    found = [row["confidence"] for row in groups_told(details)]
     return min(found) if found else None
 
 
 def groups_told(details: Document) -> list[Document]:
     """Return the groups of a learned choice in which there was something to choose."""
-    return [row for row in details.get("choices", ()) if _chooses(row)]
+    return [row for row in details.get("choices", ()) if chooses(row)]
 
 
-def _chooses(row: Document) -> bool:
+def chooses(row: Document) -> bool:
+    """Tell whether there is something to choose in a group of a learned choice."""
     return len(row["kept"]) < len(row["of"])

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from .depth_table import Blocks, blocks_of, named
+from .depth_table import Blocks, blocks_of, chooses, named, places_told
 from .drawing import BLUE, INK, MUTED, ORANGE, new_figure, tidy
 
 _PALE = "#e3e6ea"
@@ -32,7 +32,7 @@ def draw_choices(details: Mapping[str, Any]) -> Figure:
     Args:
         details: of a stage that learned which blocks stay.
     """
-    rows = [place for place, row in enumerate(details["choices"]) if len(row["kept"]) < len(row["of"])]
+    rows = [place for place, row in enumerate(details["choices"]) if chooses(row)]
     shown = rows[:_MOST_GROUPS]
     steps: Floats = np.array([note[0] for note in details["decisions"]], dtype=float)
     sure: Floats = np.array([[note[2][place] for place in shown] for note in details["decisions"]]).T
@@ -86,13 +86,13 @@ def _mark_changes(axes: Axes, notes: Sequence[Sequence[Any]], shown: Sequence[in
 def _group(row: Mapping[str, Any], with_list: bool) -> str:
     places = row["of"]
     consecutive = places == list(range(places[0], places[-1] + 1))
-    span = f"{places[0]} to {places[-1]}" if consecutive and len(places) > 1 else ", ".join(map(str, places))
+    span = f"{places[0]} to {places[-1]}" if consecutive and len(places) > 1 else places_told(places)
     return f"{row['blocks']} {span}" if with_list else f"blocks {span}"
 
 
 def _end(row: Mapping[str, Any]) -> str:
     kept = row["kept"]
-    told = ", ".join(map(str, kept)) if len(kept) <= _MOST_PLACES else f"{len(kept)} of {len(row['of'])}"
+    told = places_told(kept) if len(kept) <= _MOST_PLACES else f"{len(kept)} of {len(row['of'])}"
     return f"{told} ({row['confidence']:.2f})"
 
 
