@@ -29,7 +29,7 @@ def resume(model: OpenModel, folder: Path) -> None:
         model.config = shallower_config(model.spec.config, kept)
     model.surgery = stored_surgery(folder, model.family, model.config)
     model.attachments = attachments
-    model.module = module.to(next(model.module.parameters()).device)
+    model.module = model.family.adopt(module).to(next(model.module.parameters()).device)
     model.quantization = dict(manifest.quantization)
     model.history = list(manifest.history)
 

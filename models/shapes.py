@@ -13,6 +13,8 @@ from typing import Any
 from ..runtime.config import DEFAULTS, complete_config, model_width
 from ..runtime.language_config import LANGUAGE_CLASSES
 from ..runtime.vision_sizes import VISION_CLASSES, VISION_KINDS
+from .flux_shapes import flux_tensors
+from .hunyuan_shapes import hunyuan_tensors
 from .llm_shapes import language_tensors
 from .unet_shapes import unet_tensors
 from .vision_shapes import convnext_tensors, swin_tensors, vit_tensors
@@ -174,6 +176,8 @@ _BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], Named]] = {
     "DiTTransformer2DModel": _dit,
     "PixArtTransformer2DModel": _pixart,
     "SD3Transformer2DModel": _sd3,
+    "FluxTransformer2DModel": flux_tensors,
+    "HunyuanDiT2DModel": hunyuan_tensors,
     "UNet2DConditionModel": unet_tensors,
     **dict.fromkeys(LANGUAGE_CLASSES, language_tensors),
     **{name: _VISION[VISION_KINDS[model_type]] for name, (model_type, _) in VISION_CLASSES.items()},

@@ -28,13 +28,12 @@ TEXT_BLOCK_ROLES: Sequence[RoleRule] = (
 )
 """Of a block that attends to the image, then to the text."""
 
-_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
-
 
 class DiffusionTransformer(Family):
-    """Base of the adapters: blocks in `transformer_blocks`, roles by the end of a linear's name.
+    """Base of the adapters: blocks in one list or several, roles by the end of a linear's name.
 
     Attributes:
+        block_lists: names of the lists of blocks, in forward order.
         roles: (regular expression for the end of the name, role), in the order of computation; the
             order within a block, and of the linears outside the blocks, follows it.
         before_blocks, after_blocks: names of the top-level modules with linears, in forward order.
@@ -42,6 +41,7 @@ class DiffusionTransformer(Family):
     """
 
     roles: ClassVar[Sequence[RoleRule]]
+    block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     before_blocks: ClassVar[tuple[str, ...]] = ()
     after_blocks: ClassVar[tuple[str, ...]] = ()
     attention_names: ClassVar[tuple[str, ...]]
@@ -60,18 +60,21 @@ class DiffusionTransformer(Family):
             KeyError: a linear whose name no rule covers: the stock class has changed.
         """
         found: list[tuple[tuple[int, int, int], LinearSite]] = []
+        numbers = {name: number for number, (name, _) in enumerate(self.blocks(module))}
         for name, shape in linear_shapes(module):
-            match = _BLOCK.match(name)
-            block = int(match[1]) if match else None
+            block = numbers.get(".".join(name.split(".")[:2]))
             rank = self._rank(name)
             stage = 1 if block is not None else 0 if name.split(".")[0] in self.before_blocks else 2
             found.append(((stage, block or 0, rank), LinearSite(name, self.roles[rank][1], block, shape)))
         return [site for _, site in sorted(found, key=lambda item: item[0])]
 
     def blocks(self, module: nn.Module) -> list[tuple[str, nn.Module]]:
-        """The transformer blocks in forward order."""
-        children = module.get_submodule("transformer_blocks").named_children()
-        return [(f"transformer_blocks.{name}", block) for name, block in children]
+        """The blocks of all lists in forward order."""
+        return [
+            (f"{blocks}.{name}", block)
+            for blocks in self.block_lists
+            for name, block in module.get_submodule(blocks).named_children()
+        ]
 
     def attentions(self, module: nn.Module) -> list[tuple[str, nn.Module]]:
         """The attention modules in forward order."""

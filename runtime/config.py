@@ -6,11 +6,11 @@ so a number that is too large must be refused before that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import SourceError
-from . import config_unet
+from . import config_flux, config_hunyuan, config_unet
 from .config_values import check_integer, check_number, check_numbers, is_integer
 from .language_config import class_name_of
 from .transformers_config import complete_transformers_config, is_transformers_class
@@ -44,7 +44,15 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "PixArtTransformer2DModel": _PIXART_DEFAULTS,
     "SD3Transformer2DModel": _SD3_DEFAULTS,
     config_unet.CLASS_NAME: config_unet.DEFAULTS,
+    config_flux.CLASS_NAME: config_flux.DEFAULTS,
+    config_hunyuan.CLASS_NAME: config_hunyuan.DEFAULTS,
 }
+_CHECKS: Mapping[str, Callable[[Mapping[str, Any], str], None]] = {
+    config_unet.CLASS_NAME: config_unet.check_unet,
+    config_flux.CLASS_NAME: config_flux.check_flux,
+    config_hunyuan.CLASS_NAME: config_hunyuan.check_hunyuan,
+}
+_TUPLES = ("dual_attention_layers", "axes_dims_rope")
 _ALLOWED: Mapping[str, tuple[Any, ...]] = {
     "activation_fn": ("gelu", "gelu-approximate", "geglu"),
     "attention_type": ("default",),
@@ -66,14 +74,15 @@ def complete_config(class_name: str, config: Mapping[str, Any], where: str) -> d
         return complete_transformers_config(class_name, config, where)
     defaults = DEFAULTS[class_name]
     full = {key: config.get(key, default) for key, default in defaults.items()}
-    if class_name == config_unet.CLASS_NAME:
-        config_unet.check_unet(full, where)
+    if class_name in _CHECKS:
+        _CHECKS[class_name](full, where)
     else:
         for key, value in full.items():
             _check_value(class_name, key, value, where)
         _check_relations(class_name, full, where)
-    if isinstance(full.get("dual_attention_layers"), list):
-        full["dual_attention_layers"] = tuple(full["dual_attention_layers"])
+    for key in _TUPLES:
+        if isinstance(full.get(key), list):
+            full[key] = tuple(full[key])
     kept = {key: config[key] for key in ("_diffusers_version",) if key in config}
     return {"_class_name": class_name, **kept, **full}
 
@@ -93,9 +102,10 @@ def check_config(config: Mapping[str, Any], stored_bytes: int, where: str, *, te
     for key, value in config.items():
         if key != "quantization_config":
             check_numbers(key, value, MAX_WIDTH, where)
-    layers = config.get("num_layers")
-    if type(layers) is int and layers > tensors:
-        raise SourceError(f"{where}: num_layers {layers} with only {tensors} stored tensors")
+    for key in ("num_layers", "num_single_layers"):
+        layers = config.get(key)
+        if type(layers) is int and layers > tensors:
+            raise SourceError(f"{where}: {key} {layers} with only {tensors} stored tensors")
     class_name = str(class_name_of(config))
     if class_name in DEFAULTS:
         full = complete_config(class_name, config, where)
@@ -104,7 +114,8 @@ def check_config(config: Mapping[str, Any], stored_bytes: int, where: str, *, te
                 f"{where}: layers_per_block and transformer_layers_per_block make"
                 f" {config_unet.layer_count(full)} layers, with only {tensors} stored tensors"
             )
-        table = 4 * _positions(full) * model_width(full) if "patch_size" in full else 0
+        has_table = "patch_size" in full and class_name not in _CHECKS
+        table = 4 * _positions(full) * model_width(full) if has_table else 0
         if table > stored_bytes + SPARE_TABLE_BYTES:
             raise SourceError(
                 f"{where}: sample_size {full['sample_size']} gives a table of {table} bytes for positions, "
