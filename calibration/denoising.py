@@ -18,7 +18,7 @@ from ..runtime.hashes import digest
 from .diffusion import DiffusionCalibration
 from .diffusion_loss import DiffusionTask, task_for
 from .sampler import place
-from .seeds import generator_for
+from .seeds import generator_for, normal_rows
 
 TIMESTEPS = 4
 """Timesteps of every sample: the middles of as many equal parts of the levels that a model is trained at."""
@@ -86,12 +86,8 @@ class DenoisingObjective:
     def _loss(self, model: OpenModel, clean: Tensor, inputs: dict[str, Any], turn: int, first: int) -> Tensor:
         """Return the loss of a batch at one of the timesteps; `first` is the number of its first sample."""
         seed, time = self.calibration.seed, int(self.timesteps[turn])
-        noise = torch.stack(
-            [
-                torch.randn(item.shape, generator=generator_for(seed, "denoising", first + row, time))
-                for row, item in enumerate(clean)
-            ]
-        )
+        generators = (generator_for(seed, "denoising", first + row, time) for row in range(len(clean)))
+        noise = normal_rows(clean.shape[1:], generators)
         noised = self.task.noised(clean, inputs, self._shares[turn].expand(len(clean)), noise)
         output = model.module(**place(noised.call, model.module), return_dict=False)[0]
         return self.task.errors(output, noised).sum()

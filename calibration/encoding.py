@@ -19,7 +19,7 @@ from ..runtime.hashes import file_sha256
 from .decoding import Unreadable, decode
 from .image_files import Images, TensorFile
 from .image_rows import row_pixels
-from .seeds import generator_for
+from .seeds import generator_for, normal_rows
 
 _VAE = "vae"
 _PIXEL_CHANNELS = (1, 3)
@@ -70,12 +70,8 @@ class VaeEncoder:
         """
         found = self.vae.encode(pixels.to(self.vae.device)).latent_dist
         mean, spread = found.mean.float().cpu(), found.std.float().cpu()
-        noise = torch.stack(
-            [
-                torch.randn(item.shape, generator=generator_for(self.seed, "encode", first + row))
-                for row, item in enumerate(mean)
-            ]
-        )
+        generators = (generator_for(self.seed, "encode", first + row) for row in range(len(mean)))
+        noise = normal_rows(mean.shape[1:], generators)
         shift = float(self.vae.config.get("shift_factor") or 0.0)
         scaled: Tensor = (mean + spread * noise - shift) * float(self.vae.config.scaling_factor)
         return scaled

@@ -13,7 +13,7 @@ from ..errors import UsageError
 from ..models.base import OpenModel
 from ..progress import Progress, step
 from .conditions import ClassConditions, Conditions, PromptConditions, conditions_for
-from .seeds import generator_for
+from .seeds import generator_for, normal_rows
 
 __all__ = [
     "ClassConditions", "Conditions", "PromptConditions", "conditions_for", "denoise_batch",
@@ -93,7 +93,7 @@ def denoise_batch(
     generators = [generator_for(seed, "noise", index) for index in range(*rows)]
     inputs = place(conditions.inputs(*rows, guided=guided), model.module)
     _set_timesteps(scheduler, model, steps, reference.device)
-    noise = torch.stack([torch.randn(_latent_shape(model), generator=item) for item in generators])
+    noise = normal_rows(_latent_shape(model), generators)
     # Flow-matching schedulers start from plain noise and do not scale the denoiser's input.
     latents = noise.to(reference.device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
     rescale = getattr(scheduler, "scale_model_input", lambda latents, _: latents)

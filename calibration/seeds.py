@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 
 def generator_for(seed: int, *purpose: str | int) -> torch.Generator:
@@ -16,3 +18,13 @@ def generator_for(seed: int, *purpose: str | int) -> torch.Generator:
     """
     digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def normal_rows(shape: Sequence[int], generators: Iterable[torch.Generator]) -> Tensor:
+    """Return standard normal noise, every row from a generator of its own: [rows, *shape] float32 on the CPU.
+
+    Args:
+        shape: of a row.
+        generators: one per row; what a row gets does not depend on the others.
+    """
+    return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
