@@ -11,10 +11,10 @@ from .stage_base import Phase, StageSettings
 FAMILIES = frozenset({"dit", "pixart", "sd3"})
 Group = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,2}:[1-9][0-9]{0,2}$")]
 """`N:M`: of M consecutive blocks N stay."""
-SETTLED = 0.9
-"""Probability from which on a learned choice is not called open."""
 Groups = Group | tuple[Group, ...]
 Places = tuple[Annotated[int, Field(ge=0)], ...]
+SETTLED = 0.9
+"""A learned choice with less than this probability is called open."""
 
 
 def pair_of(group: str) -> tuple[int, int]:
