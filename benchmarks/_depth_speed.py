@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from _common import table
 from _dit_xl import CONFIG, build, inputs
+from compress.evaluation.speed import interleaved_minima
 from compress.models.blocks import drop_blocks
 from torch import nn
 
@@ -28,21 +29,6 @@ def shallower(module: nn.Module, depth: int) -> nn.Module:
     return left
 
 
-def cpu_minima(calls: Sequence[Callable[[], object]], rounds: int, warm_up: int = 1) -> list[float]:
-    """Return the least processor seconds of each call, taken in turns.
-
-    Processor time, because on a machine that others use as well time on the wall favours short calls.
-    """
-    best = [float("inf")] * len(calls)
-    for turn in range(warm_up + rounds):
-        for index, call in enumerate(calls):
-            started = time.process_time()
-            call()
-            if turn >= warm_up:
-                best[index] = min(best[index], time.process_time() - started)
-    return best
-
-
 @torch.no_grad()
 def measure(
     module: nn.Module, depths: Sequence[int], *, batch: int, rounds: int, seed: int
@@ -53,12 +39,13 @@ def measure(
         module: a DiT of XL width, in float32.
         depths: its own first.
         batch: items of a forward, of 256 tokens each.
-        rounds: see `cpu_minima`.
+        rounds: see `interleaved_minima`.
         seed: of the inputs.
     """
     call = inputs(torch.float32, batch, seed)
     models = [shallower(module, depth) for depth in depths]
-    seconds = cpu_minima([lambda model=model: model(**call) for model in models], rounds)
+    calls = [lambda model=model: model(**call) for model in models]
+    seconds = interleaved_minima(calls, rounds=rounds, warm_up=1, clock=time.process_time)
     return dict(zip(depths, seconds, strict=True))
 
 

@@ -46,14 +46,6 @@ def test_models_of_fewer_blocks_share_the_tensors_and_leave_the_first_whole(benc
     assert list(seconds) == [4, 2] and 0 < seconds[2] < seconds[4] < 60
 
 
-def test_calls_take_turns(benchmark):
-    from _depth_speed import cpu_minima
-
-    order = []
-    found = cpu_minima([lambda: order.append("a"), lambda: sum(range(200_000))], rounds=3, warm_up=1)
-    assert order == ["a"] * 4 and 0 <= found[0] < found[1]
-
-
 def test_a_command_line_shortens_the_shipped_recipe(benchmark):
     full = benchmark.prepared(
         argparse.Namespace(quick=False, data=None, search_steps=None, steps=None, samples=None)

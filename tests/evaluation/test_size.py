@@ -92,6 +92,12 @@ def test_latencies_are_taken_in_turn():
     assert all(0 <= value < 1 for value in minima)
 
 
+def test_the_clock_is_the_caller_s():
+    ticks = iter(range(100))
+    calls = [lambda: None, lambda: next(ticks)]
+    assert interleaved_minima(calls, rounds=3, warm_up=1, clock=lambda: float(next(ticks))) == [1.0, 2.0]
+
+
 def test_latency_of_a_model_against_itself(open_tiny):
     model = open_tiny()
     figures = forward_latency(model, model.module, rounds=2)
