@@ -10,6 +10,7 @@ from .calibration.latent_files import find_latents, fingerprint
 from .errors import SourceError
 from .models.checkpoint import locate
 from .models.registry import FAMILY_NAMES, task_of
+from .models.vae import vae_beside, vae_hashes
 from .recipes.data import PATH_KEYS
 from .recipes.recovery import MaskedDistillSettings
 from .recipes.schema import ModelRef
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from .models.checkpoint import Checkpoint
     from .recipes.loader import LoadedRecipe
     from .recipes.schema import Recipe
-
-_VAE_FILES = ("config.json", "*.safetensors")
 
 
 def check_data(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
@@ -115,19 +114,14 @@ def stage_data(recipe: Recipe, folder: Path, revision: str | None) -> dict[int, 
         content["latents"] = fingerprint(find_latents(data.latents))
     if data.images is not None:
         content["images"] = find_images(data.images).fingerprint()
-        content["vae"] = [] if revision is not None else _vae_hashes(folder)
+        place = vae_beside(folder) if revision is None else None
+        content["vae"] = [] if place is None else vae_hashes(place)
     named = {name for name in learning.values() if name is not None}
     teachers = {name: _checkpoint_hash(name) for name in named}
     return {
         index: digest(content if name is None else {**content, "teacher": teachers[name]})
         for index, name in learning.items()
     }
-
-
-def _vae_hashes(folder: Path) -> list[str]:
-    places = [place for place in (folder / "vae", folder.parent / "vae") if place.is_dir()]
-    files = [path for pattern in _VAE_FILES for place in places[:1] for path in sorted(place.glob(pattern))]
-    return [file_sha256(path) for path in files]
 
 
 def _checkpoint_hash(id_: str) -> str:

@@ -15,13 +15,12 @@ from torch import Tensor
 from ..errors import SourceError
 from ..models.base import OpenModel
 from ..models.hub import fetch
-from ..runtime.hashes import file_sha256
+from ..models.vae import NAME, vae_beside, vae_hashes
 from .decoding import Unreadable, decode
 from .image_files import Images, TensorFile
 from .image_rows import row_pixels
 from .seeds import generator_for, normal_rows
 
-_VAE = "vae"
 _PIXEL_CHANNELS = (1, 3)
 
 
@@ -97,24 +96,22 @@ def encoder_for(model: OpenModel, seed: int) -> Encoder:
     folder = _vae_folder(model)
     if folder is None:
         raise SourceError(
-            f"{model.source.id}: sees latents of {channels} channels, and there is no {_VAE}/ beside the"
+            f"{model.source.id}: sees latents of {channels} channels, and there is no {NAME}/ beside the"
             " denoiser to encode images with",
             hint="give the whole pipeline folder, or set calibration.data.latents to encoded ones",
         )
     vae = _load(folder).to(next(model.module.parameters()).device)
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    key = " ".join(file_sha256(path) for path in files)
+    key = " ".join(vae_hashes(folder))
     return VaeEncoder(vae, int(model.config["sample_size"]) * scale, key, seed)
 
 
 def _vae_folder(model: OpenModel) -> Path | None:
     if model.source.revision is not None:
-        patterns = (f"{_VAE}/config.json", f"{_VAE}/diffusion_pytorch_model.safetensors")
-        fetched = fetch(model.source.id, model.source.revision, patterns, ()) / _VAE
+        patterns = (f"{NAME}/config.json", f"{NAME}/diffusion_pytorch_model.safetensors")
+        fetched = fetch(model.source.id, model.source.revision, patterns, ()) / NAME
         return fetched if fetched.is_dir() else None
-    places = [folder / _VAE for folder in (model.source.folder, model.source.folder.parent)]
-    return next((place for place in places if (place / "config.json").is_file()), None)
+    return vae_beside(model.source.folder)
 
 
 def _load(folder: Path) -> Any:
