@@ -17,6 +17,7 @@ from stat import S_ISREG
 from ..errors import SourceError
 from ..models.headers import read_header
 from ..runtime.hashes import digest, file_sha256
+from .fingerprints import count_by_content, version_of
 from .image_tables import METADATA, read_table
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -25,8 +26,6 @@ HELD_OUT = ("validation", "val", "test")
 """Names of the other part, the first that is there."""
 PIXELS, LABELS = "pixels", "labels"
 _TABLE_SUFFIX = ".safetensors"
-_HASHED_BYTES = 2**30
-"""Folders up to this size count by the content of all files; larger ones by names, sizes and times."""
 _SHOWN = 3
 HELD_OUT_PARTS = 5
 """One of so many parts is held out where a place does not say what is."""
@@ -78,19 +77,18 @@ class FileList:
     @cached_property
     def hashes(self) -> tuple[str | None, ...] | None:
         """SHA-256 of the files; None: cannot be read. None instead of all where they are too many to read."""
-        if sum(size or 0 for size in self.sizes) > _HASHED_BYTES:
+        if not count_by_content(size or 0 for size in self.sizes):
             return None
         return tuple(
             None if size is None else _hash(path) for path, size in zip(self.paths, self.sizes, strict=True)
         )
 
     def fingerprint(self) -> str:
-        """Return a hash of what the images are, 64 hexadecimal digits; see `_HASHED_BYTES`."""
+        """Return a hash of what the images are, 64 hexadecimal digits; see `fingerprints`."""
         names = [path.relative_to(self.root).as_posix() for path in self.paths]
         if self.hashes is not None:
             return digest([names, self.hashes, self.labels, self.classes])
-        stats = map(_stat, self.paths)
-        found = [None if stat is None else [stat.st_size, stat.st_mtime_ns] for stat in stats]
+        found = [None if stat is None else version_of(stat) for stat in map(_stat, self.paths)]
         return digest([names, found, self.labels, self.classes])
 
 

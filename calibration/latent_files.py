@@ -17,12 +17,11 @@ import numpy as np
 from ..errors import SourceError
 from ..models.headers import read_header
 from ..runtime.hashes import digest, file_sha256
+from .fingerprints import count_by_content, version_of
 
 LATENTS, FLIPPED, LABELS = "latents", "flipped", "labels"
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _INTEGERS = frozenset({"U8", "I32", "I64"})
-_HASHED_BYTES = 2**30
-"""Data up to this size count by their content; larger ones by names, sizes and times."""
 _HINT = (
     "give safetensors files with `latents` [n, C, H, W], or two folders of .npy files, *features and *labels"
 )
@@ -76,7 +75,7 @@ def find_latents(path: Path) -> list[LatentPart]:
 
 
 def fingerprint(parts: Sequence[LatentPart]) -> str:
-    """Return a hash of all data, 64 hexadecimal digits; see `_HASHED_BYTES`.
+    """Return a hash of all data, 64 hexadecimal digits; see `fingerprints`.
 
     Raises:
         SourceError: a file cannot be read.
@@ -84,13 +83,11 @@ def fingerprint(parts: Sequence[LatentPart]) -> str:
     files = [path for part in parts for path in part.files]
     try:
         stats = [path.stat() for path in files]
-        if sum(stat.st_size for stat in stats) <= _HASHED_BYTES:
+        if count_by_content(stat.st_size for stat in stats):
             return digest([[path.name, file_sha256(path)] for path in files])
     except OSError as error:
         raise SourceError(f"{error.filename}: cannot be read: {error.strerror or error}") from None
-    return digest(
-        [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in zip(files, stats, strict=True)]
-    )
+    return digest([[path.name, *version_of(stat)] for path, stat in zip(files, stats, strict=True)])
 
 
 def read_array(path: Path) -> np.ndarray:

@@ -85,7 +85,7 @@ def test_what_is_held_out_is_not_trained_on_from_another_place(model, tmp_path, 
 def test_the_parent_of_parts_brings_nothing_back(model, tmp_path, monkeypatch, too_large):
     """Also where the folders are too large to be read as a whole."""
     if too_large:
-        monkeypatch.setattr("compress.calibration.image_files._HASHED_BYTES", 1)
+        monkeypatch.setattr("compress.calibration.fingerprints.HASHED_BYTES", 1)
     folder = by_class(tmp_path / "images" / "train", ["red", "green"], 4).parent
     by_class(folder / "val", ["red", "green"], 2, seed=1)
     pools = _pools(model, folder)
@@ -179,7 +179,7 @@ def test_what_cannot_be_compared_is_told(model, tmp_path):
 
 
 def test_large_files_are_read_as_far_as_it_takes(tmp_path, monkeypatch):
-    monkeypatch.setattr("compress.calibration.image_files._HASHED_BYTES", 1)
+    monkeypatch.setattr("compress.calibration.fingerprints.HASHED_BYTES", 1)
     ends = b"x" * 5000
     written = {
         "a": ends + b"0" + ends, "b": ends + b"1" + ends, "c": ends + b"0" + ends, "d": b"y" + ends * 2,

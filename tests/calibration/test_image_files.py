@@ -190,7 +190,7 @@ def test_a_missing_file_of_a_table_counts_as_itself(tmp_path):
 
 
 def test_large_folders_count_by_sizes_and_times(tmp_path, monkeypatch):
-    monkeypatch.setattr("compress.calibration.image_files._HASHED_BYTES", 1)
+    monkeypatch.setattr("compress.calibration.fingerprints.HASHED_BYTES", 1)
     path = _image(tmp_path / "cat" / "a.png")
     before = find_images(tmp_path).fingerprint()
     assert find_images(tmp_path).fingerprint() == before
