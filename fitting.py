@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from .calibration.inputs import OWN_TEXTS, check_table, text_file
 from .errors import SourceError
 from .exporters.pruning_table import recovery_advice
+from .models.latent_sizes import any_size
 from .models.registry import FAMILY_NAMES, task_of
 from .recipes.allocation import AllocationSettings
 from .recipes.gates import CLASSIFIER_ONLY, DENOISER_ONLY, LANGUAGE_ONLY
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from .recipes.schema import Recipe
     from .recipes.tree import Location
 
-_DENOISER_KEYS = ("steps", "guidance_scale", "scheduler", "classes", "prompts", "embeddings", "data")
+_DENOISER_KEYS = ("steps", "guidance_scale", "size", "scheduler", "classes", "prompts", "embeddings", "data")
 _LANGUAGE_KEYS = ("text", "length")
 _CLASSIFIER_KEYS = ("images", "strict")
 _SAMPLING_KEYS = ("steps", "guidance_scale")
@@ -52,10 +53,15 @@ def check_kind(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
     elif task == "classify":
         _check_classifier(loaded, family)
     else:
-        _check_denoiser(loaded, family)
+        _check_denoiser(loaded, checkpoint, family)
 
 
-def _check_denoiser(loaded: LoadedRecipe, family: str) -> None:
+def _check_denoiser(loaded: LoadedRecipe, checkpoint: Checkpoint, family: str) -> None:
+    if not any_size(checkpoint.config):
+        side = checkpoint.config["sample_size"]
+        _refuse_keys(
+            loaded, ("size",), f"is of no use: the model's own sample_size is {side}", "leave it out"
+        )
     for keys, kind in ((_LANGUAGE_KEYS, "language models"), (_CLASSIFIER_KEYS, "classifiers")):
         _refuse_keys(loaded, keys, f"is of use for {kind}, and {family} is a denoiser", "leave it out")
     others = (*LANGUAGE_ONLY, *CLASSIFIER_ONLY, "kl")

@@ -9,6 +9,7 @@ from .calibration.image_files import find_images
 from .calibration.latent_files import find_latents, fingerprint
 from .errors import SourceError
 from .models.checkpoint import locate
+from .models.latent_sizes import check_latents
 from .models.registry import FAMILY_NAMES, task_of
 from .models.vae import vae_beside, vae_hashes
 from .recipes.data import PATH_KEYS
@@ -81,13 +82,7 @@ def _check_teachers(loaded: LoadedRecipe) -> None:
 
 def _check_latents(path: Path, checkpoint: Checkpoint) -> None:
     part = find_latents(path)[0]
-    config = checkpoint.config
-    wanted = (int(config["in_channels"]), *(int(config["sample_size"]),) * 2)
-    if part.shape != wanted:
-        raise SourceError(
-            f"{part.path}: an item is {list(part.shape)}, and {checkpoint.id} takes {list(wanted)}",
-            hint="encode images of the model's size with the model's own VAE",
-        )
+    check_latents(checkpoint.config, part.shape, part.path, checkpoint.id)
 
 
 def stage_data(recipe: Recipe, folder: Path, revision: str | None) -> dict[int, str]:

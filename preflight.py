@@ -26,7 +26,7 @@ from .recipes import patterns
 from .recipes.export import REJECTED, overlap
 from .recipes.stages import GridSettings
 
-_TABLES = (".embedding_table.weight", ".embed_tokens.weight")
+_TABLES = (".embedding_table.weight", ".embed_tokens.weight", ".style_embedder.weight")
 """Matrices of which rows are looked up: no linear layers."""
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..errors import SourceError
 from ..models.base import OpenModel
+from ..models.latent_sizes import PIXELS_PER_LATENT, any_size
 from ..models.pixart import size_conditions
 from ..models.shapes import uses_additional_conditions
-from ..models.unet import PIXELS_PER_LATENT, time_ids
+from ..models.unet import time_ids
 from ..models.unet_shapes import text_vector_width
 from ..runtime.config_unet import TIME_IDS, per_stage
 from .prompts import ADDED, encode, read_prompts
@@ -35,6 +36,13 @@ EMBEDDING_KEYS: Mapping[str, Mapping[str, str]] = {
     "pixart": {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"},
     "sd3": {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"},
     "unet": {"encoder_hidden_states": "prompt_embeds", _POOLED: "pooled_prompt_embeds"},
+    "flux": {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"},
+    "hunyuan": {
+        "encoder_hidden_states": "prompt_embeds",
+        "text_embedding_mask": "prompt_attention_mask",
+        "encoder_hidden_states_t5": "prompt_embeds_2",
+        "text_embedding_mask_t5": "prompt_attention_mask_2",
+    },
 }
 
 Sizes = Callable[[int], Mapping[str, Tensor]]
@@ -85,12 +93,16 @@ class PromptConditions:
         negative: the same for the empty prompt, [1 or prompts, ...]; empty where it is not known.
         index: [n] int64, the prompt of each sample.
         sizes: for models that are told the size of the images (PixArt-alpha, SDXL); None for others.
+        guidance: for models that are told how strong guidance is (see `embeds_guidance`); None for others.
+        pixels: side of the images that are drawn, of models of any size; None: the usual one.
     """
 
     positive: Mapping[str, Tensor]
     negative: Mapping[str, Tensor]
     index: Tensor
     sizes: Sizes | None = None
+    guidance: float | None = None
+    pixels: int | None = None
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -109,8 +121,11 @@ class PromptConditions:
             outer, _, inner = name.rpartition("/")
             target = inputs.setdefault(outer, {}) if outer else inputs
             target[inner] = torch.cat([taken, self._negative(name, rows)]) if guided else taken
+        count = len(rows) * (2 if guided else 1)
         if self.sizes is not None:
-            inputs.setdefault(ADDED, {}).update(self.sizes(len(rows) * (2 if guided else 1)))
+            inputs.setdefault(ADDED, {}).update(self.sizes(count))
+        if self.guidance is not None:
+            inputs["guidance"] = torch.full((count,), self.guidance)
         return inputs
 
     def _negative(self, name: str, rows: Tensor) -> Tensor:
@@ -173,14 +188,50 @@ def _prompt_conditions(model: OpenModel, settings: CalibrationSettings, samples:
             hint="set calibration.prompts (a text file, one prompt per line; the model then needs its "
             "text encoders beside it) or calibration.embeddings (safetensors with prompt_embeds, ...)",
         )
-    if model.family.name == "unet":
-        _check_widths(model, positive)
+    check_widths(model, positive)
     prompts = len(next(iter(positive.values())))
-    return PromptConditions(positive, negative, torch.arange(samples) % prompts, size_entries(model))
+    return prompt_conditions(model, settings, positive, negative, torch.arange(samples) % prompts)
+
+
+def prompt_conditions(
+    model: OpenModel,
+    settings: CalibrationSettings,
+    positive: Mapping[str, Tensor],
+    negative: Mapping[str, Tensor],
+    index: Tensor,
+) -> PromptConditions:
+    """Return prompts as conditions, with what the model is told beside them.
+
+    Args:
+        model: the denoiser.
+        settings: say how strong guidance is, and how large the images are.
+        positive, negative, index: see `PromptConditions`.
+    """
+    return PromptConditions(
+        positive, negative, index, size_entries(model), told_guidance(model, settings.guidance_scale),
+        settings.size,
+    )  # fmt: skip
+
+
+def embeds_guidance(model: OpenModel) -> bool:
+    """Tell whether a model is told how strong guidance is, and needs no second half for it."""
+    return bool(model.config.get("guidance_embeds"))
+
+
+def told_guidance(model: OpenModel, scale: float) -> float | None:
+    """Return what a model is told of guidance; None of one that is not told."""
+    return scale if embeds_guidance(model) else None
+
+
+def is_guided(model: OpenModel, scale: float) -> bool:
+    """Tell whether a call has two rows per sample, with and without the condition."""
+    return scale > 1 and not embeds_guidance(model)
 
 
 def size_entries(model: OpenModel) -> Sizes | None:
-    """Return what tells a model the size of its images; None of one that is not told."""
+    """Return what tells a model the size of its images in `ADDED`; None of one that is not told there."""
+    if any_size(model.config):
+        return None
     pixels = int(model.config["sample_size"]) * PIXELS_PER_LATENT  # PixArt's autoencoder as well
     if model.family.name == "pixart" and uses_additional_conditions(model.config):
         return partial(size_conditions, pixels, like=torch.empty(0))
@@ -189,18 +240,58 @@ def size_entries(model: OpenModel) -> Sizes | None:
     return None
 
 
-def _check_widths(model: OpenModel, positive: Mapping[str, Tensor]) -> None:
-    """Hold the embeddings of a U-Net against the widths that its config implies."""
-    wanted = {"encoder_hidden_states": per_stage(model.config, "cross_attention_dim")[0]}
-    if _POOLED in positive:
-        wanted[_POOLED] = text_vector_width(model.config, TIME_IDS)
-    for name, width in wanted.items():
-        if positive[name].shape[-1] != width:
+def check_widths(model: OpenModel, positive: Mapping[str, Tensor]) -> None:
+    """Hold embeddings against the shapes that the config of the model implies.
+
+    Args:
+        model: the denoiser.
+        positive: argument of the denoiser -> [prompts, ...].
+
+    Raises:
+        SourceError: naming the first that does not fit.
+    """
+    for name, shape in _shapes(model).items():
+        given = tuple(positive[name].shape[1:]) if name in positive else shape
+        fits = len(given) == len(shape) and all(
+            want in (None, have) for have, want in zip(given, shape, strict=True)
+        )
+        if not fits:
+            key = EMBEDDING_KEYS[model.family.name][name]
+            told = _told(model, shape)
             raise SourceError(
-                f"{model.source.id}: reads {EMBEDDING_KEYS['unet'][name]} of {width} channels, and these have"
-                f" {positive[name].shape[-1]}",
+                f"{model.source.id}: reads {key} of {told}, and these have {_told(model, given)}",
                 hint="the text encoders are of another model, or this one is told other things than sizes",
             )
+
+
+def _told(model: OpenModel, shape: tuple[int | None, ...]) -> str:
+    if model.family.name != "hunyuan":
+        return f"{shape[-1]} channels"
+    return " x ".join(str(length) for length in shape)
+
+
+def _shapes(model: OpenModel) -> dict[str, tuple[int | None, ...]]:
+    """Return argument -> shape of a prompt's embedding, None where any length will do."""
+    config = model.config
+    if model.family.name == "unet":
+        return {
+            "encoder_hidden_states": (None, per_stage(config, "cross_attention_dim")[0]),
+            _POOLED: (text_vector_width(config, TIME_IDS) if config["addition_embed_type"] else None,),
+        }
+    if model.family.name == "flux":
+        return {
+            "encoder_hidden_states": (None, config["joint_attention_dim"]),
+            "pooled_projections": (config["pooled_projection_dim"],),
+        }
+    if model.family.name == "hunyuan":
+        first, second = config["text_len"], config["text_len_t5"]
+        return {
+            "encoder_hidden_states": (first, config["cross_attention_dim"]),
+            "text_embedding_mask": (first,),
+            "encoder_hidden_states_t5": (second, config["cross_attention_dim_t5"]),
+            "text_embedding_mask_t5": (second,),
+        }
+    return {}
 
 
 def embedding_keys(model: OpenModel) -> dict[str, str]:

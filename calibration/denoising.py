@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..models.base import OpenModel
+from ..models.latent_sizes import any_size
 from ..runtime.hashes import digest
 from .diffusion import DiffusionCalibration
 from .diffusion_loss import DiffusionTask, task_for
@@ -48,7 +49,8 @@ class DenoisingObjective:
         Raises:
             StageError: it was trained in a way that is not known.
         """
-        return cls(calibration, task_for(model, instead))
+        shape = calibration.image_shape() if any_size(model.config) else None
+        return cls(calibration, task_for(model, instead, shape))
 
     @property
     def _shares(self) -> Tensor:

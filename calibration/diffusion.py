@@ -19,7 +19,7 @@ from ..progress import Progress, step
 from ..runtime.atomic import atomic_file
 from ..runtime.hashes import file_sha256
 from .base import Observer
-from .conditions import Conditions, conditions_for
+from .conditions import Conditions, conditions_for, is_guided
 from .content import (
     condition_content,
     content_key,
@@ -108,6 +108,10 @@ class DiffusionCalibration:
                 samples, inputs = file.get_tensor(_CLEAN), _nested(file)
             yield samples, _rows(inputs, len(samples)) if self.guided else inputs
 
+    def image_shape(self) -> tuple[int, ...]:
+        """Return (channels, height, width) of a sample."""
+        return tuple(read_header(self.files[0])[_CLEAN].shape[1:])
+
     def count(self) -> int:
         """Return how many forwards are recorded."""
         return sum(read_header(path)["timesteps"].shape[0] for path in self.files)
@@ -159,7 +163,7 @@ def record(
     """
     if model.quantization or model.history:
         raise StageError("calibration records the original model, but a stage has changed it already")
-    guided = settings.guidance_scale > 1
+    guided = is_guided(model, settings.guidance_scale)
     key = recording_key(model, settings, seed)
     folder, keeper = recording_folder(cache, key)
     starts = range(0, settings.samples, settings.batch_size)
@@ -209,7 +213,7 @@ def _record_batch(
 ) -> str:
     """Record one batch and return the SHA-256 of its file."""
     stop = min(start + settings.batch_size, settings.samples)
-    guided = settings.guidance_scale > 1
+    guided = is_guided(model, settings.guidance_scale)
     states: list[Tensor] = []
     times: list[Tensor] = []
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import StageError
 from ..models.base import OpenModel
+from ..models.latent_sizes import latent_shape, learns_variance, tokens_of
 from .label_dropout import drop_rate
 from .sampler import make_scheduler
 from .variance import Schedule, variance_bound
@@ -142,12 +143,13 @@ class DiffusionTask(ABC):
         return self.distillation_losses(output, teacher, noised).mean()
 
 
-def task_for(model: OpenModel, instead: str = "") -> DiffusionTask:
+def task_for(model: OpenModel, instead: str = "", shape: Sequence[int] | None = None) -> DiffusionTask:
     """Return how a model is trained, by its scheduler and its config.
 
     Args:
         model: any denoiser.
         instead: what a stage can do without a loss, for the hint of the error.
+        shape: (channels, height, width) of what it is trained on; None: of the model's usual images.
 
     Raises:
         StageError: the kind of scheduler or of prediction is not known.
@@ -158,7 +160,8 @@ def task_for(model: OpenModel, instead: str = "") -> DiffusionTask:
     rate, null = drop_rate(model.module)
     inputs = _Inputs(model.family.latents, rate, null)
     if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
-        return FlowTask(inputs, _shift(scheduler, model), int(scheduler.config.num_train_timesteps))
+        tokens = tokens_of(model.config, shape or latent_shape(model.config))
+        return FlowTask(inputs, _shift(scheduler, tokens), int(scheduler.config.num_train_timesteps))
     kept = getattr(scheduler, "alphas_cumprod", None)
     prediction = scheduler.config.get("prediction_type")
     if kept is None or prediction not in PREDICTIONS:
@@ -168,16 +171,14 @@ def task_for(model: OpenModel, instead: str = "") -> DiffusionTask:
             f" prediction_type {prediction!r}",
             hint=f"{known}; {instead}" if instead else known,
         )
-    learned = int(model.config["out_channels"]) == 2 * int(model.config["in_channels"])
-    return NoiseTask(inputs, Schedule.of(kept), str(prediction), learned)
+    return NoiseTask(inputs, Schedule.of(kept), str(prediction), learns_variance(model.config))
 
 
-def _shift(scheduler: Any, model: OpenModel) -> float:
+def _shift(scheduler: Any, tokens: int) -> float:
     """Return what the odds of a level are multiplied by; larger images are noised more."""
     config = scheduler.config
     if not config.get("use_dynamic_shifting"):
         return float(config.get("shift", 1.0))
-    tokens = (int(model.config["sample_size"]) // int(model.config["patch_size"])) ** 2
     low, high = config.base_image_seq_len, config.max_image_seq_len
     slope = (config.max_shift - config.base_shift) / (high - low)
     return exp(config.base_shift + slope * (tokens - low))

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from ..errors import SourceError
 from ..models.base import OpenModel
+from ..models.latent_sizes import check_latents
 from ..runtime.hashes import digest
 from .conditions import (
     ClassConditions,
     Conditions,
     PromptConditions,
+    check_widths,
     embedding_keys,
     size_entries,
 )
@@ -146,13 +148,16 @@ def read_rows(part: LatentPart, name: str, rows: slice) -> Tensor:
     return found.float() if name in (LATENTS, FLIPPED) else found
 
 
-def stored_latents(model: OpenModel, path: Path, flip: bool | None) -> LatentSet:
+def stored_latents(
+    model: OpenModel, path: Path, flip: bool | None, guidance: float | None = None
+) -> LatentSet:
     """Open latents that lie on disk; see `latent_files`.
 
     Args:
         model: the denoiser; its config says what fits.
         path: of the recipe.
         flip: of the recipe; None: where mirrored ones are there.
+        guidance: what the model is told of it; see `conditions.told_guidance`.
 
     Raises:
         SourceError: they do not fit the model, conditions are missing, or mirrored ones are asked for that
@@ -167,8 +172,9 @@ def stored_latents(model: OpenModel, path: Path, flip: bool | None) -> LatentSet
             hint="leave out flip, or store them too; mirroring a latent does not mirror its image",
         )
     mirror = "stored" if flip is not False and not without else None
-    given = _labels(model, parts) if model.family.name == "dit" else _embeddings(model, parts)
-    return LatentSet(tuple(parts), given, digest(["latents", fingerprint(parts), mirror]), mirror)
+    given = _labels(model, parts) if model.family.name == "dit" else _embeddings(model, parts, guidance)
+    content = ["latents", fingerprint(parts), mirror, *([] if guidance is None else [guidance])]
+    return LatentSet(tuple(parts), given, digest(content), mirror)
 
 
 def check_shape(model: OpenModel, shape: tuple[int, ...], place: Path) -> None:
@@ -177,13 +183,7 @@ def check_shape(model: OpenModel, shape: tuple[int, ...], place: Path) -> None:
     Raises:
         SourceError: they have other channels or another size.
     """
-    side = int(model.config["sample_size"])
-    wanted = (int(model.config["in_channels"]), side, side)
-    if tuple(shape) != wanted:
-        raise SourceError(
-            f"{place}: an item is {list(shape)}, and {model.source.id} takes {list(wanted)}",
-            hint="encode images of the model's size with the model's own VAE",
-        )
+    check_latents(model.config, shape, place, model.source.id)
 
 
 def given_by(conditions: Conditions) -> Given:
@@ -226,7 +226,7 @@ def _labels(model: OpenModel, parts: Sequence[LatentPart]) -> Given:
     return given_by(checked_labels(model, labels, parts[0].path.parent))
 
 
-def _embeddings(model: OpenModel, parts: Sequence[LatentPart]) -> Given:
+def _embeddings(model: OpenModel, parts: Sequence[LatentPart], guidance: float | None) -> Given:
     """Read embeddings row by row: of many items they are larger than the latents."""
     keys = embedding_keys(model)
     for part in parts:
@@ -236,6 +236,7 @@ def _embeddings(model: OpenModel, parts: Sequence[LatentPart]) -> Given:
                 f"{part.path}: no tensor {missing[0]!r}", hint=f"needed: {', '.join(keys.values())}"
             )
     _refuse_unused(parts, set(keys.values()))
+    check_widths(model, {name: read_rows(parts[0], key, slice(0, 1)) for name, key in keys.items()})
     sizes, ends = size_entries(model), ends_of(parts)
 
     def rows(indices: Sequence[int]) -> dict[str, Any]:
@@ -249,6 +250,8 @@ def _embeddings(model: OpenModel, parts: Sequence[LatentPart]) -> Given:
             )
         if sizes is not None:
             inputs.setdefault(ADDED, {}).update(sizes(len(indices)))
+        if guidance is not None:
+            inputs["guidance"] = torch.full((len(indices),), guidance)
         return inputs
 
     return rows

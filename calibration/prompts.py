@@ -52,7 +52,7 @@ def encode(model: OpenModel, prompts: list[str]) -> tuple[dict[str, Tensor], dic
     """
     pipeline = _text_pipeline(model)
     device = next(model.module.parameters()).device
-    encoder = {"pixart": _encode_pixart, "sd3": _encode_sd3, "unet": _encode_unet}[model.family.name]
+    encoder = _ENCODERS[model.family.name]
     rows = [
         encoder(pipeline.to(device), prompts[i : i + _CHUNK], device) for i in range(0, len(prompts), _CHUNK)
     ]
@@ -82,6 +82,32 @@ def _encode_unet(pipeline: Any, prompts: list[str], device: torch.device) -> dic
     results = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=empty)
     embeds, pooled = results[1::2] if empty else results[::2]
     return {"encoder_hidden_states": embeds.cpu(), f"{ADDED}/text_embeds": pooled.cpu()}
+
+
+def _encode_flux(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+    embeds, pooled, _ = pipeline.encode_prompt(prompts, None, device=device)
+    return {"encoder_hidden_states": embeds.cpu(), "pooled_projections": pooled.cpu()}
+
+
+def _encode_hunyuan(pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+    """Encode with both text encoders, the second of which is T5."""
+    found: dict[str, Tensor] = {}
+    for index, suffix in enumerate(("", "_t5")):
+        embeds, _, mask, _ = pipeline.encode_prompt(
+            prompts, device=device, do_classifier_free_guidance=False, text_encoder_index=index
+        )
+        found[f"encoder_hidden_states{suffix}"] = embeds.cpu()
+        found[f"text_embedding_mask{suffix}"] = mask.cpu()
+    return found
+
+
+_ENCODERS = {
+    "pixart": _encode_pixart,
+    "sd3": _encode_sd3,
+    "unet": _encode_unet,
+    "flux": _encode_flux,
+    "hunyuan": _encode_hunyuan,
+}
 
 
 def _text_pipeline(model: OpenModel) -> Any:

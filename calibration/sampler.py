@@ -11,8 +11,16 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..models.base import OpenModel
+from ..models.latent_sizes import any_size, latent_shape, tokens_of
 from ..progress import Progress, step
-from .conditions import ClassConditions, Conditions, PromptConditions, conditions_for
+from .conditions import (
+    ClassConditions,
+    Conditions,
+    PromptConditions,
+    conditions_for,
+    embeds_guidance,
+    is_guided,
+)
 from .seeds import generator_for, normal_rows
 
 __all__ = [
@@ -23,6 +31,7 @@ __all__ = [
 OnCall = Callable[[dict[str, Any], Tensor], None]
 """Called with the keyword arguments of one forward of the denoiser and its output."""
 
+_SIZES_AND_STYLE = "use_style_cond_and_image_meta_size"
 _LEARNED_VARIANCE = ("learned", "learned_range")
 
 
@@ -67,7 +76,7 @@ def sample(
                 on_call=on_call, progress=progress,
             )  # fmt: skip
             samples.append(latents.cpu())
-    return torch.cat(samples) if samples else torch.empty(0, *_latent_shape(model))
+    return torch.cat(samples) if samples else torch.empty(0, *_shape(model, conditions))
 
 
 @torch.no_grad()
@@ -88,12 +97,12 @@ def denoise_batch(
     As in the stock pipelines, guidance acts on the prediction, and a learned variance (twice the
     channels) is handed on only to a scheduler that asks for it.
     """
-    guided, channels = guidance_scale > 1, int(model.config["in_channels"])
+    guided, shape = is_guided(model, guidance_scale), _shape(model, conditions)
     reference = next(model.module.parameters())
     generators = [generator_for(seed, "noise", index) for index in range(*rows)]
     inputs = place(conditions.inputs(*rows, guided=guided), model.module)
-    _set_timesteps(scheduler, model, steps, reference.device)
-    noise = normal_rows(_latent_shape(model), generators)
+    _set_timesteps(scheduler, model, shape, steps, reference.device)
+    noise = normal_rows(shape, generators)
     # Flow-matching schedulers start from plain noise and do not scale the denoiser's input.
     latents = noise.to(reference.device) * float(getattr(scheduler, "init_noise_sigma", 1.0))
     rescale = getattr(scheduler, "scale_model_input", lambda latents, _: latents)
@@ -109,9 +118,9 @@ def denoise_batch(
         output = model.module(**kwargs, return_dict=False)[0]
         if on_call is not None:
             on_call(kwargs, output)
-        prediction = _guide(output.float(), channels, guidance_scale if guided else None)
+        prediction = _guide(output.float(), shape[0], guidance_scale if guided else None)
         if not _wants_variance(scheduler):
-            prediction = prediction[:, :channels]
+            prediction = prediction[:, : shape[0]]
         latents = scheduler.step(prediction, time, latents, **randomness, return_dict=False)[0].float()
         progress.advance()
     return latents
@@ -129,7 +138,7 @@ def make_scheduler(model: OpenModel, name: str | None) -> Any:
     """
     import diffusers
 
-    own = model.scheduler or _usual_scheduler(model.family.name)
+    own = model.scheduler or _usual_scheduler(model)
     if name is None:
         return type(own).from_config(own.config)
     kinds = {"ddim": diffusers.DDIMScheduler, "dpm++": diffusers.DPMSolverMultistepScheduler}
@@ -163,9 +172,10 @@ def _dtype(module: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
 
 
-def _latent_shape(model: OpenModel) -> tuple[int, int, int]:
-    side = int(model.config["sample_size"])
-    return int(model.config["in_channels"]), side, side
+def _shape(model: OpenModel, conditions: Conditions) -> tuple[int, int, int]:
+    """Return (channels, height, width) of a sample."""
+    pixels = conditions.pixels if isinstance(conditions, PromptConditions) else None
+    return latent_shape(model.config, pixels)
 
 
 def _guide(output: Tensor, channels: int, scale: float | None) -> Tensor:
@@ -194,12 +204,24 @@ def _scheduler_randomness(scheduler: Any, generators: list[torch.Generator]) -> 
     return {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
 
-def _usual_scheduler(family: str) -> Any:
+def _usual_scheduler(model: OpenModel) -> Any:
     """Return the scheduler of the family's published checkpoints, for those that come without one."""
     import diffusers
 
+    family = model.family.name
     if family == "sd3":
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if family == "flux":
+        # What needs few steps is not told how strong guidance is, and noises all sizes alike.
+        dynamic = embeds_guidance(model)
+        return diffusers.FlowMatchEulerDiscreteScheduler(
+            shift=3.0 if dynamic else 1.0, use_dynamic_shifting=dynamic
+        )
+    if family == "hunyuan":
+        return diffusers.DDPMScheduler(
+            beta_start=0.00085, beta_end=0.03 if model.config[_SIZES_AND_STYLE] else 0.018,
+            beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False, steps_offset=1,
+        )  # fmt: skip
     if family == "unet":
         return diffusers.EulerDiscreteScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
@@ -210,10 +232,15 @@ def _usual_scheduler(family: str) -> Any:
     return diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False)
 
 
-def _set_timesteps(scheduler: Any, model: OpenModel, steps: int, device: torch.device) -> None:
-    config, extra = scheduler.config, {}
+def _set_timesteps(
+    scheduler: Any, model: OpenModel, shape: tuple[int, int, int], steps: int, device: torch.device
+) -> None:
+    config = scheduler.config
+    extra: dict[str, Any] = {}
+    if any_size(model.config) and not config.get("use_flow_sigmas"):
+        extra["sigmas"] = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()  # Flux's own
     if config.get("use_dynamic_shifting"):
-        tokens = (int(model.config["sample_size"]) // int(model.config["patch_size"])) ** 2
+        tokens = tokens_of(model.config, shape)
         low, high = config.base_image_seq_len, config.max_image_seq_len
         slope = (config.max_shift - config.base_shift) / (high - low)
         extra["mu"] = config.base_shift + slope * (tokens - low)

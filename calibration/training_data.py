@@ -16,7 +16,14 @@ from ..models.base import OpenModel
 from ..progress import Progress, step
 from ..recipes.data import DataSettings
 from ..runtime.hashes import digest
-from .conditions import ClassConditions, Conditions, PromptConditions, conditions_for, size_entries
+from .conditions import (
+    ClassConditions,
+    Conditions,
+    PromptConditions,
+    conditions_for,
+    prompt_conditions,
+    told_guidance,
+)
 from .content import condition_content, content_key
 from .encoding import Encoder, PixelEncoder, encoder_for, read_pixels, sees_pixels
 from .image_files import Images, Layout, find_images
@@ -91,7 +98,8 @@ class TrainingData:
         data = self.settings.data
         assert data is not None  # see `of`
         if data.latents is not None:
-            return stored_latents(model, Path(data.latents), data.flip)
+            guidance = told_guidance(model, self._settings.guidance_scale)
+            return stored_latents(model, Path(data.latents), data.flip, guidance)
         if data.images is not None:
             return self._encoded(model, data, find_images(Path(data.images)), progress)
         return self._drawn(model, data, original, progress)
@@ -105,23 +113,28 @@ class TrainingData:
                 "calibration.data.flip: the samples are latents, which cannot be mirrored as images can",
                 hint="leave out flip",
             )
-        count = int(data.generate or 0)
-        settings = self.settings.model_copy(
-            update={
-                "steps": data.steps or self.settings.steps,
-                "guidance_scale": self.settings.guidance_scale
-                if data.guidance_scale is None
-                else data.guidance_scale,
-                "batch_size": data.batch_size or self.settings.batch_size,
-            }
-        )
+        count, settings = int(data.generate or 0), self._settings
         content = [FORMAT_VERSION, "drawn", self.key, count, settings.steps, settings.guidance_scale]
         content.append(settings.batch_size)  # the last bits of a sample depend on it
         keep = LatentCache(self.cache, digest(content), count)
         if keep.missing(_CONDITIONS) or keep.left():
             self._draw(self._original(model, original), settings, keep, count, progress)
-        given = given_by(_read_conditions(keep.folder / _CONDITIONS, model))
+        given = given_by(_read_conditions(keep.folder / _CONDITIONS, model, settings))
         return keep.latents(model, given, "pixels" if data.flip else None)
+
+    @property
+    def _settings(self) -> CalibrationSettings:
+        """How samples are drawn: as those that methods look at, but for what the data say."""
+        data = self.settings.data
+        assert data is not None  # see `of`
+        scale = self.settings.guidance_scale if data.guidance_scale is None else data.guidance_scale
+        return self.settings.model_copy(
+            update={
+                "steps": data.steps or self.settings.steps,
+                "guidance_scale": scale,
+                "batch_size": data.batch_size or self.settings.batch_size,
+            }
+        )
 
     def _original(self, model: OpenModel, original: Original | None) -> OpenModel:
         if not model.changed:
@@ -219,7 +232,7 @@ def _flat(conditions: Conditions) -> dict[str, Tensor]:
     return {"index": conditions.index, **names}
 
 
-def _read_conditions(path: Path, model: OpenModel) -> Conditions:
+def _read_conditions(path: Path, model: OpenModel, settings: CalibrationSettings) -> Conditions:
     """Return conditions that were kept: prompts need not be encoded again."""
     tensors = load_file(path)
     if "labels" in tensors:
@@ -227,4 +240,4 @@ def _read_conditions(path: Path, model: OpenModel) -> Conditions:
     positive = {
         name.removeprefix(_POSITIVE): tensor for name, tensor in tensors.items() if name.startswith(_POSITIVE)
     }
-    return PromptConditions(positive, {}, tensors["index"], size_entries(model))
+    return prompt_conditions(model, settings, positive, {}, tensors["index"])

@@ -185,7 +185,8 @@ class Evaluator:
         """Choose the conditions once: prompts would be encoded again otherwise."""
         if self._chosen is None:
             seed = self._seed + FIDELITY_SEED
-            self._chosen = conditions_for(model, self._sources, settings.samples, seed)
+            sources = self._sources.model_copy(update={"guidance_scale": settings.guidance_scale})
+            self._chosen = conditions_for(model, sources, settings.samples, seed)
         return self._chosen
 
     def _draw_fidelity(

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from ..models.base import OpenModel
 from .metrics import decibels, powers
 
-STREAMS = ("hidden_states", "encoder_hidden_states", "features")
-"""Arguments of blocks: tokens or pixels, the text beside them, what ConvNeXt calls its pixels."""
+STREAMS = ("hidden_states", "encoder_hidden_states", "features", "skip")
+"""Arguments of blocks: tokens or pixels, the text beside them, what ConvNeXt calls its pixels, and what an
+earlier block of Hunyuan-DiT left for a later one."""
 SKIPS = "res_hidden_states_tuple"
 """Argument of a U-Net's blocks on the way up: what the way down has left for them."""
 _RESIDUAL = (f"in|{STREAMS[0]}", f"in|{STREAMS[2]}")

@@ -26,6 +26,7 @@ _TASKS = {
     "PixArtTransformer2DModel": "text-to-image",
     "SD3Transformer2DModel": "text-to-image",
     "FluxTransformer2DModel": "text-to-image",
+    "HunyuanDiT2DModel": "text-to-image",
     "UNet2DConditionModel": "text-to-image",
 }
 

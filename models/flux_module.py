@@ -17,7 +17,7 @@ _AXES = 3
 _TIMES = 1000
 
 
-class FluxTransformer2DModel(StockFlux):  # type: ignore[misc]
+class FluxTransformer2DModel(StockFlux):
     """The stock class, which also takes images; its name is that class's, which checkpoints carry."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

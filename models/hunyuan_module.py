@@ -20,7 +20,7 @@ _GRID_PIXELS = 512
 _ORIGINAL_PIXELS = 1024
 
 
-class HunyuanDiT2DModel(StockHunyuan):  # type: ignore[misc]
+class HunyuanDiT2DModel(StockHunyuan):
     """The stock class with its pipeline's defaults; its name is that class's, which checkpoints carry."""
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..runtime.config_unet import TIME_IDS, per_stage
 from ..runtime.manifest import KernelScheme, QuantizedModule
 from .base import AS_CONFIGURED, Family, FoldGroup, LinearSite, Role, Shapes
+from .latent_sizes import PIXELS_PER_LATENT
 from .transformer import (
     TEXT_BLOCK_ROLES,
     config_of,
@@ -23,9 +24,6 @@ from .transformer import (
     stock_arguments,
 )
 from .unet_shapes import TEXT_TOKENS, text_vector_width, unet_macs
-
-PIXELS_PER_LATENT = 8
-"""Along a side; the autoencoders of all these models halve three times."""
 
 _STAGE = re.compile(r"(down_blocks\.|mid_block|up_blocks\.)(\d*)")
 _UNIT = re.compile(r"\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.")

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from .stage_base import Phase, StageSettings
 
-FAMILIES = frozenset({"dit", "pixart", "sd3"})
+FAMILIES = frozenset({"dit", "pixart", "sd3", "flux", "hunyuan"})
 Group = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,2}:[1-9][0-9]{0,2}$")]
 """`N:M`: of M consecutive blocks N stay."""
 Groups = Group | tuple[Group, ...]

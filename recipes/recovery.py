@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .depth import FAMILIES
 from .stage_base import Phase, StageSettings
 
 
@@ -87,7 +88,7 @@ class MaskedDistillSettings(TrainingSettings):
     """Train a denoiser on its own loss, on the original's answers, and on what its blocks compute."""
 
     method: ClassVar[str] = "distill"
-    families: ClassVar[frozenset[str]] = frozenset({"dit", "pixart", "sd3"})
+    families: ClassVar[frozenset[str]] = FAMILIES
     learns_from_data: ClassVar[bool] = True
 
     batch_size: int = Field(256, ge=1, le=65536, description="Samples of an optimizer step, on all devices.")

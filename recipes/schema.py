@@ -86,6 +86,14 @@ class CalibrationSettings(_Settings):
         description="Classifier-free guidance; above 1 both branches are recorded.",
     )
     batch_size: int = Field(8, ge=1, description="Samples that are computed together.")
+    size: int | None = Field(
+        None,
+        ge=16,
+        le=8192,
+        multiple_of=16,
+        description="Side in pixels of the images that are sampled, also where they are compared; of models "
+        "whose config names none (Flux). null: 1024.",
+    )
     scheduler: Literal["ddim", "dpm++"] | None = Field(
         None, description="Sampler of the trajectories; null: the checkpoint's own."
     )

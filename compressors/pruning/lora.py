@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ...calibration.seeds import generator_for
 
 DOWN, UP = "low_rank_down", "low_rank_up"
+_READ_ALONE = ("HunyuanDiTAttentionPool",)
+"""Modules that read the weights of their linear layers and call none, so nothing can be added to these."""
 
 
 @contextmanager
@@ -24,7 +26,7 @@ def low_rank(
     meanwhile, and are gone afterwards.
 
     Args:
-        module: of which all `nn.Linear` are changed; one under several names once.
+        module: of which all `nn.Linear` that are called are changed; one under several names once.
         rank: of the changes.
         alpha: None: twice the rank.
         seed: of the matrices `down`.
@@ -36,9 +38,7 @@ def low_rank(
     changed: list[nn.Linear] = []
     found: dict[str, nn.Parameter] = {}
     try:
-        for name, layer in list(module.named_modules()):
-            if not isinstance(layer, nn.Linear):
-                continue
+        for name, layer in list(_called(module)):
             down = torch.empty(rank, layer.in_features).uniform_(
                 -1 / sqrt(layer.in_features),
                 1 / sqrt(layer.in_features),
@@ -67,9 +67,18 @@ def low_rank_parameters(module: nn.Module, rank: int, copies: frozenset[str] = f
     """
     return sum(
         rank * (layer.in_features + layer.out_features)
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear) and f"{name}.weight" not in copies
+        for name, layer in _called(module)
+        if f"{name}.weight" not in copies
     )
+
+
+def _called(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield the linear layers that a forward calls, with their names."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear):
+            owner = module.get_submodule(name.rpartition(".")[0])
+            if type(owner).__name__ not in _READ_ALONE:
+                yield name, layer
 
 
 def _changed(layer: nn.Linear, scale: float) -> Callable[[Tensor], Tensor]:

@@ -119,7 +119,7 @@ def _searched(
     progress: Progress,
 ) -> Found:
     pinned = pinned_and_told(model, progress)
-    task = task_for(model)
+    task = task_for(model, shape=data.shape)
     key = digest(
         [settings.model_dump(mode="json"), data.key, sorted(pinned), hash_weights(model.module), seed]
     )

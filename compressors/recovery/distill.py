@@ -96,7 +96,7 @@ def _train(
     workspace: Workspace,
     progress: Progress,
 ) -> dict[str, Any]:
-    steps, task = step_count(settings, len(data)), task_for(model)
+    steps, task = step_count(settings, len(data)), task_for(model, shape=data.shape)
     class_name = model.config["_class_name"]
     key = digest(
         [settings.model_dump(mode="json"), steps, data.key, pairs, hash_weights(model.module),

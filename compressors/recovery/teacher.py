@@ -17,7 +17,10 @@ from ...recipes.schema import ModelRef
 from .matching import Pairs, matched_blocks
 from .memory import original_bytes
 
-_SAME = ("_class_name", "in_channels", "out_channels", "sample_size", "patch_size")
+_SAME = (
+    "_class_name", "in_channels", "out_channels", "learn_sigma", "sample_size", "patch_size",
+    "guidance_embeds",
+)  # fmt: skip
 _SAME_OF_FEATURES = ("num_attention_heads", "attention_head_dim")
 _MAX_BYTES = 2**20
 
