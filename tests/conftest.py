@@ -403,19 +403,6 @@ def _quantized_layer(linear: Any, scheme: Any, dtype: Any, generator: Any) -> An
     return QuantizedLinear.from_tensors(scheme, dtype, tensors)
 
 
-def _tie_copies(folder: Path) -> None:
-    """Make every block's timestep and class embedder equal to the first block's, as trained ones are."""
-    from safetensors.torch import load_file, save_file
-
-    file = folder / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    for name in tensors:
-        block, mark, rest = name.partition(".norm1.emb.")
-        if mark:
-            tensors[name] = tensors[f"{block.rpartition('.')[0]}.0{mark}{rest}"].clone()
-    save_file(tensors, file)
-
-
 @pytest.fixture
 def open_quantized() -> Callable[..., Any]:
     """Return `open_quantized(folder, {pattern: fields of QuantizedModule}, dtype, sizes)` -> OpenModel.
@@ -440,8 +427,9 @@ def open_quantized() -> Callable[..., Any]:
         from compress.runtime.manifest import HistoryEntry, QuantizedModule
 
         from .cut_models import cut_by_hand
+        from .small_dits import equal_embedders
 
-        _tie_copies(folder)
+        equal_embedders(folder)
         model = open_model(ModelRef(id=str(folder), dtype=dtype), progress=SilentProgress())
         if sizes is not None:
             cut_by_hand(model, sizes)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from compress.compressors.pruning.block_groups import groups_of
 from compress.errors import CompressError, PlanError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+
+from ..small_dits import equal_embedders
 
 DATA = {"generate": 8, "steps": 2}
 SEARCH = {"groups": "1:2", "steps": 6, "batch_size": 4, "checkpoint_every": 2}
@@ -38,17 +40,6 @@ def refused(tmp_path):
 def four(make_tiny):
     """A DiT of four blocks, each with an embedder of its own."""
     return make_tiny(num_layers=4, name="four")
-
-
-def equal_embedders(folder: Path) -> Path:
-    file = folder / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    for name in tensors:
-        _, mark, rest = name.partition(".norm1.emb.")
-        if mark:
-            tensors[name] = tensors[f"transformer_blocks.0{mark}{rest}"].clone()
-    save_file(tensors, file)
-    return folder
 
 
 @pytest.mark.parametrize(

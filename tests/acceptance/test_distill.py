@@ -7,46 +7,20 @@ import sys
 import compress
 import pytest
 import torch
-from compress.progress import SilentProgress
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-
-class Notes(SilentProgress):
-    """Keeps the names of steps and what is told."""
-
-    def __init__(self):
-        self.steps, self.told = [], []
-
-    def start(self, label, total):
-        self.steps.append(label)
-
-    def note(self, message):
-        self.told.append(message)
+from ..small_dits import Told, equal_embedders, recipe_for
 
 
 @pytest.fixture
 def recipe(make_tiny, tmp_path):
     """A recipe that removes channels of a tiny DiT and trains it on its own samples."""
-    folder = make_tiny(num_layers=3, name="three")
-    file = folder / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    for name in tensors:
-        _, mark, rest = name.partition(".norm1.emb.")
-        if mark:
-            tensors[name] = tensors[f"transformer_blocks.0{mark}{rest}"].clone()
-    save_file(tensors, file)
-    return {
-        "model": str(folder),
-        "calibration": {
-            "samples": 2, "steps": 2, "guidance_scale": 1.0, "data": {"generate": 16, "steps": 2},
-        },
-        "stages": [
-            {"isomorphic": {"importance": "magnitude", "ratios": {"ff": 0.25}}},
-            {"distill": {"steps": 6, "batch_size": 4, "lr": 1e-3, "checkpoint_every": 2}},
-        ],
-        "evaluate": {"fidelity": {"samples": 2, "steps": 2, "guidance_scale": 1.0}, "layers": False},
-        "export": {"path": str(tmp_path / "out")},
-    }  # fmt: skip
+    folder = equal_embedders(make_tiny(num_layers=3, name="three"))
+    stages = [
+        {"isomorphic": {"importance": "magnitude", "ratios": {"ff": 0.25}}},
+        {"distill": {"steps": 6, "batch_size": 4, "lr": 1e-3, "checkpoint_every": 2}},
+    ]
+    return recipe_for(folder, stages, tmp_path / "out")
 
 
 def weights(folder):
@@ -58,9 +32,9 @@ def weights(folder):
 
 @pytest.mark.slow
 def test_a_denoiser_is_pruned_and_trained(recipe, tmp_path):
-    first = Notes()
+    first = Told()
     document = compress.run(recipe, work_dir=tmp_path / "work", progress=first)
-    assert first.steps.count("drawing training samples") == 1
+    assert first.labels.count("drawing training samples") == 1
     details = document["stages"][1]["details"]
     assert details["data"] == 16 and details["steps"] == 6
     assert details["matched"] == {"transformer_blocks": [[0, 0], [1, 1], [2, 2]]}
@@ -75,16 +49,16 @@ def test_a_denoiser_is_pruned_and_trained(recipe, tmp_path):
     # Another number of steps: neither the samples nor the pruning are made again.
     recipe["stages"][1]["distill"]["steps"] = 7
     recipe["export"]["path"] = str(tmp_path / "longer")
-    again = Notes()
+    again = Told()
     longer = compress.run(recipe, work_dir=tmp_path / "work", progress=again)
     assert [stage["resumed"] for stage in longer["stages"]] == [True, False]
-    assert "drawing training samples" not in again.steps
+    assert "drawing training samples" not in again.labels
     # Other data: the training is made again, the pruning is not.
     recipe["calibration"]["data"]["generate"] = 17
     recipe["export"]["path"] = str(tmp_path / "more")
-    more = compress.run(recipe, work_dir=tmp_path / "work", progress=(last := Notes()))
+    more = compress.run(recipe, work_dir=tmp_path / "work", progress=(last := Told()))
     assert [stage["resumed"] for stage in more["stages"]] == [True, False]
-    assert "drawing training samples" in last.steps and more["stages"][1]["details"]["data"] == 17
+    assert "drawing training samples" in last.labels and more["stages"][1]["details"]["data"] == 17
 
 
 @pytest.mark.slow

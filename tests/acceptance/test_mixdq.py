@@ -34,8 +34,9 @@ from compress.recipes.stages import MixdqSettings
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ..small_dits import WEIGHTS, make_embedders_equal
+
 BITS = (2, 4, 8)
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def uneven(folder, seed=0, spread=1.2):
@@ -49,9 +50,7 @@ def uneven(folder, seed=0, spread=1.2):
             tensor = tensor * (1 + tails * torch.rand((), generator=generator) ** 4)
             tensor = tensor * math.exp(spread * float(torch.randn((), generator=generator)) - 0.5)
             tensors[name] = tensor.contiguous()
-        block, mark, rest = name.partition(".norm1.emb.")
-        if mark:
-            tensors[name] = tensors[f"{block.rpartition('.')[0]}.0{mark}{rest}"].clone()
+    make_embedders_equal(tensors)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     return folder
 

@@ -8,34 +8,19 @@ import compress
 import pytest
 from compress.progress import SilentProgress
 from compress.recipes.loader import load_recipe
-from safetensors.torch import load_file, save_file
 
-LIST = "transformer_blocks"
+from ..small_dits import LIST, equal_embedders, recipe_for
 
 
 @pytest.fixture
 def recipe(make_tiny, tmp_path):
-    folder = make_tiny(num_layers=4, name="four")
-    file = folder / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    for name in tensors:
-        _, mark, rest = name.partition(".norm1.emb.")
-        if mark:
-            tensors[name] = tensors[f"{LIST}.0{mark}{rest}"].clone()
-    save_file(tensors, file)
-    return {
-        "model": str(folder),
-        "calibration": {
-            "samples": 2, "steps": 2, "guidance_scale": 1.0, "data": {"generate": 16, "steps": 2},
-        },
-        "stages": [
-            {"tinyfusion": {"groups": "1:2", "steps": 6, "batch_size": 4, "checkpoint_every": 2}},
-            {"distill": {"steps": 4, "batch_size": 4, "lr": 1e-3}},
-            {"rtn": {}},
-        ],
-        "evaluate": {"fidelity": {"samples": 2, "steps": 2, "guidance_scale": 1.0}, "layers": False},
-        "export": {"path": str(tmp_path / "out")},
-    }  # fmt: skip
+    folder = equal_embedders(make_tiny(num_layers=4, name="four"))
+    stages = [
+        {"tinyfusion": {"groups": "1:2", "steps": 6, "batch_size": 4, "checkpoint_every": 2}},
+        {"distill": {"steps": 4, "batch_size": 4, "lr": 1e-3}},
+        {"rtn": {}},
+    ]
+    return recipe_for(folder, stages, tmp_path / "out")
 
 
 @pytest.mark.slow

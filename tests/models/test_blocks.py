@@ -10,6 +10,8 @@ from compress.errors import PlanError, StageError
 from compress.models.blocks import block_lists, checked, depths, drop_blocks, renamed, shallower_config
 from compress.models.gating import gated
 
+from ..small_dits import equal_embedders_of
+
 DIT, PIXART = "DiTTransformer2DModel", "PixArtTransformer2DModel"
 SD3, FLUX, HUNYUAN = "SD3Transformer2DModel", "FluxTransformer2DModel", "HunyuanDiT2DModel"
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16}
@@ -74,9 +76,7 @@ def built() -> Callable[..., tuple[Any, dict[str, Any]]]:
             for parameter in module.parameters():
                 parameter.normal_(std=0.2, generator=generator)
             if class_name == DIT:
-                first = module.transformer_blocks[0].norm1.emb.state_dict()
-                for block in module.transformer_blocks:
-                    block.norm1.emb.load_state_dict(first)
+                equal_embedders_of(module)
         config = {key: value for key, value in module.config.items() if not key.startswith("_")}
         return module, config | {"_class_name": class_name}
 

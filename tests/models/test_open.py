@@ -16,8 +16,9 @@ from compress.recipes.schema import ModelRef
 from compress.runtime.hashes import file_sha256
 from safetensors.torch import load_file, save_file
 
+from ..small_dits import WEIGHTS, equal_embedders
+
 QUIET = SilentProgress()
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 CLASSES = ["DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel"]
 
 
@@ -33,15 +34,6 @@ class Recording(SilentProgress):
 
     def warn(self, message):
         self.warnings.append(message)
-
-
-def equal_copies(folder):
-    tensors = load_file(folder / WEIGHTS)
-    for name in tensors:
-        if ".norm1.emb." in name:
-            tensors[name] = tensors["transformer_blocks.0" + name[name.index(".norm1") :]].clone()
-    save_file(tensors, folder / WEIGHTS)
-    return folder
 
 
 @pytest.mark.parametrize("class_name", CLASSES)
@@ -79,7 +71,7 @@ def test_spec_describes_what_is_opened(make_tiny, class_name):
 
 
 def test_copies_count_once(tiny_dit):
-    model = open_model(ModelRef(id=str(equal_copies(tiny_dit))), progress=QUIET)
+    model = open_model(ModelRef(id=str(equal_embedders(tiny_dit))), progress=QUIET)
     embedder = sum(p.numel() for p in model.module.transformer_blocks[0].norm1.emb.parameters())
     assert model.spec.parameters == model.spec.parameters_stored - embedder
     assert len(model.spec.shared) == 5
@@ -93,7 +85,7 @@ def test_copies_count_once(tiny_dit):
 
 def test_copies_that_differ_are_told_and_counted(tiny_dit):
     progress = Recording()
-    tensors = load_file(equal_copies(tiny_dit) / WEIGHTS)
+    tensors = load_file(equal_embedders(tiny_dit) / WEIGHTS)
     name = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_2.weight"
     tensors[name] = tensors[name] * 1.5
     save_file(tensors, tiny_dit / WEIGHTS)

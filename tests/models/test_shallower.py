@@ -14,20 +14,10 @@ from compress.models.shallower import keep_blocks, shallower_spec
 from compress.progress import SilentProgress
 from compress.recipes.schema import ModelRef
 from compress.resuming import resume
-from safetensors.torch import load_file, save_file
 
-DIT, PIXART, SD3 = "DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel"
-LIST = "transformer_blocks"
+from ..small_dits import DIT, LIST, equal_embedders
 
-
-def equal_copies(folder):
-    """Give all blocks the embedder of the first."""
-    path = folder / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(path)
-    for name in tensors:
-        if ".norm1.emb." in name:
-            tensors[name] = tensors[f"{LIST}.0" + name[name.index(".norm1") :]].clone()
-    save_file(tensors, path)
+PIXART, SD3 = "PixArtTransformer2DModel", "SD3Transformer2DModel"
 
 
 @pytest.fixture
@@ -37,7 +27,7 @@ def opened(make_tiny):
     def build(class_name: str = DIT, **config):
         folder = make_tiny(class_name, **{"num_layers": 6, **config})
         if class_name == DIT:
-            equal_copies(folder)
+            equal_embedders(folder)
         return open_model(ModelRef(id=str(folder)), progress=SilentProgress())
 
     return build

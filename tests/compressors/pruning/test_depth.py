@@ -17,18 +17,17 @@ from compress.recipes.depth import DepthSettings
 from compress.recipes.schema import CalibrationSettings, ModelRef
 from safetensors.torch import load_file, save_file
 
+from ...small_dits import DIT, LIST, WEIGHTS, make_embedders_equal
+
 QUIET = SilentProgress()
-DIT, LIST = "DiTTransformer2DModel", "transformer_blocks"
 IDLE = (1, 2, 4)
 
 
 def _quieten(folder, share=0.02):
     """Give all blocks one embedder, and let some of them add next to nothing."""
-    path = folder / "diffusion_pytorch_model.safetensors"
+    path = folder / WEIGHTS
     tensors = load_file(path)
-    for name in tensors:
-        if ".norm1.emb." in name:
-            tensors[name] = tensors[f"{LIST}.0" + name[name.index(".norm1") :]].clone()
+    make_embedders_equal(tensors)
     for block in IDLE:
         for part in ("weight", "bias"):
             rows = tensors[f"{LIST}.{block}.norm1.linear.{part}"]

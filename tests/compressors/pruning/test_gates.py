@@ -11,7 +11,8 @@ from compress.compressors.recovery.tied import tied_embedders
 from compress.errors import PlanError
 from torch import nn
 
-LIST = "transformer_blocks"
+from ...small_dits import LIST, equal_embedders_of
+
 ANNEALING = Annealing((4.0, 0.1), (100.0, 100.0), 11)
 
 
@@ -171,8 +172,7 @@ def test_layers_under_several_names_change_once(make_tiny):
     from compress.recipes.schema import ModelRef
 
     model = open_model(ModelRef(id=str(make_tiny())), progress=SilentProgress())
-    for block in model.module.transformer_blocks:
-        block.norm1.emb.load_state_dict(model.module.transformer_blocks[0].norm1.emb.state_dict())
+    equal_embedders_of(model.module)
     with (
         tied_embedders(model.module, model.config["_class_name"]),
         low_rank(model.module, rank=2, alpha=None, seed=0) as parameters,

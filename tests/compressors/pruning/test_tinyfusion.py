@@ -2,20 +2,20 @@
 
 import pytest
 import torch
-from compress.calibration.diffusion import record
 from compress.compressors import registry
 from compress.compressors.base import Workspace
 from compress.compressors.recovery.matching import matched_blocks
 from compress.errors import PlanError, StageError
-from compress.models.open import open_model, read_spec
+from compress.models.open import read_spec
 from compress.models.origins import kept_blocks, removals
 from compress.progress import SilentProgress
 from compress.recipes.depth import TinyFusionSettings
-from compress.recipes.schema import CalibrationSettings, ModelRef
+from compress.recipes.schema import ModelRef
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-LIST = "transformer_blocks"
+from ...small_dits import LIST, Told, equal_embedders, opened, recorded, same_state, state_of
+
 EMBEDDER = f"{LIST}.2.norm1.emb.timestep_embedder.linear_1.weight"
 
 
@@ -25,33 +25,9 @@ def given(**changes):
     )
 
 
-class Told(SilentProgress):
-    def __init__(self, stop_at=None):
-        self.notes, self.steps, self.stop_at = [], 0, stop_at
-
-    def note(self, message):
-        self.notes.append(message)
-
-    def advance(self, units=1, detail=""):
-        self.steps += "step" in detail
-        if self.steps == self.stop_at:
-            raise KeyboardInterrupt
-
-
 @pytest.fixture
 def folder(make_tiny):
     return equal_embedders(make_tiny(num_layers=6, name="six"))
-
-
-def equal_embedders(path):
-    file = path / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    for name in tensors:
-        _, mark, rest = name.partition(".norm1.emb.")
-        if mark:
-            tensors[name] = tensors[f"{LIST}.0{mark}{rest}"].clone()
-    save_file(tensors, file)
-    return path
 
 
 @pytest.fixture
@@ -59,15 +35,8 @@ def prepared(folder, tmp_path):
     """Return `prepared(name="stage", path=folder) -> (model, calibration, workspace)`."""
 
     def make(name="stage", path=folder):
-        model = open_model(ModelRef(id=str(path)), progress=SilentProgress())
-        settings = {
-            "samples": 1, "steps": 1, "guidance_scale": 1.0,
-            "data": {"generate": 24, "steps": 2, "batch_size": 24},
-        }  # fmt: skip
-        calibration = record(
-            model, CalibrationSettings.model_validate(settings), seed=0, cache=tmp_path / "cache",
-            progress=SilentProgress(),
-        )  # fmt: skip
+        model = opened(path)
+        calibration = recorded(model, tmp_path / "cache", {"generate": 24, "steps": 2, "batch_size": 24})
         (tmp_path / name).mkdir(exist_ok=True)
         return model, calibration, Workspace(tmp_path / name, tmp_path)
 
@@ -78,10 +47,6 @@ def apply(model, calibration, workspace, settings, progress=None):
     return registry.get("tinyfusion").apply(
         model, settings, calibration, workspace, progress or SilentProgress()
     )
-
-
-def state_of(model):
-    return {name: value.clone() for name, value in model.module.state_dict().items()}
 
 
 @pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
@@ -140,7 +105,7 @@ def test_a_killed_search_ends_with_the_same_numbers(mode, prepared):
     before = state_of(model)
     with pytest.raises(KeyboardInterrupt):
         apply(model, calibration, workspace, given(mode=mode), Told(stop_at=8))
-    assert all(torch.equal(value, before[name]) for name, value in state_of(model).items())
+    assert same_state(model, before)
     model, calibration, workspace = prepared("killed")
     details = apply(model, calibration, workspace, given(mode=mode), told := Told())
     assert any("goes on after step 5" in note for note in told.notes)
@@ -187,8 +152,7 @@ def test_other_embedders_keep_block_0(folder, prepared):
 
 @pytest.mark.parametrize("class_name", ["PixArtTransformer2DModel", "SD3Transformer2DModel"])
 def test_other_families(class_name, make_tiny, tmp_path):
-    path = make_tiny(class_name, num_layers=4)
-    model = open_model(ModelRef(id=str(path)), progress=SilentProgress())
+    model = opened(make_tiny(class_name, num_layers=4))
     inputs = model.family.example_inputs(model.module, 6, torch.Generator().manual_seed(0))
     conditions = {
         name: value for name, value in inputs.items()
@@ -200,17 +164,8 @@ def test_other_families(class_name, make_tiny, tmp_path):
     side = model.config["sample_size"]
     latents = torch.randn(6, model.config["in_channels"], side, side)
     save_file({"latents": latents, **stored}, tmp_path / "mine.safetensors")
-    settings = {
-        "samples": 1,
-        "steps": 1,
-        "guidance_scale": 1.0,
-        "data": {"latents": tmp_path / "mine.safetensors"},
-    }
-    settings["embeddings"] = tmp_path / "mine.safetensors"
-    calibration = record(
-        model, CalibrationSettings.model_validate(settings), seed=0, cache=tmp_path / "cache",
-        progress=SilentProgress(),
-    )  # fmt: skip
+    mine = tmp_path / "mine.safetensors"
+    calibration = recorded(model, tmp_path / "cache", {"latents": mine}, embeddings=mine)
     (tmp_path / "stage").mkdir()
     before = state_of(model)
     details = apply(model, calibration, Workspace(tmp_path / "stage", tmp_path), given(batch_size=4, steps=4))

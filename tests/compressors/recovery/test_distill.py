@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 import torch
-from compress.calibration.diffusion import record
 from compress.calibration.diffusion_loss import task_for
 from compress.calibration.sampler import place
 from compress.compressors.base import Workspace
@@ -14,13 +13,15 @@ from compress.compressors.recovery.matching import matched_blocks
 from compress.compressors.recovery.noised import NoisedBatches
 from compress.compressors.recovery.tied import tied_embedders
 from compress.errors import PlanError, SourceError
-from compress.models.open import open_model, read_spec
+from compress.models.open import read_spec
 from compress.models.shallower import keep_blocks
 from compress.progress import SilentProgress
 from compress.recipes.recovery import MaskedDistillSettings
-from compress.recipes.schema import CalibrationSettings, ModelRef
+from compress.recipes.schema import ModelRef
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+
+from ...small_dits import Told, equal_embedders, opened, recorded, same_state, state_of
 
 DATA = {"generate": 48, "steps": 2, "guidance_scale": 1.0, "batch_size": 48}
 EMBEDDER = "transformer_blocks.{}.norm1.emb.timestep_embedder.linear_1.weight"
@@ -35,19 +36,7 @@ def given(**changes):
 @pytest.fixture
 def folder(make_tiny):
     """A DiT of six blocks whose copies of the embedder are equal, as trained ones are."""
-    path = make_tiny(num_layers=6, name="six")
-    file = path / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    for name in tensors:
-        _, mark, rest = name.partition(".norm1.emb.")
-        if mark:
-            tensors[name] = tensors[f"transformer_blocks.0{mark}{rest}"].clone()
-    save_file(tensors, file)
-    return path
-
-
-def opened(path):
-    return open_model(ModelRef(id=str(path)), device="cpu", progress=SilentProgress())
+    return equal_embedders(make_tiny(num_layers=6, name="six"))
 
 
 @pytest.fixture
@@ -56,11 +45,7 @@ def prepared(folder, tmp_path):
 
     def make(data=DATA, path=folder, kept=(0, 3, 4), name="stage"):
         model = opened(path)
-        settings = {"samples": 1, "steps": 1, "guidance_scale": 1.0, "data": data}
-        calibration = record(
-            model, CalibrationSettings.model_validate(settings), seed=0, cache=tmp_path / "cache",
-            progress=SilentProgress(),
-        )  # fmt: skip
+        calibration = recorded(model, tmp_path / "cache", data)
         calibration.training(model, None, SilentProgress()) if data else None
         if kept:
             keep_blocks(model, {"transformer_blocks": kept}, {"method": "test", "groups": "1:2"})
@@ -72,10 +57,6 @@ def prepared(folder, tmp_path):
 
 def apply(model, calibration, workspace, settings, progress=None):
     return Distill().apply(model, settings, calibration, workspace, progress or SilentProgress())
-
-
-def state_of(model):
-    return {name: value.clone() for name, value in model.module.state_dict().items()}
 
 
 def distance(model, path):
@@ -191,32 +172,15 @@ def test_what_is_drawn_does_not_depend_on_parts_or_steps_before(prepared):
 def test_a_killed_training_ends_with_the_same_bytes(prepared):
     whole, calibration, workspace = prepared()
     apply(whole, calibration, workspace, given())
-
-    class Killed(SilentProgress):
-        steps = 0
-
-        def advance(self, units=1, detail=""):
-            self.steps += "step" in detail
-            if self.steps == 8:
-                raise KeyboardInterrupt
-
     model, calibration, workspace = prepared(name="killed")
     before = state_of(model)
     with pytest.raises(KeyboardInterrupt):
-        apply(model, calibration, workspace, given(), Killed())
+        apply(model, calibration, workspace, given(), Told(stop_at=8))
     model, calibration, workspace = prepared(name="killed")
-    assert all(torch.equal(value, before[name]) for name, value in state_of(model).items())
-
-    class Told(SilentProgress):
-        notes = ()
-
-        def note(self, message):
-            self.notes = (*self.notes, message)
-
-    told = Told()
-    apply(model, calibration, workspace, given(), told)
+    assert same_state(model, before)
+    apply(model, calibration, workspace, given(), told := Told())
     assert any("goes on after step 5" in note for note in told.notes)
-    assert all(torch.equal(value, state_of(whole)[name]) for name, value in state_of(model).items())
+    assert same_state(model, whole.module.state_dict())
 
 
 def test_copies_of_the_embedder_stay_equal_and_their_own(prepared, folder, tmp_path):
@@ -327,14 +291,8 @@ def test_other_denoisers_learn_as_well(prepared, make_tiny, tmp_path, class_name
     save_file(tensors, tmp_path / "mine.safetensors")
     save_file(prompt, tmp_path / "prompt.safetensors")
     model = opened(path)
-    settings = {
-        "samples": 1, "steps": 1, "guidance_scale": 1.0, "embeddings": tmp_path / "prompt.safetensors",
-        "data": {"latents": tmp_path / "mine.safetensors"},
-    }  # fmt: skip
-    calibration = record(
-        model, CalibrationSettings.model_validate(settings), seed=0, cache=tmp_path / "cache",
-        progress=SilentProgress(),
-    )  # fmt: skip
+    data, prompts = {"latents": tmp_path / "mine.safetensors"}, tmp_path / "prompt.safetensors"
+    calibration = recorded(model, tmp_path / "cache", data, embeddings=prompts)
     keep_blocks(model, {"transformer_blocks": (0, 2)}, {"method": "test"})
     (tmp_path / "stage").mkdir()
     workspace = Workspace(tmp_path / "stage", tmp_path, original=lambda: opened(path))
