@@ -11,10 +11,16 @@ from compress.models.registry import family_for
 from compress.recipes.patterns import select
 from compress.recipes.schema import ModelRef
 
+from ..dit_xl import CONFIG, FIGURES, POSITIONS, WHOLE
+
 CLASS = "DiTTransformer2DModel"
+# Nothing but what the class does not assume by itself.
 XL = {
-    "_class_name": CLASS, "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72,
-    "in_channels": 4, "out_channels": 8, "sample_size": 32, "patch_size": 2, "num_embeds_ada_norm": 1000,
+    name: CONFIG[name]
+    for name in (
+        "_class_name", "num_layers", "num_attention_heads", "attention_head_dim", "in_channels",
+        "out_channels", "sample_size", "patch_size", "num_embeds_ada_norm",
+    )
 }  # fmt: skip
 
 
@@ -25,24 +31,21 @@ def xl(tmp_path):
 
 
 def test_published_size(xl):
-    assert xl.parameters_stored == 749_826_464
-    assert xl.parameters == 674_834_720
-    assert abs(xl.parameters / 675e6 - 1) < 0.005
+    assert (xl.parameters_stored, xl.parameters) == (WHOLE.parameters_stored, WHOLE.parameters)
+    assert xl.parameters + POSITIONS == WHOLE.published
     assert xl.size().bytes == 2 * xl.parameters
 
 
 def test_published_work(xl):
-    assert xl.family.macs(xl.config) == pytest.approx(118.7e9, rel=0.005)
-    assert xl.family.macs(xl.config, attention_products=False) == pytest.approx(114.44e9, rel=0.001)
+    assert xl.family.macs(xl.config) == pytest.approx(WHOLE.macs, rel=0.005)
+    assert xl.family.macs(xl.config, attention_products=False) == pytest.approx(WHOLE.linear_macs, rel=0.001)
 
 
-@pytest.mark.parametrize(
-    ("layers", "with_products", "without"), [(19, 80.5e9, 77.66e9), (7, 29.7e9, 28.62e9)]
-)
-def test_work_of_shallower_models(xl, layers, with_products, without):
+@pytest.mark.parametrize(("layers", "told"), FIGURES.items())
+def test_work_of_shallower_models(xl, layers, told):
     config = dict(xl.config) | {"num_layers": layers}
-    assert xl.family.macs(config) == pytest.approx(with_products, rel=0.005)
-    assert xl.family.macs(config, attention_products=False) == pytest.approx(without, rel=0.001)
+    assert xl.family.macs(config) == pytest.approx(told.macs, rel=0.005)
+    assert xl.family.macs(config, attention_products=False) == pytest.approx(told.linear_macs, rel=0.001)
 
 
 def test_shares_of_the_xl_model(xl):

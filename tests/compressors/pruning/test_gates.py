@@ -11,6 +11,7 @@ from compress.compressors.recovery.tied import tied_embedders
 from compress.errors import PlanError
 from torch import nn
 
+from ...dit_xl import CONFIG, WHOLE
 from ...small_dits import LIST, equal_embedders_of
 
 ANNEALING = Annealing((4.0, 0.1), (100.0, 100.0), 11)
@@ -152,17 +153,14 @@ def test_of_dit_xl_a_hundredth_learns():
     from diffusers import DiTTransformer2DModel
 
     with torch.device("meta"):
-        module = DiTTransformer2DModel(
-            num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=28,
-            sample_size=32, num_embeds_ada_norm=1000,
-        )  # fmt: skip
+        module = DiTTransformer2DModel.from_config(CONFIG)
     copies = frozenset(
         name for name, _ in module.named_parameters()
         if ".norm1.emb." in name and not name.startswith(f"{LIST}.0.")
     )  # fmt: skip
     learned = low_rank_parameters(module, 8, copies)
     stored = sum(item.numel() for name, item in module.named_parameters() if name not in copies)
-    assert stored == 674_834_720 and learned == pytest.approx(6.52e6, rel=1e-3)
+    assert stored == WHOLE.parameters and learned == pytest.approx(6.52e6, rel=1e-3)
     assert 0.0085 < learned / stored < 0.01
 
 
