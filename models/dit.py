@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .base import AS_CONFIGURED, FoldGroup, Shapes
+from .blocks import EMBEDDER
 from .diffusion_structure import attention_width, diffusion_structure, inner_width
 from .shapes import TIMESTEP_CHANNELS
 from .structure import PrunableStructure
@@ -112,10 +113,10 @@ class DiTFamily(DiffusionTransformer):
         """Every block holds a copy of the one embedder; the head reads block 0's."""
         layers = range(int(config["num_layers"]))
         return [
-            tuple(f"transformer_blocks.{index}.norm1.emb.{tensor}" for index in layers)
+            tuple(f"transformer_blocks.{index}.{EMBEDDER}.{tensor}" for index in layers)
             for tensor in _EMBEDDER_TENSORS
         ]
 
     def default_keep(self) -> tuple[str, ...]:
         """Embedders and head (the paper's t_embedder and final_layer)."""
-        return ("*.norm1.emb.*", "proj_out_1", "proj_out_2")
+        return (f"*.{EMBEDDER}.*", "proj_out_1", "proj_out_2")
