@@ -24,6 +24,7 @@ from .errors import PlanError
 from .evaluation.by_task import Measurer, evaluator_for
 from .evaluation.evaluator import Evaluation
 from .evaluation.reference import Reference
+from .evaluation.speed import measure_speed
 from .exporters.formats import as_shipped, write
 from .fitting_data import stage_data
 from .images_ahead import RunImages, images_of
@@ -103,6 +104,7 @@ def _variant(
     same = "the model itself" if shipped is product.model else own
     if same not in measured:
         measured[same] = evaluator.compare(shipped, reference, state.progress)
+        _add_speed(state, product, shipped, measured[same])
     found = measured[same]
     evaluation = replace(
         found, metrics=dict(found.metrics), images=_with_those_between(found.images, product.samples)
@@ -111,6 +113,18 @@ def _variant(
     del shipped  # the tensors of this variant; the next one makes its own
     return_freed_memory()
     return variant
+
+
+def _add_speed(state: Run, product: Product, shipped: OpenModel, evaluation: Evaluation) -> None:
+    """Time original and result, where the recipe asks for it; or take over what is known of them."""
+    settings, seed = state.recipe.evaluate.speed, state.recipe.seed
+    if settings is None:
+        return
+    found = state.recorded_speed
+    if found is None:
+        original = Reopener(state.recipe.model, product.device, None)()
+        found = measure_speed(original, shipped.module, settings, seed, state.progress)
+    evaluation.add_speed(found)
 
 
 def _with_those_between(images: Mapping[str, Tensor], between: Mapping[str, Tensor]) -> dict[str, Tensor]:

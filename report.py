@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import SourceError
 from .exporters.verify import MAX_REPORT_BYTES, REPORT_NAME
+from .models.origins import all_removals, blocks_of_first
 from .runtime.cpu import processor
 from .runtime.validate import read_json
 from .version import __version__
@@ -28,6 +29,7 @@ TOP_KEYS = ("recipe", "model", "stages", "evaluation", "gates", "export", "envir
 TIMING_KEYS = frozenset(
     {
         "seconds", "cpu_seconds", "peak_rss_bytes", "peak_accelerator_bytes", "resumed", "finished_at",
+        "original_seconds", "speedup",
     }
 )  # fmt: skip
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "torchao", "scipy")
@@ -204,8 +206,16 @@ def describe_model(spec: ModelSpec) -> dict[str, Any]:
         "dtype": str(spec.dtype).removeprefix("torch."),
         "hashes": dict(spec.source.hashes),
         **spec.source.card.to_json(),
+        **_depth_of(spec.source.origins),
         **spec.size().to_json(),
     }
+
+
+def _depth_of(origins: str | None) -> dict[str, Any]:
+    """Say of a source which blocks earlier runs left of the very first model, and from what they came."""
+    if origins is None:
+        return {}
+    return {"depth": {"blocks": blocks_of_first(origins), "removals": all_removals(origins)}}
 
 
 def read_report(folder: Path) -> dict[str, Any]:

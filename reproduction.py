@@ -217,6 +217,7 @@ def _check_source(origin: Origin, progress: Progress) -> checkpoints.Checkpoint:
 def _run_again(origin: Origin, scratch: Path, progress: Progress) -> tuple[dict[str, Any], dict[str, str]]:
     """Carry out the recipe below `scratch`; return the new report and name -> SHA-256 of what it wrote."""
     from . import execution, planning
+    from .evaluation.speed import recorded_speed
     from .state import Run, Warnings
 
     recipe, environment = origin.loaded.recipe, recorded_environment(origin.report)
@@ -233,6 +234,7 @@ def _run_again(origin: Origin, scratch: Path, progress: Progress) -> tuple[dict[
     state = Run(
         origin.loaded, WorkDirectory(scratch / "work"), Warnings(progress),
         fresh=True, overwrite=False, strict=False, recorded_recipe=origin.report["recipe"],
+        recorded_speed=recorded_speed(origin.report.get("evaluation")),
     )  # fmt: skip
 
     def place(_: ExportSettings) -> Path:

@@ -42,6 +42,8 @@ class Run:
         overwrite: replace output folders that compress wrote; None: as each export says.
         recorded_recipe: what the reports give as `recipe`; None: the recipe itself.
         workers: processes that a stage may use.
+        recorded_speed: what the report says of speed instead of measuring it: no time comes again, and
+            everything else of a reproduced folder should; None: it is measured, if the recipe asks for it.
     """
 
     loaded: LoadedRecipe
@@ -52,6 +54,7 @@ class Run:
     strict: bool
     recorded_recipe: dict[str, Any] | None = None
     workers: int = 1
+    recorded_speed: dict[str, Any] | None = None
     started: Started = field(default_factory=Started)
 
     @property

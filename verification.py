@@ -19,6 +19,7 @@ from .evaluation.agreement import Agreement, compare_metrics
 from .evaluation.by_task import evaluator_for
 from .evaluation.evaluator import Evaluation
 from .evaluation.size import size_metrics
+from .evaluation.speed import measure_speed
 from .execution import resolve_device
 from .exporters.form import stored_surgery
 from .exporters.fresh_process import verify_export
@@ -143,9 +144,12 @@ def _measure(
     evaluator = evaluator_for(model, recipe.evaluate, recipe.seed, recipe.calibration)
     reference = evaluator.reference(model, None, progress)
     loaded = _load(folder, exported["export"]["format"], model)
-    model.module, model.quantization = loaded.module.to(device), loaded.quantization
-    model.surgery = loaded.surgery
+    module, speed = loaded.module.to(device), recipe.evaluate.speed
+    taken = measure_speed(model, module, speed, recipe.seed, progress) if speed is not None else None
+    model.module, model.quantization, model.surgery = module, loaded.quantization, loaded.surgery
     evaluation = evaluator.compare(model, reference, progress)
+    if taken is not None:
+        evaluation.add_speed(taken)
     evaluation.metrics.update(size_metrics(model, loaded.stored_bytes))
     return evaluation
 

@@ -25,6 +25,7 @@ from ..models.base import OpenModel
 from ..models.builtin.classifier import Scorer, load_scorer
 from ..models.builtin.data import CLASS_NAMES
 from ..progress import Progress, step, track
+from ..recipes.gates import SPEEDUP
 from ..recipes.schema import CalibrationSettings, EvaluateSettings, FidelitySettings, QualitySettings
 from .call_store import CallWriter, take, to_device
 from .layers import Powers
@@ -57,6 +58,11 @@ class Evaluation:
     details: dict[str, Any] = field(default_factory=dict)
     images: dict[str, Tensor] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+
+    def add_speed(self, found: Mapping[str, Any]) -> None:
+        """Add what `speed.measure_speed` returned."""
+        self.details["speed"] = dict(found)
+        self.metrics[SPEEDUP] = found["speedup"]
 
 
 def _is_pixel_space(model: OpenModel) -> bool:

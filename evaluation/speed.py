@@ -1,14 +1,23 @@
-"""How long one forward takes, original and compressed measured in turn."""
+"""How long one forward takes, original and compressed measured in turn.
+
+What was measured belongs to a machine and a moment: it is reported, but no second run gives it again.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..models.base import OpenModel
+from ..progress import Progress, step
+from ..recipes.schema import SpeedSettings
+from ..runtime.cpu import processor
+
+_FIGURES = ("original_seconds", "seconds", "speedup")
 
 
 def interleaved_minima(
@@ -61,7 +70,7 @@ def forward_latency(
         synchronize: waits for the device; `torch.cuda.synchronize` on a GPU.
 
     Returns:
-        ``original_seconds``, ``compressed_seconds`` and ``speedup`` (above 1: compressed is faster).
+        ``original_seconds``, ``seconds`` of the compressed one, and ``speedup`` (above 1: it is faster).
     """
     generator = torch.Generator().manual_seed(seed)
     inputs = original.family.example_inputs(original.module, batch, generator)
@@ -71,4 +80,46 @@ def forward_latency(
         synchronize()
 
     before, after = interleaved_minima([lambda: run(original.module), lambda: run(compressed)], rounds=rounds)
-    return {"original_seconds": before, "compressed_seconds": after, "speedup": before / after}
+    return {"original_seconds": before, "seconds": after, "speedup": before / after}
+
+
+def measure_speed(
+    original: OpenModel, module: nn.Module, settings: SpeedSettings, seed: int, progress: Progress
+) -> dict[str, Any]:
+    """Return the report's `evaluation.speed`: settings, where, and what `forward_latency` says.
+
+    Args:
+        original: before any stage, on the device of the other.
+        module: what was made of it.
+        settings: how to measure.
+        seed: of the random input.
+        progress: of the run.
+    """
+    device = next(original.module.parameters()).device
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    with step(progress, "speed of one forward"):
+        found = forward_latency(
+            original, module, batch=settings.batch_size, rounds=settings.rounds, seed=seed,
+            synchronize=synchronize,
+        )  # fmt: skip
+    figures = {name: float(f"{found[name]:.4g}") for name in _FIGURES}
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()[0]
+    return {**settings.model_dump(mode="json"), "on": on, "threads": torch.get_num_threads(), **figures}
+
+
+def recorded_speed(evaluation: Any) -> dict[str, Any] | None:
+    """Return what an earlier run's report says of speed; None where it says nothing that is usable.
+
+    Args:
+        evaluation: the report's `evaluation`, as read.
+    """
+    found = evaluation.get("speed") if isinstance(evaluation, dict) else None
+    if not isinstance(found, dict) or set(found) != {*SpeedSettings.model_fields, "on", "threads", *_FIGURES}:
+        return None
+    numbers = [value for name, value in found.items() if name != "on"]
+    usable = all(isinstance(value, int | float) and value > 0 for value in numbers)
+    return found if usable and isinstance(found["on"], str) else None

@@ -91,6 +91,8 @@ def _rows(subject: Subject) -> list[tuple[str, str, str]]:
     if "linear_bytes_ratio" in metrics:
         what = "quantized layers of the blocks, share of bfloat16"
         rows.append((what, "1", f"{metrics['linear_bytes_ratio']:.4f}"))
+    if "speed" in subject.document["evaluation"]:
+        rows.append(_speed_row(subject.document["evaluation"]["speed"]))
     of_logits = "perplexity" in metrics or "top1_agreement" in metrics
     for name, text, form in _METRIC_ROWS:
         if name in metrics:
@@ -105,6 +107,12 @@ def _rows(subject: Subject) -> list[tuple[str, str, str]]:
         rows.append(("class agreement", before, after))
         rows.append(("feature FID", f"{metrics['fid_original']:.3f}", f"{metrics['fid']:.3f}"))
     return rows
+
+
+def _speed_row(speed: Mapping[str, Any]) -> tuple[str, str, str]:
+    text = f"one forward of {speed['batch_size']}, shortest of {speed['rounds']}, milliseconds"
+    before, after = (f"{1000 * speed[name]:.4g}" for name in ("original_seconds", "seconds"))
+    return text, before, f"{after} ({speed['speedup']:.2f} times as fast)"
 
 
 def _classifier_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -75,5 +75,15 @@ def limits(subject: Subject) -> Iterator[str]:
         yield from (products, "  in floating point.")
     elif not prunings(subject.document):
         yield from (f"{products} as in the", "  original.")
-    yield "- No speed was measured in this run; small widths and small batches gain little or lose."
+    yield from _speed(subject)
     yield ""
+
+
+def _speed(subject: Subject) -> Iterator[str]:
+    found = subject.document["evaluation"].get("speed")
+    if found is None:
+        yield "- No speed was measured in this run; small widths and small batches gain little or lose."
+        return
+    threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
+    yield f"- The times above are those of {found['on']}, {threads}, original and checkpoint in turn."
+    yield "  Other machines and other batches gain more or less; small widths gain little or lose."

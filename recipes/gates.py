@@ -13,6 +13,8 @@ from typing import Any
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import core_schema
 
+SPEEDUP = "speedup"
+"""The one metric that another run of the same recipe does not give again."""
 METRICS: Mapping[str, str] = MappingProxyType(
     {
         "size_ratio": "tensor bytes of the result / tensor bytes of the original",
@@ -38,6 +40,7 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "accuracy_original": "the same share of the original",
         "accuracy_drop": "accuracy_original - accuracy",
         "top1_agreement": "share of the images that the result and the original give the same class, 0 to 1",
+        SPEEDUP: "shortest time of one forward of the original / that of the result, on the run's machine",
         "max_abs_error": "largest difference between the reopened folder's outputs and the model's in memory",
     }
 )
@@ -52,7 +55,7 @@ _SAMPLES = ("class_agreement", "class_agreement_original", "class_agreement_drop
 _QUALITY = (*_SAMPLES, *_ACCURACY)
 DENOISER_ONLY = (*_IMAGES_ONLY, *_SAMPLES)
 NEEDS: Mapping[str, str] = MappingProxyType(
-    {**dict.fromkeys(_FIDELITY, "fidelity"), **dict.fromkeys(_QUALITY, "quality")}
+    {**dict.fromkeys(_FIDELITY, "fidelity"), **dict.fromkeys(_QUALITY, "quality"), SPEEDUP: "speed"}
 )
 """Metric -> the key of `evaluate` without which it is not measured; the others always are."""
 

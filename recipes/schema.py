@@ -159,6 +159,13 @@ class QualitySettings(_Settings):
     batch_size: int = Field(100, ge=1, description="Samples that are computed together.")
 
 
+class SpeedSettings(_Settings):
+    """Time of one forward at the model's reference input: original and result in turn, both in memory."""
+
+    batch_size: int = Field(1, ge=1, le=65536, description="Items of a forward.")
+    rounds: int = Field(7, ge=2, le=10_000, description="How often each is timed; the shortest counts.")
+
+
 class EvaluateSettings(_Settings):
     """What is measured before the result is written."""
 
@@ -170,6 +177,9 @@ class EvaluateSettings(_Settings):
         description="Class agreement and Frechet distance, or a classifier's accuracy; null: not measured.",
     )
     layers: bool = Field(True, description="Measure the error of every compressed layer for the report.")
+    speed: SpeedSettings | None = Field(
+        None, description="Time of one forward before and after, on this machine; null: not measured."
+    )
 
 
 def settings_class(method: str) -> type[StageSettings] | None:

@@ -36,8 +36,8 @@ def result(tiny_cache, tmp_path_factory):
         "seed: 5\n"
         "calibration: {samples: 2, steps: 2, embeddings: data/words.safetensors}\n"
         "stages:\n  - vidit_q: {weight_bits: 4, activation_bits: 8, rotation: none}\n"
-        "evaluate: {fidelity: {samples: 2, steps: 2}}\n"
-        "require: {sqnr_db: '>= 1'}\n"
+        "evaluate: {fidelity: {samples: 2, steps: 2}, speed: {rounds: 2}}\n"
+        "require: {sqnr_db: '>= 1', speedup: '> 0'}\n"
         "export: [{path: out/ours}, {path: out/plain, format: dequantized}]\n"
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -78,6 +78,8 @@ def test_every_file_comes_out_again(place, name):
     before = _names(place)
     found = reproduce("elsewhere")
     assert found["reproduced"] is True and found["differences"] == []
+    card = (place / "elsewhere" / "README.md").read_text()
+    assert "times as fast" in card and "original and checkpoint in turn" in card
     assert all(row["equal"] and row["measured"] == row["expected"] for row in found["files"])
     names = {row["name"] for row in found["files"]}
     assert {

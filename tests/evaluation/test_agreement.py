@@ -96,6 +96,11 @@ def test_a_recorded_figure_must_be_measured_again_and_a_new_one_says_nothing():
     assert compare({"new": 1.0}).holds
 
 
+def test_a_time_is_held_against_nothing():
+    found = compare_metrics({"bytes": 5, "speedup": 2.0}, {"bytes": 5, "speedup": 1.0}, quality_samples=None)
+    assert found.holds and [row.metric for row in found.rows] == ["bytes"]
+
+
 def test_the_farthest_is_named():
     text = compare({"sqnr_db": 21.6, "ssim": 0.959}).text
     assert text.startswith(

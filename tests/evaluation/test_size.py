@@ -1,9 +1,16 @@
 """Sizes from the tensors themselves."""
 
+import copy
+import json
+
 import pytest
 import torch
+from compress.evaluation.evaluator import Evaluation
 from compress.evaluation.size import linear_bytes, linear_inventory, size_metrics
-from compress.evaluation.speed import forward_latency, interleaved_minima
+from compress.evaluation.speed import forward_latency, interleaved_minima, measure_speed, recorded_speed
+from compress.progress import SilentProgress
+from compress.recipes.schema import SpeedSettings
+from compress.runtime.cpu import processor
 from compress.runtime.linear import QuantizedLinear
 from compress.runtime.manifest import ActivationScheme, QuantizedModule
 
@@ -101,4 +108,26 @@ def test_the_clock_is_the_caller_s():
 def test_latency_of_a_model_against_itself(open_tiny):
     model = open_tiny()
     figures = forward_latency(model, model.module, rounds=2)
-    assert figures["speedup"] == pytest.approx(figures["original_seconds"] / figures["compressed_seconds"])
+    assert figures["speedup"] == pytest.approx(figures["original_seconds"] / figures["seconds"])
+
+
+def test_speed_is_reported_with_where_it_was_measured(open_tiny):
+    model, settings = open_tiny(), SpeedSettings(batch_size=2, rounds=2)
+    found = json.loads(json.dumps(measure_speed(model, model.module, settings, 0, SilentProgress())))
+    assert found["speedup"] == pytest.approx(found["original_seconds"] / found["seconds"], rel=0.01)
+    assert (found["batch_size"], found["rounds"], found["on"]) == (2, 2, processor()[0])
+    evaluation = Evaluation()
+    evaluation.add_speed(found)
+    assert evaluation.metrics == {"speedup": found["speedup"]}
+    assert recorded_speed(evaluation.details) == found
+    for damage in ({"speedup": "fast"}, {"on": 3}, {"seconds": -1.0}, {"more": 1}):
+        assert recorded_speed({"speed": {**found, **damage}}) is None
+    assert recorded_speed({}) is None and recorded_speed(None) is None
+
+
+def test_fewer_blocks_take_less_time(open_tiny):
+    model = open_tiny()
+    fewer = copy.deepcopy(model.module)
+    fewer.transformer_blocks = fewer.transformer_blocks[:1]
+    found = measure_speed(model, fewer, SpeedSettings(rounds=20), 0, SilentProgress())
+    assert found["speedup"] > 1
