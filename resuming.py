@@ -22,8 +22,8 @@ def resume(model: OpenModel, folder: Path) -> None:
     """Put the checkpoint of a finished stage in the place of the module that was opened."""
     module, manifest = read_checkpoint(folder)
     attachments = read_attachments(folder)
-    if DEPTH_FILE in attachments:
-        kept = kept_blocks(attachments[DEPTH_FILE])
+    kept = kept_blocks(attachments[DEPTH_FILE]) if DEPTH_FILE in attachments else {}
+    if kept:
         model.shared = dict(shallower_spec(model.spec, kept).shared)
         # Of the model as it was opened: it may have taken the place of an earlier stage since.
         model.config = shallower_config(model.spec.config, kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from ..models.origins import NAME as DEPTH_FILE
@@ -13,6 +14,7 @@ from .depth_table import (
     RULES,
     Document,
     blocks_of,
+    earlier,
     groups_told,
     is_learned,
     left_of_original,
@@ -24,7 +26,7 @@ from .pruning_table import change
 
 
 def removed_blocks(stages: Sequence[Document], subject: Subject) -> Iterator[str]:
-    """Yield what is told of stages that removed blocks, or nothing where there are none.
+    """Yield what is told of stages that removed blocks, here or in earlier runs, or nothing without any.
 
     Args:
         stages: of `depth_table.removals`.
@@ -34,7 +36,12 @@ def removed_blocks(stages: Sequence[Document], subject: Subject) -> Iterator[str
         before = "the original" if number == 0 else "the model before this stage"
         yield from _stage(stage, before)
     if stages:
-        yield from _origin(subject, len(stages))
+        yield from _origin(subject)
+    before = earlier(subject.document)
+    if before:
+        yield from _earlier(subject, before["removals"])
+    if len(stages) > 1 or before:
+        yield from _left(subject, len(stages))
 
 
 def _stage(stage: Document, before: str) -> Iterator[str]:
@@ -97,15 +104,33 @@ def _groups(details: Document) -> Iterator[str]:
         yield ""
 
 
-def _origin(subject: Subject, number: int) -> Iterator[str]:
+def _origin(subject: Subject) -> Iterator[str]:
     model, revision = subject.model, subject.source_revision
-    left = left_of_original(subject.document)
     at = f", revision {code(revision)}" if revision else ""
     yield f"The blocks come from {code(subject.source)}{at}; {code(DEPTH_FILE)} beside the weights says which"
     yield f"ones they were. The config gives the new depth: {code(model['class'])} builds just the blocks"
     yield from ("that the weights are for.", "")
-    if number > 1:
-        yield f"After all {number} removals these are left, counted as in the original:"
-        yield ""
-        rows = [(code(row.name), row.of, len(row.kept), places_told(row.kept)) for row in left]
-        yield from table(("blocks", "original", "left", "places"), rows)
+
+
+def _earlier(subject: Subject, removed: Sequence[Document]) -> Iterator[str]:
+    """Tell of removals in runs before, of which the source says something in a file of its own."""
+    told = []
+    for one in removed:
+        method, parent = (str(one.get(key, "")) for key in ("method", "parent"))
+        path = PurePath(parent)
+        told.append(f"{code(method)} on {code(path.name if path.is_absolute() else parent)}")
+    yield f"{code(subject.source)} had lost blocks already, in earlier runs: {', then '.join(told)}."
+    yield ""
+
+
+def _left(subject: Subject, number: int) -> Iterator[str]:
+    total = number + len(earlier(subject.document).get("removals", ()))
+    what = f"all {total} removals" if total > 1 else "that"
+    first = ", which is the model that the first of them began with" if total > number else ""
+    yield f"After {what} these are left, counted as in the original{first}:"
+    yield ""
+    rows = [
+        (code(row.name), row.of, len(row.kept), places_told(row.kept))
+        for row in left_of_original(subject.document)
+    ]
+    yield from table(("blocks", "original", "left", "places"), rows)

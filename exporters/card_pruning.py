@@ -7,7 +7,7 @@ from typing import Any
 
 from .card_depth import removed_blocks
 from .card_subject import Subject
-from .depth_table import removals
+from .depth_table import earlier, removals
 from .markdown import code, sentence, table
 from .pruning_table import (
     Document,
@@ -42,11 +42,11 @@ _LOSSES = {
 def pruning(subject: Subject) -> Iterator[str]:
     """Yield the section on what was removed and trained, or nothing where nothing was."""
     found, trained = prunings(subject.document), recoveries(subject.document)
-    shorter = removals(subject.document)
+    shorter = removals(subject.document) or earlier(subject.document)
     if not found and not trained and not shorter:
         return
     yield from ("## What was removed" if found or shorter else "## What was trained", "")
-    yield from removed_blocks(shorter, subject)
+    yield from removed_blocks(removals(subject.document), subject)
     for stage in found:
         yield from _stage(stage)
     yield from _recovery(trained)

@@ -79,13 +79,22 @@ def rows_of(told: Mapping[str, Document]) -> list[Blocks]:
 
 
 def left_of_original(document: Document) -> list[Blocks]:
-    """Return the lists that became shorter, with the places in the original of what all stages left."""
-    found: dict[str, Blocks] = {}
+    """Return the lists that became shorter, with the places in the original of what is left.
+
+    Where the run began with what earlier ones had made shorter, the original is what those began with.
+    """
+    found = {row.name: row for row in rows_of(earlier(document).get("blocks", {}))}
     for stage in removals(document):
         for row in blocks_of(stage["details"]):
             before = found.get(row.name, Blocks(row.name, row.of, tuple(range(row.of))))
             found[row.name] = Blocks(row.name, before.of, tuple(before.kept[place] for place in row.kept))
     return list(found.values())
+
+
+def earlier(document: Document) -> Document:
+    """Return what the source of a run says of blocks that went before: `blocks`, `removals`; or nothing."""
+    found: Document = document["model"].get("depth", {})
+    return found
 
 
 def named(rows: Sequence[Blocks]) -> list[tuple[str, Blocks]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import SourceError
 from ..models.origins import NAME as DEPTH_FILE
-from ..models.origins import blocks_before, kept_blocks
+from ..models.origins import blocks_of_first
 from ..runtime.fetch import fetch
 from ..runtime.manifest import ActivationScheme, QuantizedModule
 from ..runtime.validate import (
@@ -74,8 +74,7 @@ def _depth(folder: Path) -> dict[str, dict[str, Any]]:
     text = read_attachments(folder).get(DEPTH_FILE)
     if text is None:
         return {}
-    before = blocks_before(text)
-    return {name: {"of": before[name], "kept": list(kept)} for name, kept in kept_blocks(text).items()}
+    return blocks_of_first(text)
 
 
 def foreign_schemes(folder: Path) -> dict[str, QuantizedModule]:

@@ -114,6 +114,8 @@ class Source:
         revision: Hub commit, None for a folder.
         hashes: file name -> SHA-256 of every weight file.
         card: what it says about itself.
+        origins: what it says of blocks that earlier runs removed, as `origins.handed_on` writes it; None:
+            it is the whole model, as far as it says.
     """
 
     id: str
@@ -121,6 +123,7 @@ class Source:
     revision: str | None = None
     hashes: Mapping[str, str] = field(default_factory=dict)
     card: SourceCard = SourceCard()
+    origins: str | None = None
 
 
 class Family(ABC):
@@ -351,7 +354,9 @@ class OpenModel:
     @property
     def changed(self) -> bool:
         """Whether a stage has changed the model since it was opened."""
-        return bool(self.history or self.quantization or self.surgery or self.attachments)
+        # What earlier runs removed is told in a file that the model was opened with.
+        written = any(self.attachments[name] != self.source.origins for name in self.attachments)
+        return bool(self.history or self.quantization or self.surgery or written)
 
     def linears(self) -> Sequence[LinearSite]:
         """The family's linears of the module as it is now."""

@@ -9,12 +9,13 @@ from ..errors import SourceError
 from ..runtime.fetch import DENOISERS
 from ..runtime.hub_errors import translated
 from .companions import NAMES
+from .origins import NAME as DEPTH_FILE
 
 # `*` also matches slashes on the Hub, so the folders are named one by one.
+_OF_COMPONENT = ("config.json", "*.safetensors.index.json", DEPTH_FILE)
 _CONFIG_PATTERNS = (
     "config.json", "model_index.json", "scheduler/scheduler_config.json", "*.safetensors.index.json",
-    *(f"{name}/{file}" for name in DENOISERS for file in ("config.json", "*.safetensors.index.json")),
-    "README.md", *NAMES,
+    *(f"{name}/{file}" for name in DENOISERS for file in _OF_COMPONENT), "README.md", DEPTH_FILE, *NAMES,
 )  # fmt: skip
 # The licence is inherited: the card names it, these hold its text. They say by patterns what
 # `source_card.is_text_name` says: at the top, and .md, .txt or no suffix at all.
@@ -38,7 +39,7 @@ def fetch_configs(repo_id: str, revision: str | None, subfolder: str | None) -> 
     """
     patterns = [*_CONFIG_PATTERNS, *_TEXT_PATTERNS]
     if subfolder:
-        names = ("config.json", "*.safetensors.index.json", *NAMES)
+        names = (*_OF_COMPONENT, *NAMES)
         patterns += [f"{subfolder}/{name}" for name in names]
     folder = fetch(repo_id, revision, patterns, ignore=_NO_TEXT_PATTERNS)
     return folder, folder.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from .base import Family, ModelSpec, OpenModel, Source, TensorSpec, count_parame
 from .building import empty_module
 from .checkpoint import Checkpoint, locate, read_json
 from .headers import TensorHeader, by_file
+from .inherited import inherited
+from .origins import NAME as DEPTH_FILE
 from .registry import family_for
 from .scan import CHUNK_BYTES, count_not_finite, read_exactly, refuse_not_finite
 from .shapes import expected_shapes
@@ -74,12 +77,13 @@ def open_model(
     _tie(module, spec)
     shared = _equal_copies(module, spec, progress)
     module = module.to(target).eval().requires_grad_(False)
-    source = Source(checkpoint.id, checkpoint.folder, checkpoint.revision, hashes, checkpoint.card)
+    source = replace(spec.source, hashes=hashes)
     shapes = {name: tensor.shape for name, tensor in spec.tensors.items()}
     spec = spec.evolve(source=source, shared=shared, parameters=count_parameters(spec.config, shapes, shared))
     return OpenModel(
         module=module, family=spec.family, config=dict(spec.config), source=source, spec=spec,
         scheduler=_scheduler(checkpoint.scheduler), shared=dict(shared),
+        attachments={} if source.origins is None else {DEPTH_FILE: source.origins},
     )  # fmt: skip
 
 
@@ -93,7 +97,13 @@ def _spec(checkpoint: Checkpoint, ref: ModelRef) -> ModelSpec:
     return ModelSpec(
         family=family,
         config=checkpoint.config,
-        source=Source(checkpoint.id, checkpoint.folder, checkpoint.revision, card=checkpoint.card),
+        source=Source(
+            checkpoint.id,
+            checkpoint.folder,
+            checkpoint.revision,
+            card=checkpoint.card,
+            origins=inherited(checkpoint.folder, checkpoint.config),
+        ),
         dtype=dtype,
         tensors=tensors,
         shared=shared,

@@ -1,4 +1,8 @@
-"""Where the blocks of a shallower model come from: a small file beside its weights. Torch-free."""
+"""Where the blocks of a shallower model come from: a small file beside its weights. Torch-free.
+
+What a run removed is counted from the model that it began with. Where blocks had gone from that already, in
+runs before, the file says as well what those had left of the very first model, and what is left of it now.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +22,61 @@ def write_origins(
     """Return the file of a model from which blocks have been removed.
 
     Args:
-        before: the file that it had, where blocks had been removed from it already.
+        before: the file that it had: blocks had been removed from it already, in this run or before.
         kept: list of blocks -> places that stay, in the model as it was before this removal.
         depths: list of blocks -> blocks before this removal.
         about: of the removal: its method and what decided it. JSON values.
     """
-    old = _read(before) if before is not None else {"blocks": {}, "removals": []}
+    old = _read(before) if before is not None else {"blocks": {}, "removals": [], "earlier": None}
     blocks = dict(old["blocks"])
     for name, places in kept.items():
         row = blocks.get(name, {"of": depths[name], "kept": list(range(depths[name]))})
         blocks[name] = {"of": row["of"], "kept": [row["kept"][place] for place in places]}
-    document = {"format": _FORMAT, "blocks": blocks, "removals": [*old["removals"], dict(about)]}
-    return json.dumps(document, indent=1) + "\n"
+    return _written(blocks, [*old["removals"], dict(about)], old["earlier"])
+
+
+def handed_on(text: str) -> str:
+    """Return the file that a run begins with, of the file beside the weights of its model.
+
+    This run has removed nothing; all that the text tells was earlier.
+
+    Raises:
+        SourceError: the text is no such file.
+    """
+    earlier = {"blocks": _of_first(_read(text)), "removals": all_removals(text)}
+    return _written({}, [], earlier)
+
+
+def as_one_run(text: str) -> str:
+    """Return the file as if all removals had been of one run: counted from the very first model.
+
+    Raises:
+        SourceError: the text is no such file.
+    """
+    return _written(_of_first(_read(text)), all_removals(text), None)
+
+
+def blocks_of_first(text: str) -> dict[str, dict[str, Any]]:
+    """Return list of blocks -> `of`, how many the very first model has, and `kept`, places in it.
+
+    Raises:
+        SourceError: the text is no such file.
+    """
+    return _of_first(_read(text))
+
+
+def all_removals(text: str) -> list[dict[str, Any]]:
+    """Return what is known of every removal, those of runs before first.
+
+    Raises:
+        SourceError: the text is no such file.
+    """
+    document = _read(text)
+    return [*(document["earlier"] or {"removals": []})["removals"], *document["removals"]]
 
 
 def kept_blocks(text: str) -> dict[str, tuple[int, ...]]:
-    """Return list of blocks -> places in the original of the blocks that are left.
+    """Return list of blocks -> places, in the model that the run began with, of those that are left.
 
     Raises:
         SourceError: the text is no such file.
@@ -42,7 +85,7 @@ def kept_blocks(text: str) -> dict[str, tuple[int, ...]]:
 
 
 def blocks_before(text: str) -> dict[str, int]:
-    """Return list of blocks -> how many the original has.
+    """Return list of blocks -> how many the model has that the run began with.
 
     Raises:
         SourceError: the text is no such file.
@@ -51,7 +94,7 @@ def blocks_before(text: str) -> dict[str, int]:
 
 
 def removals(text: str) -> list[dict[str, Any]]:
-    """Return what is known of every removal, in order.
+    """Return what is known of every removal of the run, in order.
 
     Raises:
         SourceError: the text is no such file.
@@ -61,7 +104,7 @@ def removals(text: str) -> list[dict[str, Any]]:
 
 
 def original_name(name: str, text: str | None) -> str:
-    """Return what a module or tensor is called in the original.
+    """Return what a module or tensor is called in the model that the run began with.
 
     Args:
         name: in the model as it is.
@@ -75,14 +118,37 @@ def original_name(name: str, text: str | None) -> str:
     return name
 
 
+def _written(
+    blocks: Mapping[str, Any], removed: Sequence[Mapping[str, Any]], earlier: Mapping[str, Any] | None
+) -> str:
+    document: dict[str, Any] = {"format": _FORMAT, "blocks": dict(blocks), "removals": list(removed)}
+    if earlier is not None:
+        document["earlier"] = earlier
+        document["original"] = _of_first(document)
+    return json.dumps(document, indent=1) + "\n"
+
+
+def _of_first(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Follow the blocks through both parts of a file; what one of them does not name is whole there."""
+    found = {name: dict(row) for name, row in document["blocks"].items()}
+    for name, row in ((document.get("earlier") or {}).get("blocks") or {}).items():
+        kept = document["blocks"][name]["kept"] if name in document["blocks"] else range(len(row["kept"]))
+        found[name] = {"of": row["of"], "kept": [row["kept"][place] for place in kept]}
+    return found
+
+
 def _read(text: str) -> dict[str, Any]:
+    """Return the document; `earlier` is there in any case, None where there is nothing to tell."""
     try:
         document = json.loads(text)
-        whole = document["format"] == _FORMAT and isinstance(document["removals"], list)
-        for row in document["blocks"].values():
-            kept = row["kept"]
-            whole &= all(type(place) is int for place in [*kept, row["of"]]) and bool(kept)
-            whole &= sorted(set(kept)) == kept and kept[0] >= 0 and kept[-1] < row["of"]
+        whole = document["format"] == _FORMAT and _is_part(document)
+        earlier = document.setdefault("earlier", None)
+        if whole and earlier is not None:
+            whole = _is_part(earlier) and all(
+                len(row["kept"]) == document["blocks"].get(name, {"of": len(row["kept"])})["of"]
+                for name, row in earlier["blocks"].items()
+            )
+            whole = whole and document["original"] == _of_first(document)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         whole = False
     if not whole:
@@ -91,3 +157,12 @@ def _read(text: str) -> dict[str, Any]:
         )
     found: dict[str, Any] = document
     return found
+
+
+def _is_part(part: Mapping[str, Any]) -> bool:
+    whole = isinstance(part["removals"], list)
+    for row in part["blocks"].values():
+        kept = row["kept"]
+        whole &= all(type(place) is int for place in [*kept, row["of"]]) and bool(kept)
+        whole &= sorted(set(kept)) == kept and kept[0] >= 0 and kept[-1] < row["of"]
+    return whole

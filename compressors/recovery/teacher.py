@@ -10,7 +10,7 @@ from ...models.base import ModelSpec, OpenModel
 from ...models.blocks import depths
 from ...models.open import open_model, read_spec
 from ...models.origins import NAME as ORIGINS
-from ...models.origins import blocks_before, kept_blocks
+from ...models.origins import as_one_run, blocks_before, kept_blocks
 from ...progress import Progress
 from ...recipes.recovery import MaskedDistillSettings
 from ...recipes.schema import ModelRef
@@ -22,7 +22,6 @@ _SAME = (
     "guidance_embeds",
 )  # fmt: skip
 _SAME_OF_FEATURES = ("num_attention_heads", "attention_head_dim")
-_MAX_BYTES = 2**20
 
 
 def teacher_bytes(spec: ModelSpec, settings: MaskedDistillSettings) -> int:
@@ -84,9 +83,11 @@ def pairs_with(model: OpenModel, teacher: OpenModel, settings: MaskedDistillSett
         return matched_blocks(teacher.config, model.attachments.get(ORIGINS))
     if depths(model.config) == theirs:
         return matched_blocks(teacher.config, None)
-    for text in (model.attachments.get(ORIGINS), _beside(model)):
-        if text is not None and _tells(text, depths(model.config), theirs):
-            return matched_blocks(teacher.config, text)
+    text = model.attachments.get(ORIGINS)
+    # The teacher may be what the run began with, or what earlier runs removed blocks from.
+    for told in () if text is None else (text, as_one_run(text)):
+        if _tells(told, depths(model.config), theirs):
+            return matched_blocks(teacher.config, told)
     raise PlanError(
         f"{settings.method}.teacher: {settings.teacher} has {theirs}, and nothing says which of these blocks"
         f" the model's {depths(model.config)} were",
@@ -97,12 +98,4 @@ def pairs_with(model: OpenModel, teacher: OpenModel, settings: MaskedDistillSett
 def _tells(text: str, ours: Mapping[str, int], theirs: Mapping[str, int]) -> bool:
     """Tell whether a file of origins leads from one depth to the other."""
     left = {name: len(places) for name, places in kept_blocks(text).items()}
-    return left.items() <= ours.items() and blocks_before(text).items() <= theirs.items()
-
-
-def _beside(model: OpenModel) -> str | None:
-    """Return what the checkpoint that was opened says of its blocks, where an earlier run removed some."""
-    path = model.source.folder / ORIGINS
-    if not path.is_file() or path.stat().st_size > _MAX_BYTES:
-        return None
-    return path.read_text(encoding="utf-8", errors="replace")
+    return bool(left) and left.items() <= ours.items() and blocks_before(text).items() <= theirs.items()
