@@ -221,6 +221,7 @@ def _usual_scheduler(model: OpenModel) -> Any:
         return diffusers.DDPMScheduler(
             beta_start=0.00085, beta_end=0.03 if model.config[_SIZES_AND_STYLE] else 0.018,
             beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False, steps_offset=1,
+            timestep_spacing="leading",
         )  # fmt: skip
     if family == "unet":
         return diffusers.EulerDiscreteScheduler(
