@@ -27,6 +27,8 @@ class TrainingSettings(StageSettings):
     """AdamW with a warm-up and a cosine; what all recovery stages share."""
 
     phase: ClassVar[Phase] = "recover"
+    rate_key: ClassVar[str] = "lr"
+    """What a recipe calls the learning rate."""
 
     steps: int | None = Field(None, ge=1, description="Optimizer steps; null: from `epochs`.")
     epochs: float | None = Field(

@@ -41,6 +41,12 @@ class _Training(TrainingSettings):
     families: ClassVar[frozenset[str]] = TinyFusionSettings.families
 
 
+class _ChoosingAlone(_Training):
+    """The same where nothing but the choice learns."""
+
+    rate_key: ClassVar[str] = "gate_lr"
+
+
 @dataclass(frozen=True)
 class Found:
     """What a search ends with.
@@ -183,7 +189,8 @@ def _decision(row: Sequence[float]) -> Decision:
 
 def _training(settings: TinyFusionSettings, rate: float) -> _Training:
     """Return what the loop goes by: a constant rate, and no weight decay."""
-    return _Training(
+    kind = _ChoosingAlone if settings.mode == "frozen" else _Training
+    return kind(
         steps=settings.steps,
         batch_size=settings.batch_size,
         accumulate=settings.accumulate,
