@@ -37,10 +37,10 @@ def removed_blocks(stages: Sequence[Document], subject: Subject) -> Iterator[str
         yield from _stage(stage, before)
     if stages:
         yield from _origin(subject)
-    before = earlier(subject.document)
-    if before:
-        yield from _earlier(subject, before["removals"])
-    if len(stages) > 1 or before:
+    told = earlier(subject.document)
+    if told:
+        yield from _earlier(subject, told["removals"])
+    if len(stages) > 1 or told:
         yield from _left(subject, len(stages))
 
 
