@@ -1,5 +1,6 @@
 """The stage that trains denoisers, on tiny ones from which blocks were removed."""
 
+import math
 import shutil
 
 import pytest
@@ -218,6 +219,15 @@ def test_data_of_one_s_own(prepared, tmp_path):
     model, calibration, workspace = prepared(None)
     with pytest.raises(SourceError, match="names nothing to train on"):
         apply(model, calibration, workspace, given())
+
+
+def test_one_pass_over_the_data_is_finite(prepared):
+    """The weight of the features falls with the steps: with the passes it would be divided by nothing."""
+    model, calibration, workspace = prepared()
+    details = apply(model, calibration, workspace, given(steps=None, epochs=1.0))
+    assert details["steps"] >= 2 and len(details["loss"]) == details["steps"]
+    assert all(math.isfinite(loss) for _, loss in details["loss"])
+    assert all(bool(item.isfinite().all()) for item in model.module.parameters())
 
 
 def test_weights_of_half_size_are_trained_in_full_size(prepared, make_tiny):
