@@ -98,4 +98,4 @@ def pairs_with(model: OpenModel, teacher: OpenModel, settings: MaskedDistillSett
 def _tells(text: str, ours: Mapping[str, int], theirs: Mapping[str, int]) -> bool:
     """Tell whether a file of origins leads from one depth to the other."""
     left = {name: len(places) for name, places in kept_blocks(text).items()}
-    return bool(left) and left.items() <= ours.items() and blocks_before(text).items() <= theirs.items()
+    return bool(left) and left.items() <= ours.items() and {**ours, **blocks_before(text)} == theirs
