@@ -92,6 +92,34 @@ def test_a_damaged_file_of_origins_is_an_error(make_tiny, tmp_path):
         inspect(tmp_path / "shallow")
 
 
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        (
+            {"\x1b[31mred": {"of": 8, "kept": [0, 2]}},
+            r"2 blocks of '\x1b[31mred' are left, and the model has no",
+        ),
+        (
+            {LIST: {"of": 8, "kept": [0, 2, 5]}},
+            "3 blocks of 'transformer_blocks' are left, and the model has 2",
+        ),
+        (
+            {f"{LIST}.0": {"of": 8, "kept": [0]}},
+            "1 blocks of 'transformer_blocks.0' are left, and the model has",
+        ),
+    ],
+)
+def test_inspect_says_where_model_and_file_disagree(blocks, message, call, make_tiny, tmp_path):
+    _folder(make_tiny, tmp_path / "shallow", [0, 2])
+    path = tmp_path / "shallow" / "depth.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "blocks": blocks}))
+    with pytest.raises(SourceError) as caught:
+        inspect(tmp_path / "shallow")
+    assert caught.value.message.startswith(f"{path}: ") and message in caught.value.message
+    result = call("inspect", "shallow")
+    assert result.code == 4 and "\x1b" not in result.out + result.err
+
+
 def test_inspect_shows_the_stage_of_the_history(call, make_tiny, tmp_path):
     model = _folder(make_tiny, tmp_path / "first", [0, 2, 5, 7])
     model.history = [
