@@ -236,7 +236,8 @@ def _embeddings(model: OpenModel, parts: Sequence[LatentPart], guidance: float |
                 f"{part.path}: no tensor {missing[0]!r}", hint=f"needed: {', '.join(keys.values())}"
             )
     _refuse_unused(parts, set(keys.values()))
-    check_widths(model, {name: read_rows(parts[0], key, slice(0, 1)) for name, key in keys.items()})
+    for part in parts:
+        check_widths(model, {name: part.conditions[key] for name, key in keys.items()}, part.path)
     sizes, ends = size_entries(model), ends_of(parts)
 
     def rows(indices: Sequence[int]) -> dict[str, Any]:
@@ -245,9 +246,7 @@ def _embeddings(model: OpenModel, parts: Sequence[LatentPart], guidance: float |
         for name, key in keys.items():
             outer, _, inner = name.rpartition("/")
             target = inputs.setdefault(outer, {}) if outer else inputs
-            target[inner] = torch.cat(
-                [read_rows(parts[number], key, slice(row, row + 1)) for number, row in places]
-            )
+            target[inner] = torch.stack([_embedding(parts[number], key, row) for number, row in places])
         if sizes is not None:
             inputs.setdefault(ADDED, {}).update(sizes(len(indices)))
         if guidance is not None:
@@ -255,6 +254,21 @@ def _embeddings(model: OpenModel, parts: Sequence[LatentPart], guidance: float |
         return inputs
 
     return rows
+
+
+def _embedding(part: LatentPart, key: str, row: int) -> Tensor:
+    """Return what one item is conditioned on.
+
+    Raises:
+        SourceError: it cannot be read, a value is not finite, or it is of whole numbers and no mask.
+    """
+    found = read_rows(part, key, slice(row, row + 1))[0]
+    if not (found.is_floating_point() or "mask" in key):
+        kind = str(found.dtype).removeprefix("torch.")
+        raise SourceError(f"{part.path}: {key} is {kind}, needed: numbers with a fraction")
+    if not found.isfinite().all():
+        raise SourceError(f"{part.path}: {key} of item {row} are not finite")
+    return found
 
 
 def _refuse_unused(parts: Sequence[LatentPart], used: set[str]) -> None:
