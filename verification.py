@@ -32,6 +32,7 @@ from .models.open import open_model
 from .progress import Progress
 from .recipes.gates import failures, judge
 from .recipes.schema import ModelRef, Recipe
+from .resuming import take_depth
 from .runtime.load import load, read_checkpoint
 from .runtime.validate import open_folder
 
@@ -143,8 +144,9 @@ def _measure(
     device = next(model.module.parameters()).device
     evaluator = evaluator_for(model, recipe.evaluate, recipe.seed, recipe.calibration)
     reference = evaluator.reference(model, None, progress)
+    take_depth(model, folder)
     loaded = _load(folder, exported["export"]["format"], model)
-    module, speed = loaded.module.to(device), recipe.evaluate.speed
+    module, speed = model.family.adopt(loaded.module).to(device), recipe.evaluate.speed
     taken = measure_speed(model, module, speed, recipe.seed, progress) if speed is not None else None
     model.module, model.quantization, model.surgery = module, loaded.quantization, loaded.surgery
     evaluation = evaluator.compare(model, reference, progress)
