@@ -10,6 +10,7 @@ from compress.calibration.decoding import decode
 from compress.calibration.diffusion import record
 from compress.calibration.encoding import encoder_for, read_pixels
 from compress.calibration.image_files import find_images
+from compress.calibration.latent_cache import LatentCache
 from compress.errors import SourceError, StageError
 from compress.models.open import open_model
 from compress.progress import SilentProgress
@@ -96,6 +97,26 @@ def test_samples_are_drawn_once_and_found_again(tiny_dit, tmp_path):
     keys = {recorded(model, tmp_path / "cache", **one).training(model, None, again).key for one in others}
     assert len(keys | {found.key}) == 4
     assert recorded(model, tmp_path / "cache", seed=1, generate=10, steps=3).data.key not in keys
+
+
+def test_two_runs_at_once_keep_the_files_of_both_in_the_index(tmp_path):
+    one, other = (LatentCache(tmp_path, "key", 600) for _ in range(2))
+    (first, _), (second, _) = one.left()
+    one.write(first, {"latents": torch.zeros(512, 1, 2, 2)})
+    other.write(second, {"latents": torch.ones(88, 1, 2, 2)})
+    other.write("conditions.safetensors", {"labels": torch.zeros(600)})
+    one.write(second, {"latents": torch.ones(88, 1, 2, 2)})
+    again = LatentCache(tmp_path, "key", 600)
+    assert again.left() == [] and not again.missing("conditions.safetensors")
+
+
+def test_an_index_that_cannot_be_read_is_written_anew(tmp_path):
+    cache = LatentCache(tmp_path, "key", 600)
+    (first, _), (second, _) = cache.left()
+    cache.write(first, {"latents": torch.zeros(512, 1, 2, 2)})
+    (tmp_path / "calibration-key" / "index.json").write_text("{")
+    cache.write(second, {"latents": torch.zeros(88, 1, 2, 2)})
+    assert LatentCache(tmp_path, "key", 600).left() == []
 
 
 def test_what_a_recording_depends_on_is_not_the_training_data(tiny_dit, tmp_path):
