@@ -18,7 +18,7 @@ from ...recipes.depth import DepthSettings
 from ...recipes.schema import CalibrationSettings
 from ..activations import activation_bytes
 from ..base import StagePlan, Workspace
-from .block_choice import Kept, draws, indices, lowest, oracle, units_to_remove
+from .block_choice import Kept, draws, indices, lowest, oracle, possible, units_to_remove
 from .block_notes import notes_on_depth, pinned_and_told
 from .block_range import Range, range_of_count, specs_of
 from .block_scores import Scores, change_scores, choice_losses, sensitivities
@@ -122,12 +122,16 @@ def _drawn(
     progress: Progress,
 ) -> tuple[Kept, dict[str, Any]]:
     choices = draws(model.config, settings, seed, pinned)
+    there_are = possible(model.config, settings, pinned)
+    if there_are <= settings.draws:
+        progress.note(f"random: there are {there_are:,} choices, and all of them are measured")
     losses = choice_losses(model, objective, list(choices), progress)
     order = sorted(range(len(choices)), key=lambda index: (losses[index], index))
     place = {"least": 0, "middle": len(order) // 2, "largest": len(order) - 1}[settings.pick]
     chosen = order[place]
     told = {
         "drawn": len(choices),
+        "possible": there_are,
         "loss": losses[chosen],
         "least": losses[order[0]],
         "largest": losses[order[-1]],

@@ -201,8 +201,20 @@ def test_what_cannot_be_learned_is_refused(prepared, folder):
         ({"mode": "full", "lora": {"rank": 4}}, "lora has no effect with mode: full"),
         ({"batch_size": 8, "accumulate": 3}, "does not divide"),
         ({"tau": [1.0, 0.0]}, "above 0"),
+        ({"tau": [float("nan"), float("nan")]}, r"tau\.0\n.*finite number"),
+        ({"scaling": [float("inf"), 100.0]}, r"scaling\.0\n.*finite number"),
+        ({"lora": {"alpha": float("inf")}}, r"lora\.alpha\n.*finite number"),
+        ({"clip_norm": float("inf")}, r"clip_norm\n.*finite number"),
     ],
 )
 def test_keys_without_effect_are_refused(keys, message):
     with pytest.raises(ValidationError, match=message):
         given(**keys)
+
+
+@pytest.mark.parametrize(
+    ("steps", "decay"), [(300, 1 - 10 / 300), (10_000, 0.999), (20_000, 0.999), (10, 0.0), (11, 1 / 11)]
+)
+def test_a_short_search_looks_back_less_far(steps, decay):
+    assert given(steps=steps).decay == pytest.approx(decay, rel=1e-12)
+    assert given(steps=steps, ema=0.5).decay == 0.5
