@@ -197,12 +197,10 @@ def refused_pair(folder, flipped):
 @pytest.mark.parametrize("flipped", [True, False])
 def test_arrays_of_which_some_have_mirrored_images_are_refused(tmp_path, flipped):
     refused_pair(tmp_path / "data", flipped)
-    with pytest.raises(
-        SourceError, match=r"4\.npy: its items are .*those of 0\.npy .*mirrored ones|"
-    ) as caught:
+    item, pair = r"\[4, 8, 8\]", r"\[4, 8, 8\] with mirrored ones"
+    told = (pair, item) if flipped else (item, pair)
+    with pytest.raises(SourceError, match=rf"4\.npy: its items are {told[0]}, those of 0\.npy {told[1]}$"):
         find_latents(tmp_path / "data")
-    assert "4.npy" in str(caught.value) and "0.npy" in str(caught.value)
-    assert "mirrored ones" in str(caught.value)
 
 
 def test_tables_of_which_some_have_mirrored_images_are_refused(tmp_path):
@@ -271,7 +269,6 @@ def test_embeddings_that_the_model_cannot_read_are_refused(tmp_path, request, cl
     (tmp_path / "data").mkdir()
     save_file(text_data(class_name, 2), tmp_path / "data" / "a.safetensors")
     stored_latents(model, tmp_path / "data", None).batch([0, 1], torch.Generator())
-    # In the first of two files, and in the only one.
     save_file(text_data(class_name, 2, **changes), tmp_path / "data" / "a.safetensors")
     with pytest.raises(SourceError, match=rf"a\.safetensors: .*{message}"):
         stored_latents(model, tmp_path / "data", None)
