@@ -176,7 +176,7 @@ def test_blocks_are_matched_with_those_that_they_come_from(student, teacher, pai
     if teacher is not None:  # the parent: the run itself has removed the blocks
         model = opened(of)
         keep_blocks(model, {LIST: (1, 3)}, {"method": "depth"})
-    assert pairs_with(model, opened(of), settings) == {LIST: pairs}
+    assert pairs_with(model, opened(of).config, settings) == {LIST: pairs}
 
 
 @pytest.mark.parametrize(
