@@ -103,7 +103,7 @@ def _train(
     steps, task = step_count(settings, len(data)), task_for(model, shape=data.shape)
     class_name = model.config["_class_name"]
     key = digest(
-        [settings.model_dump(mode="json"), steps, data.key, pairs, hash_weights(model.module),
+        [settings.model_dump(mode="json"), seed, steps, data.key, pairs, hash_weights(model.module),
          None if teacher is None else sorted(teacher.source.hashes.items())]
     )  # fmt: skip
     with ExitStack() as stack:

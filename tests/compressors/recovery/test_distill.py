@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -182,6 +183,15 @@ def test_a_killed_training_ends_with_the_same_bytes(prepared):
     apply(model, calibration, workspace, given(), told := Told())
     assert any("goes on after step 5" in note for note in told.notes)
     assert same_state(model, whole.module.state_dict())
+
+
+def test_a_training_does_not_go_on_with_the_state_of_another_seed(prepared):
+    model, calibration, workspace = prepared(name="killed")
+    with pytest.raises(KeyboardInterrupt):
+        apply(model, calibration, workspace, given(), Told(stop_at=8))
+    model, calibration, workspace = prepared(name="killed")
+    apply(model, replace(calibration, seed=calibration.seed + 1), workspace, given(), told := Told())
+    assert not any("goes on" in note for note in told.notes)
 
 
 def test_copies_of_the_embedder_stay_equal_and_their_own(prepared, folder, tmp_path):
