@@ -9,7 +9,7 @@ import pytest
 import torch
 from compress.calibration.diffusion_loss import Noised
 from compress.compressors.pruning.block_groups import groups_of, kept_of
-from compress.compressors.pruning.gates import Annealing, ChoiceGates
+from compress.compressors.pruning.gates import INITIAL, Annealing, ChoiceGates
 from compress.compressors.pruning.search import search
 from compress.errors import StageError
 from compress.progress import SilentProgress
@@ -111,6 +111,16 @@ def test_the_decision_is_of_the_moving_average(tmp_path, monkeypatch):
         )
     assert list(found.decisions) == list(range(1, 9))
     assert found.decision.confidences == pytest.approx(choices.decide(7).confidences, abs=1e-6)
+
+
+def test_the_gradient_is_held_to_its_largest_norm(tmp_path):
+    """Far below what AdamW adds to its denominator, a gradient moves nothing."""
+    moved = {}
+    for limit in (1e-14, 1.0, None):
+        keys = {"steps": 4, "batch_size": 8, "gate_lr": 0.02, "clip_norm": limit}
+        _, _, choices = found_by(denoiser(4, 0), "1:2", tmp_path / f"search-{limit}", **keys)
+        moved[limit] = max((item.detach() - INITIAL).abs().max().item() for item in choices.logits)
+    assert moved[1e-14] < 1e-5 and min(moved[1.0], moved[None]) > 0.01
 
 
 def planted(groups, seed):

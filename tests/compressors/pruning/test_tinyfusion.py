@@ -1,5 +1,7 @@
 """The stage that learns which blocks stay, on tiny denoisers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from compress.compressors import registry
@@ -113,6 +115,19 @@ def test_a_killed_search_ends_with_the_same_numbers(mode, prepared):
         one.pop("seconds")
     assert details == expected
     assert model.attachments == whole.attachments
+
+
+@pytest.mark.parametrize(
+    ("seed", "changes", "goes_on"),
+    [(0, {}, True), (1, {}, False), (0, {"gate_lr": 0.01}, False), (0, {"tau": [3.0, 0.1]}, False)],
+)
+def test_a_state_is_that_of_one_search(seed, changes, goes_on, prepared):
+    model, calibration, workspace = prepared()
+    with pytest.raises(KeyboardInterrupt):
+        apply(model, calibration, workspace, given(mode="frozen"), Told(stop_at=8))
+    calibration = replace(calibration, seed=seed)
+    apply(model, calibration, workspace, given(mode="frozen", **changes), told := Told())
+    assert any("goes on after step 5" in note for note in told.notes) == goes_on
 
 
 def test_parts_of_a_batch_make_the_whole(prepared):
