@@ -9,9 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from .stage_base import Phase, StageSettings
 
 FAMILIES = frozenset({"dit", "pixart", "sd3", "flux", "hunyuan"})
-Group = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,2}:[1-9][0-9]{0,2}$")]
+GROUP = r"^[1-9][0-9]{0,2}:[1-9][0-9]{0,2}$"
+"""Pattern of a group."""
+Group = Annotated[str, StringConstraints(pattern=GROUP)]
 """`N:M`: of M consecutive blocks N stay."""
-Groups = Group | tuple[Group, ...]
+Groups = Group | Annotated[tuple[Group, ...], Field(min_length=1)]
 # Strict: `true` is no count, though it is a number to Python.
 Places = tuple[Annotated[int, Field(ge=0, strict=True)], ...]
 Amount = Annotated[int, Field(strict=True)] | Annotated[float, Field(strict=True)]
