@@ -130,7 +130,8 @@ class _Loaded:
 
 def _load(folder: Path, format_: str, model: OpenModel) -> _Loaded:
     surgery = stored_surgery(folder, model.family, model.config)
-    size_bytes = sum(entry.bytes for entry in open_folder(folder).tensors.values())
+    stored = open_folder(folder).tensors
+    size_bytes = sum(entry.bytes for name, entry in stored.items() if name not in model.shared)
     if format_ == "compress":
         module, manifest = read_checkpoint(folder)
         return _Loaded(module, dict(manifest.quantization), surgery, size_bytes)

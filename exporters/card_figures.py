@@ -77,7 +77,7 @@ def _between(subject: Subject) -> bool:
 def _rows(subject: Subject) -> list[tuple[str, str, str]]:
     metrics, model = subject.metrics, subject.model
     rows = [
-        ("tensor bytes", f"{model['bytes']:,}", f"{metrics['bytes']:,}"),
+        ("tensor bytes, copies counted once", f"{model['bytes']:,}", f"{metrics['bytes']:,}"),
         ("share of the original's bytes", "1", f"{metrics['size_ratio']:.4f}"),
         (
             "bits per parameter, everything counted",
