@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -46,6 +46,8 @@ class LatentSet:
         key: content hash of the latents, of their conditions, and of whether they are mirrored.
         mirror: how half of them are mirrored: "stored" beside the others, "pixels" turned around here, or
             None, not at all.
+        empty: argument of the denoiser -> [1, ...] of the empty prompt, which takes the place of some
+            captions in training; empty where none are dropped.
         keeper: keeps a temporary folder with the files alive as long as this object.
     """
 
@@ -54,6 +56,7 @@ class LatentSet:
     key: str
     mirror: str | None = None
     keeper: Any = None
+    empty: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     _kept: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
