@@ -18,8 +18,8 @@ from .depth_table import (
     groups_told,
     is_learned,
     left_of_original,
-    named,
     places_told,
+    several_lists,
 )
 from .markdown import code, table
 from .pruning_table import change
@@ -89,7 +89,7 @@ def _drawn(found: Mapping[str, Any] | None) -> Iterator[str]:
 def _groups(details: Document) -> Iterator[str]:
     """Yield a table of groups with the probability of what was chosen."""
     found = groups_told(details)
-    several = len(named(blocks_of(details))) > 1
+    several = several_lists(details)
     rows = [
         (f"{code(row['blocks'])} {places_told(row['of'])}" if several else places_told(row["of"]),
          places_told(row["kept"]), f"{row['confidence']:.3f}")

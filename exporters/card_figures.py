@@ -57,6 +57,7 @@ def _picture(name: str, subject: Subject) -> Iterator[str]:
     if later and f"{later[1]}.png" in _CAPTIONS:
         first, number = f"{later[1]}.png", int(later[2])
         caption = f"{_CAPTIONS[first]} Stage {number} of this kind."
+        caption += " They are counted in the model before it." if first == "blocks.png" else ""
     if name == "samples.png" and _between(subject):
         caption += " Between them, samples of the model as it was after the stages that are named."
     if name == "layer_error.png" and removals(subject.document):

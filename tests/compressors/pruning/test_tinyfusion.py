@@ -6,6 +6,9 @@ import pytest
 import torch
 from compress.compressors import registry
 from compress.compressors.base import Workspace
+from compress.compressors.pruning.block_groups import groups_of
+from compress.compressors.pruning.gates import Decision
+from compress.compressors.pruning.tinyfusion import _tell
 from compress.compressors.recovery.matching import matched_blocks
 from compress.errors import PlanError, StageError
 from compress.models.open import read_spec
@@ -139,7 +142,16 @@ def test_parts_of_a_batch_make_the_whole(prepared):
 
 def test_choices_that_are_not_settled_are_told(prepared):
     apply(*prepared(), given(steps=2), told := Told())
-    assert any("the choice is not settled for 3 of 3 groups" in note for note in told.notes)
+    (note,) = [note for note in told.notes if "the choice is not settled for 3 of 3 groups" in note]
+    assert "what stays: blocks 0 to 1 (" in note
+
+
+def test_choices_that_are_not_settled_name_their_lists():
+    config = {"_class_name": "FluxTransformer2DModel", "num_layers": 2, "num_single_layers": 2}
+    decision = Decision(choices=(0, 1), confidences=(0.68, 0.27))
+    _tell(groups_of(config, "1:2"), decision, told := Told())
+    (note,) = told.notes
+    assert "transformer_blocks 0 to 1 (0.68); single_transformer_blocks 0 to 1 (0.27)" in note
 
 
 def test_weights_of_half_size_come_back_as_they_were(make_tiny, prepared):
