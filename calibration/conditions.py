@@ -26,8 +26,6 @@ from .seeds import generator_for
 if TYPE_CHECKING:
     from ..recipes.schema import CalibrationSettings
 
-_NULL_HINT = "give them, or set guidance_scale to 1"
-
 _POOLED = f"{ADDED}/text_embeds"
 
 # Argument of the denoiser (a slash leads into a nested one) -> key in an embeddings file (the negative ones
@@ -44,6 +42,12 @@ EMBEDDING_KEYS: Mapping[str, Mapping[str, str]] = {
         "text_embedding_mask_t5": "prompt_attention_mask_2",
     },
 }
+
+_KEYS = {argument: key for keys in EMBEDDING_KEYS.values() for argument, key in keys.items()}
+_NEGATIVE_HINT = (
+    "add it to the file of calibration.embeddings, or set guidance_scale to 1, in calibration, in its data"
+    " and in evaluate.fidelity"
+)
 
 Sizes = Callable[[int], Mapping[str, Tensor]]
 """From a number of rows to the entries of `added_cond_kwargs` that tell the size of the images."""
@@ -132,8 +136,8 @@ class PromptConditions:
         values = self.negative.get(name)
         if values is None:
             raise SourceError(
-                f"no negative prompt embeddings for {name.rpartition('/')[2]}, which guidance needs",
-                hint=_NULL_HINT,
+                f"the prompt embeddings have no tensor negative_{_KEYS[name]}, which guidance needs",
+                hint=_NEGATIVE_HINT,
             )
         return values.expand(len(rows), *values.shape[1:]) if len(values) == 1 else values[rows]
 

@@ -128,7 +128,8 @@ def latent_table(path: Path) -> LatentPart:
         raise SourceError(f"{path}: has no tensor {LATENTS!r}", hint=_HINT)
     shape = tuple(latents.shape)
     if len(shape) != 4 or 0 in shape or latents.dtype not in _FLOATS:
-        raise SourceError(f"{path}: {LATENTS} is {latents.dtype} {list(shape)}", hint=_HINT)
+        needed = "needed: floats [n, C, H, W]"
+        raise SourceError(f"{path}: {LATENTS} is {latents.dtype} {list(shape)}, {needed}", hint=_HINT)
     flipped = header.get(FLIPPED)
     if flipped is not None and (tuple(flipped.shape) != shape or flipped.dtype not in _FLOATS):
         raise SourceError(
@@ -168,7 +169,8 @@ def _array(path: Path, labels: Path) -> LatentPart:
     shape = values.shape
     pairs = len(shape) == 5 and shape[1] == 2
     if not (len(shape) == 4 or pairs) or 0 in shape or values.dtype.kind != "f":
-        raise SourceError(f"{path}: is {values.dtype} {list(shape)}", hint=_HINT)
+        needed = "needed: floats [n, C, H, W]"
+        raise SourceError(f"{path}: is {values.dtype} {list(shape)}, {needed}", hint=_HINT)
     if numbers.shape != shape[:1] or numbers.dtype.kind not in "iu":
         raise SourceError(
             f"{labels}: is {numbers.dtype} {list(numbers.shape)}, needed: whole numbers [{shape[0]}]"

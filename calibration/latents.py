@@ -225,8 +225,13 @@ def _labels(model: OpenModel, parts: Sequence[LatentPart]) -> Given:
         if part.labels is None and LABELS not in part.conditions:
             raise SourceError(f"{part.path}: has no tensor {LABELS!r}, and the model is class-conditional")
     _refuse_unused(parts, {LABELS})
-    labels = torch.cat([read_rows(part, LABELS, slice(None)) for part in parts])
-    return given_by(checked_labels(model, labels, parts[0].path.parent))
+    read = [read_rows(part, LABELS, slice(None)) for part in parts]
+    try:
+        return given_by(checked_labels(model, torch.cat(read), parts[0].path.parent))
+    except SourceError:
+        for part, labels in zip(parts, read, strict=True):  # not before: there may be a million files
+            checked_labels(model, labels, part.labels or part.path)
+        raise
 
 
 def _embeddings(model: OpenModel, parts: Sequence[LatentPart], guidance: float | None) -> Given:
