@@ -91,11 +91,13 @@ class Told(SilentProgress):
 
     Attributes:
         notes: that were told.
+        warnings: that were told.
         labels: of steps that began.
     """
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.notes: list[str] = []
+        self.warnings: list[str] = []
         self.labels: list[str] = []
         self._steps, self._stop_at = 0, stop_at
 
@@ -104,6 +106,9 @@ class Told(SilentProgress):
 
     def note(self, message: str) -> None:
         self.notes.append(message)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
 
     def advance(self, units: int = 1, detail: str = "") -> None:
         self._steps += "step" in detail

@@ -83,11 +83,25 @@ class Distill:
         config = teacher_config(model, settings)
         _check_at_hand(settings, original)
         pairs = pairs_with(model, config, settings) if config is not None and settings.features else {}
+        _warn_of_samples(model, settings, calibration, progress)
         data = calibration.training(model, original, progress)
         teacher = _teacher(model, settings, original, progress)
         trained = _train(model, settings, data, teacher, pairs, calibration.seed, workspace, progress)
         told = {name: [list(pair) for pair in rows] for name, rows in pairs.items()}
         return {**trained, "data": len(data), **({"matched": told} if told else {})}
+
+
+def _warn_of_samples(
+    model: OpenModel, settings: MaskedDistillSettings, calibration: DiffusionCalibration, progress: Progress
+) -> None:
+    """Tell the user where the samples to train on are those of a model that had lost blocks already."""
+    data = None if calibration.data is None else calibration.data.settings.data
+    if settings.teacher is None or model.source.origins is None or data is None or data.generate is None:
+        return
+    progress.warn(
+        f"{settings.method}: the samples to train on are drawn by {model.source.id}, which has lost blocks,"
+        f" and not by {settings.teacher}; name `latents` or `images` as data where it draws badly"
+    )
 
 
 def _train(

@@ -275,10 +275,13 @@ def test_a_pruned_checkpoint_learns_from_another_one(prepared, folder, tmp_path)
     )
     (path / "depth.json").write_text(pruned.attachments["depth.json"])
     model, calibration, workspace = prepared(path=path, kept=())
-    details = apply(model, calibration, workspace, named)
+    details = apply(model, calibration, workspace, named, told := Told())
+    (warning,) = told.warnings
+    assert f"are drawn by {path}, which has lost blocks, and not by {folder}" in warning
     assert details["matched"] == {"transformer_blocks": [[0, 1], [1, 3], [2, 5]]}
     pruned, calibration, workspace = prepared(name="other")
-    expected = apply(pruned, calibration, workspace, given(steps=2))
+    expected = apply(pruned, calibration, workspace, given(steps=2), told := Told())
+    assert told.warnings == []
     assert details["loss"][0] != expected["loss"][0]  # what is drawn as data is of another original
     spec = read_spec(ModelRef(id=str(path)))
     assert any(str(folder) in note for note in Distill().plan(spec, named).notes)
