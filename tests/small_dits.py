@@ -93,12 +93,14 @@ class Told(SilentProgress):
         notes: that were told.
         warnings: that were told.
         labels: of steps that began.
+        details: of what was advanced.
     """
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self.labels: list[str] = []
+        self.details: list[str] = []
         self._steps, self._stop_at = 0, stop_at
 
     def start(self, label: str, total: int | None) -> None:
@@ -111,6 +113,7 @@ class Told(SilentProgress):
         self.warnings.append(message)
 
     def advance(self, units: int = 1, detail: str = "") -> None:
+        self.details.append(detail)
         self._steps += "step" in detail
         if self._steps == self._stop_at:
             raise KeyboardInterrupt

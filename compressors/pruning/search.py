@@ -106,7 +106,7 @@ class Search:
         return step, self.batches(step, part, parts), gumbel(self.module.choices.numbers, generators)
 
     def loss(self, batch: tuple[int, Noised, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return (loss that the denoiser was trained with, nothing else)."""
+        """Return (loss that the denoiser was trained with, how sure the least sure choice is, to show)."""
         step, noised, noise = batch
         device = self.module.choices.logits[0].device
         self.blocks.masks = self.module.choices.masks(noise.to(device), step)
@@ -114,7 +114,8 @@ class Search:
         output: Tensor = self.module.model(**call, return_dict=False)[0]
         self.blocks.masks = {}
         with torch.autocast(output.device.type, enabled=False):
-            return self.task.loss(output, noised), {}
+            least = min(self.module.choices.decide(step).confidences)
+            return self.task.loss(output, noised), {"least confidence": torch.tensor(least, device=device)}
 
 
 def search(

@@ -144,6 +144,9 @@ def test_choices_that_are_not_settled_are_told(prepared):
     apply(*prepared(), given(steps=2), told := Told())
     (note,) = [note for note in told.notes if "the choice is not settled for 3 of 3 groups" in note]
     assert "what stays: blocks 0 to 1 (" in note
+    shown = [detail for detail in told.details if "step" in detail]
+    assert len(shown) == 2
+    assert all("loss " in detail and ", least confidence 0.5" in detail for detail in shown)
 
 
 def test_choices_that_are_not_settled_name_their_lists():
