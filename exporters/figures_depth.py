@@ -36,7 +36,7 @@ def draw_choices(details: Mapping[str, Any]) -> Figure:
     shown = rows[:_MOST_GROUPS]
     steps: Floats = np.array([note[0] for note in details["decisions"]], dtype=float)
     sure: Floats = np.array([[note[2][place] for place in shown] for note in details["decisions"]]).T
-    figure = new_figure(7.6, 1.35 + 0.27 * len(shown))
+    figure = new_figure(7.6, 1.45 + 0.27 * len(shown))
     axes = figure.subplots()
     edges: Floats = np.concatenate([[0.0], steps])
     mesh = axes.pcolormesh(edges, np.arange(len(shown) + 1), sure, cmap=_SURE, vmin=0, vmax=1)
@@ -59,7 +59,8 @@ def draw_choices(details: Mapping[str, Any]) -> Figure:
     )  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     of = "every group" if len(shown) == len(rows) else f"the first {len(shown)} of {len(rows)} groups"
-    axes.set_title(f"How sure the search was of {of}")
+    # Over the whole figure: above the axes there may be the legend.
+    figure.suptitle(f"How sure the search was of {of}", fontsize=10.5, weight="bold", x=0.01, ha="left")
     bar = figure.colorbar(mesh, ax=axes, shrink=min(1.0, 2.2 / (0.27 * len(shown) + 0.4)), pad=0.02)
     bar.set_label("probability of its choice", fontsize=8)
     bar.ax.tick_params(labelsize=7.5)

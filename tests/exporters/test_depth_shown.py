@@ -128,6 +128,9 @@ def test_what_is_written_beside_a_search_keeps_clear_of_its_steps(notes):
     labels += axes.child_axes[0].get_yticklabels()
     assert not any(said.get_window_extent().overlaps(label.get_window_extent()) for label in labels)
     assert said.get_window_extent().x1 < figure.bbox.width
+    title, legend = figure._suptitle.get_window_extent(), axes.get_legend()
+    assert not title.overlaps(said.get_window_extent())
+    assert legend is None or not title.overlaps(legend.get_window_extent())
 
 
 def test_layers_are_drawn_only_where_something_differs(tmp_path, shallow):
