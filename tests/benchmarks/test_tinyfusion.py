@@ -65,7 +65,7 @@ def test_a_command_line_shortens_the_shipped_recipe(benchmark):
     full = benchmark.prepared(
         argparse.Namespace(quick=False, data=None, search_steps=None, steps=None, samples=None)
     )
-    assert (full.search.groups, full.samples) == ("1:2", 2000) and full.recovery.steps >= 100
+    assert (full.search.groups, full.samples) == ("2:4", 2000) and full.recovery.steps >= 100
     quick = benchmark.prepared(QUICK)
     assert (quick.search.steps, quick.recovery.steps, quick.samples) == (20, 2, 20)
     assert quick.recipe.calibration.data.generate == 8
