@@ -6,7 +6,7 @@ forward pass has one of the choices, the backward pass the gradient of their sof
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,14 +127,23 @@ class ChoiceGates(nn.Module):
             step: counted from 0; says what the logits are multiplied by.
             logits: of every group, such as their moving average; None: as they are.
         """
-        _, scaling = self._annealing.at(step)
         chosen, sure = [], []
-        for index, values in enumerate(self.logits if logits is None else logits):
-            odds = torch.softmax(self._barring(index, values.float() * scaling), dim=0)
+        for odds in self._odds(step, self.logits if logits is None else logits):
             best = int(odds.argmax())
             chosen.append(best)
             sure.append(float(odds[best]))
         return Decision(tuple(chosen), tuple(sure))
+
+    @torch.no_grad()
+    def least_confidence(self, step: int) -> Tensor:
+        """Return the least of the confidences of `decide`; on its device, so that nothing waits for it."""
+        return torch.stack([odds.max() for odds in self._odds(step, self.logits)]).min()
+
+    def _odds(self, step: int, logits: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the probabilities of the choices of every group."""
+        _, scaling = self._annealing.at(step)
+        for index, values in enumerate(logits):
+            yield torch.softmax(self._barring(index, values.float() * scaling), dim=0)
 
     def _barring(self, index: int, scores: Tensor) -> Tensor:
         barred = self.get_buffer(f"barred_{index}")

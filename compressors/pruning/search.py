@@ -114,8 +114,8 @@ class Search:
         output: Tensor = self.module.model(**call, return_dict=False)[0]
         self.blocks.masks = {}
         with torch.autocast(output.device.type, enabled=False):
-            least = min(self.module.choices.decide(step).confidences)
-            return self.task.loss(output, noised), {"least confidence": torch.tensor(least, device=device)}
+            least = self.module.choices.least_confidence(step)
+            return self.task.loss(output, noised), {"least confidence": least}
 
 
 def search(
