@@ -22,7 +22,7 @@ from ..models.base import OpenModel
 from ..models.latent_sizes import latent_shape, learns_variance, tokens_of
 from .captions import without_captions
 from .label_dropout import drop_rate
-from .sampler import make_scheduler
+from .sampler import dynamic_shift, make_scheduler
 from .variance import Schedule, variance_bound
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -189,9 +189,7 @@ def _shift(scheduler: Any, tokens: int) -> float:
     config = scheduler.config
     if not config.get("use_dynamic_shifting"):
         return float(config.get("shift", 1.0))
-    low, high = config.base_image_seq_len, config.max_image_seq_len
-    slope = (config.max_shift - config.base_shift) / (high - low)
-    return exp(config.base_shift + slope * (tokens - low))
+    return exp(dynamic_shift(scheduler, tokens))
 
 
 @dataclass(frozen=True)

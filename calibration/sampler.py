@@ -233,6 +233,19 @@ def _usual_scheduler(model: OpenModel) -> Any:
     return diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False)
 
 
+def dynamic_shift(scheduler: Any, tokens: int) -> float:
+    """Return the logarithm of what the odds of noise are multiplied by: larger images are noised more.
+
+    Args:
+        scheduler: of flow matching, with `use_dynamic_shifting`.
+        tokens: that an image is cut into.
+    """
+    config = scheduler.config
+    low, high = config.base_image_seq_len, config.max_image_seq_len
+    slope = (config.max_shift - config.base_shift) / (high - low)
+    return float(config.base_shift + slope * (tokens - low))
+
+
 def _set_timesteps(
     scheduler: Any, model: OpenModel, shape: tuple[int, int, int], steps: int, device: torch.device
 ) -> None:
@@ -241,8 +254,5 @@ def _set_timesteps(
     if any_size(model.config) and not config.get("use_flow_sigmas"):
         extra["sigmas"] = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()  # Flux's own
     if config.get("use_dynamic_shifting"):
-        tokens = tokens_of(model.config, shape)
-        low, high = config.base_image_seq_len, config.max_image_seq_len
-        slope = (config.max_shift - config.base_shift) / (high - low)
-        extra["mu"] = config.base_shift + slope * (tokens - low)
+        extra["mu"] = dynamic_shift(scheduler, tokens_of(model.config, shape))
     scheduler.set_timesteps(steps, device=device, **extra)
