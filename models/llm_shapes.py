@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..runtime.language_config import LanguageShape, language_shape
-
-Shape = tuple[int, ...]
-Named = Iterator[tuple[str, Shape]]
+from .tensor_names import Named, linear
 
 
 def language_tensors(config: Mapping[str, Any]) -> Named:
@@ -28,21 +26,15 @@ def language_tensors(config: Mapping[str, Any]) -> Named:
 def _block(name: str, shape: LanguageShape) -> Named:
     attention, mlp = f"{name}.self_attn", f"{name}.mlp"
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    yield from _linear(f"{attention}.q_proj", queries, shape.width, shape.qkv_bias)
-    yield from _linear(f"{attention}.k_proj", keys, shape.width, shape.qkv_bias)
-    yield from _linear(f"{attention}.v_proj", keys, shape.width, shape.qkv_bias)
-    yield from _linear(f"{attention}.o_proj", shape.width, queries, shape.out_bias)
+    yield from linear(f"{attention}.q_proj", queries, shape.width, shape.qkv_bias)
+    yield from linear(f"{attention}.k_proj", keys, shape.width, shape.qkv_bias)
+    yield from linear(f"{attention}.v_proj", keys, shape.width, shape.qkv_bias)
+    yield from linear(f"{attention}.o_proj", shape.width, queries, shape.out_bias)
     if shape.head_norms:
         yield f"{attention}.q_norm.weight", (shape.head_dim,)
         yield f"{attention}.k_norm.weight", (shape.head_dim,)
-    yield from _linear(f"{mlp}.gate_proj", shape.inner, shape.width, shape.mlp_bias)
-    yield from _linear(f"{mlp}.up_proj", shape.inner, shape.width, shape.mlp_bias)
-    yield from _linear(f"{mlp}.down_proj", shape.width, shape.inner, shape.mlp_bias)
+    yield from linear(f"{mlp}.gate_proj", shape.inner, shape.width, shape.mlp_bias)
+    yield from linear(f"{mlp}.up_proj", shape.inner, shape.width, shape.mlp_bias)
+    yield from linear(f"{mlp}.down_proj", shape.width, shape.inner, shape.mlp_bias)
     yield f"{name}.input_layernorm.weight", (shape.width,)
     yield f"{name}.post_attention_layernorm.weight", (shape.width,)
-
-
-def _linear(name: str, out_features: int, in_features: int, bias: bool) -> Named:
-    yield f"{name}.weight", (out_features, in_features)
-    if bias:
-        yield f"{name}.bias", (out_features,)

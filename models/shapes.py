@@ -7,7 +7,7 @@ classes on the meta device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..runtime.config import DEFAULTS, complete_config, model_width
@@ -16,6 +16,7 @@ from ..runtime.vision_sizes import VISION_CLASSES, VISION_KINDS
 from .flux_shapes import flux_tensors
 from .hunyuan_shapes import hunyuan_tensors
 from .llm_shapes import language_tensors
+from .tensor_names import TIMESTEP_CHANNELS, Named, Shape, affine, linear
 from .unet_shapes import unet_tensors
 from .vision_shapes import convnext_tensors, swin_tensors, vit_tensors
 
@@ -28,10 +29,6 @@ __all__ = [
     "uses_additional_conditions",
 ]
 
-Shape = tuple[int, ...]
-Named = Iterator[tuple[str, Shape]]
-
-TIMESTEP_CHANNELS = 256
 
 PERSISTENT_BUFFERS: Mapping[str, frozenset[str]] = {
     "SD3Transformer2DModel": frozenset({"pos_embed.pos_embed"}),
@@ -54,21 +51,9 @@ def uses_additional_conditions(config: Mapping[str, Any]) -> bool:
     return bool(config["sample_size"] == 128 if given is None else given)
 
 
-def _linear(name: str, out_features: int, in_features: int, bias: bool = True) -> Named:
-    yield f"{name}.weight", (out_features, in_features)
-    if bias:
-        yield f"{name}.bias", (out_features,)
-
-
 def _mlp(name: str, width: int, in_features: int) -> Named:
-    yield from _linear(f"{name}.linear_1", width, in_features)
-    yield from _linear(f"{name}.linear_2", width, width)
-
-
-def _affine(name: str, width: int, present: bool) -> Named:
-    if present:
-        yield f"{name}.weight", (width,)
-        yield f"{name}.bias", (width,)
+    yield from linear(f"{name}.linear_1", width, in_features)
+    yield from linear(f"{name}.linear_2", width, width)
 
 
 def _patches(config: Mapping[str, Any], width: int) -> Named:
@@ -83,31 +68,31 @@ def _pixels(config: Mapping[str, Any]) -> int:
 
 
 def _attention(name: str, width: int, source_width: int, bias: bool) -> Named:
-    yield from _linear(f"{name}.to_q", width, width, bias)
-    yield from _linear(f"{name}.to_k", width, source_width, bias)
-    yield from _linear(f"{name}.to_v", width, source_width, bias)
-    yield from _linear(f"{name}.to_out.0", width, width)
+    yield from linear(f"{name}.to_q", width, width, bias)
+    yield from linear(f"{name}.to_k", width, source_width, bias)
+    yield from linear(f"{name}.to_v", width, source_width, bias)
+    yield from linear(f"{name}.to_out.0", width, width)
 
 
 def _feed_forward(name: str, width: int, gated: bool = False) -> Named:
-    yield from _linear(f"{name}.net.0.proj", width * (8 if gated else 4), width)
-    yield from _linear(f"{name}.net.2", width, width * 4)
+    yield from linear(f"{name}.net.0.proj", width * (8 if gated else 4), width)
+    yield from linear(f"{name}.net.2", width, width * 4)
 
 
 def _dit(config: Mapping[str, Any]) -> Named:
-    width, affine = model_width(config), config["norm_elementwise_affine"]
+    width = model_width(config)
     yield from _patches(config, width)
     for index in range(config["num_layers"]):
         block = f"transformer_blocks.{index}"
         yield from _mlp(f"{block}.norm1.emb.timestep_embedder", width, TIMESTEP_CHANNELS)
         classes = config["num_embeds_ada_norm"] + 1  # the last one is the null class of guidance
         yield f"{block}.norm1.emb.class_embedder.embedding_table.weight", (classes, width)
-        yield from _linear(f"{block}.norm1.linear", 6 * width, width)
+        yield from linear(f"{block}.norm1.linear", 6 * width, width)
         yield from _attention(f"{block}.attn1", width, width, config["attention_bias"])
-        yield from _affine(f"{block}.norm3", width, affine)
+        yield from affine(f"{block}.norm3", width, config["norm_elementwise_affine"])
         yield from _feed_forward(f"{block}.ff", width, config["activation_fn"] == "geglu")
-    yield from _linear("proj_out_1", 2 * width, width)
-    yield from _linear("proj_out_2", _pixels(config), width)
+    yield from linear("proj_out_1", 2 * width, width)
+    yield from linear("proj_out_2", _pixels(config), width)
 
 
 def _pixart(config: Mapping[str, Any]) -> Named:
@@ -117,18 +102,18 @@ def _pixart(config: Mapping[str, Any]) -> Named:
     for index in range(config["num_layers"]):
         block = f"transformer_blocks.{index}"
         yield f"{block}.scale_shift_table", (6, width)
-        yield from _affine(f"{block}.norm1", width, config["norm_elementwise_affine"])
+        yield from affine(f"{block}.norm1", width, config["norm_elementwise_affine"])
         yield from _attention(f"{block}.attn1", width, width, bias)
-        yield from _affine(f"{block}.norm2", width, config["norm_elementwise_affine"])
+        yield from affine(f"{block}.norm2", width, config["norm_elementwise_affine"])
         if config["cross_attention_dim"] is not None:
             yield from _attention(f"{block}.attn2", width, config["cross_attention_dim"], bias)
         yield from _feed_forward(f"{block}.ff", width, config["activation_fn"] == "geglu")
-    yield from _linear("proj_out", _pixels(config), width)
+    yield from linear("proj_out", _pixels(config), width)
     yield from _mlp("adaln_single.emb.timestep_embedder", width, TIMESTEP_CHANNELS)
     if uses_additional_conditions(config):
         for name in ("resolution_embedder", "aspect_ratio_embedder"):
             yield from _mlp(f"adaln_single.emb.{name}", width // 3, TIMESTEP_CHANNELS)
-    yield from _linear("adaln_single.linear", 6 * width, width)
+    yield from linear("adaln_single.linear", 6 * width, width)
     if config["caption_channels"] is not None:
         yield from _mlp("caption_projection", width, config["caption_channels"])
 
@@ -139,25 +124,25 @@ def _sd3(config: Mapping[str, Any]) -> Named:
     yield from _patches(config, width)
     yield from _mlp("time_text_embed.timestep_embedder", width, TIMESTEP_CHANNELS)
     yield from _mlp("time_text_embed.text_embedder", width, config["pooled_projection_dim"])
-    yield from _linear("context_embedder", config["caption_projection_dim"], config["joint_attention_dim"])
+    yield from linear("context_embedder", config["caption_projection_dim"], config["joint_attention_dim"])
     for index in range(config["num_layers"]):
         yield from _sd3_block(config, index, width)
-    yield from _linear("norm_out.linear", 2 * width, width)
-    yield from _linear("proj_out", _pixels(config), width)
+    yield from linear("norm_out.linear", 2 * width, width)
+    yield from linear("proj_out", _pixels(config), width)
 
 
 def _sd3_block(config: Mapping[str, Any], index: int, width: int) -> Named:
     block, last = f"transformer_blocks.{index}", index == config["num_layers"] - 1
     dual = index in config["dual_attention_layers"]
-    yield from _linear(f"{block}.norm1.linear", (9 if dual else 6) * width, width)
-    yield from _linear(f"{block}.norm1_context.linear", (2 if last else 6) * width, width)
+    yield from linear(f"{block}.norm1.linear", (9 if dual else 6) * width, width)
+    yield from linear(f"{block}.norm1_context.linear", (2 if last else 6) * width, width)
     norms = ("norm_q", "norm_k") if config["qk_norm"] else ()
     head_dim = config["attention_head_dim"]
     for name in (*norms, *(("norm_added_q", "norm_added_k") if norms else ())):
         yield f"{block}.attn.{name}.weight", (head_dim,)
     yield from _attention(f"{block}.attn", width, width, True)
     for name in ("add_k_proj", "add_v_proj", "add_q_proj") + (() if last else ("to_add_out",)):
-        yield from _linear(f"{block}.attn.{name}", width, width)
+        yield from linear(f"{block}.attn.{name}", width, width)
     if dual:
         for name in norms:
             yield f"{block}.attn2.{name}.weight", (head_dim,)
