@@ -37,10 +37,10 @@ class FitnessSettings(_Settings):
 
     by: Literal["exact_match", "tokens", "choices", "loss"] = Field(
         "exact_match",
-        description="exact_match: share of the items whose generated text is the answer; tokens: share of the "
-        "answers' tokens that the model has as its first choice, the right ones before it given; choices: "
-        "share of the items of whose choices the right one is the most likely; loss: minus the mean loss of a "
-        "token, times 100.",
+        description="exact_match: share of the items whose generated text is the answer; tokens: share of "
+        "the answers' tokens that the model has as its first choice, the right ones before it given; "
+        "choices: share of the items of whose choices the right one is the most likely; loss: minus the mean "
+        "loss of a token, times 100.",
     )
     data: Path | None = Field(
         None,
