@@ -22,7 +22,7 @@ from ..runtime.manifest import HistoryEntry, KernelScheme, ModuleSurgery, Quanti
 from .building import meta_module
 from .origins import NAME as DEPTH_FILE
 from .origins import original_name
-from .shapes import PERSISTENT_BUFFERS, expected_shapes
+from .shapes import expected_shapes, is_stored_buffer, stays_in_float32
 from .source_card import SourceCard
 from .structure import PrunableStructure
 
@@ -30,7 +30,7 @@ Role = Literal[
     "attention.q", "attention.k", "attention.v", "attention.out",
     "cross.q", "cross.k", "cross.v", "cross.out",
     "ff.in", "ff.gate", "ff.out", "adaln", "embedder", "head",
-    "projection", "conv", "conv.shortcut",
+    "projection", "conv", "conv.shortcut", "router",
 ]  # fmt: skip
 
 
@@ -243,6 +243,14 @@ class TensorSpec:
         return count * self.dtype.itemsize
 
 
+def tensor_specs(shapes: Shapes, dtype: torch.dtype) -> dict[str, TensorSpec]:
+    """Return the tensors of a module whose dtype is `dtype`, but for those that are always in float32."""
+    return {
+        name: TensorSpec(shape, torch.float32 if stays_in_float32(name) else dtype)
+        for name, shape in shapes.items()
+    }
+
+
 def tensor_bytes(tensor: Tensor) -> int:
     """Return the bytes of a tensor as stored; those of its parts for a tensor made of several."""
     if hasattr(tensor, "__tensor_flatten__"):
@@ -293,7 +301,7 @@ class ModelSpec:
         config = self.config if config is None else config
         shared = self.shared if shared is None else shared
         shapes = {**expected_shapes(config["_class_name"], config), **flat_shapes(surgery)}
-        tensors = {name: TensorSpec(shape, self.dtype) for name, shape in shapes.items()}
+        tensors = tensor_specs(shapes, self.dtype)
         return replace(
             self, config=config, surgery=dict(surgery), tensors=tensors, shared=shared,
             parameters=count_parameters(config, shapes, shared),
@@ -398,5 +406,9 @@ def count_parameters(
         shapes: of all tensors.
         shared: copies, which are not counted.
     """
-    skipped = PERSISTENT_BUFFERS.get(config["_class_name"], frozenset())
-    return sum(prod(shape) for name, shape in shapes.items() if name not in shared and name not in skipped)
+    class_name = config["_class_name"]
+    return sum(
+        prod(shape)
+        for name, shape in shapes.items()
+        if name not in shared and not is_stored_buffer(class_name, name)
+    )

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..errors import SourceError, UsageError
 from ..progress import Progress, step
-from ..runtime.modules import place
+from ..runtime.moe_tensors import place_stored
 from ..runtime.stored_tensors import TORCH_DTYPES
-from .base import Family, ModelSpec, OpenModel, Source, TensorSpec, count_parameters
+from .base import Family, ModelSpec, OpenModel, Source, count_parameters, tensor_specs
 from .building import empty_module
 from .checkpoint import Checkpoint, locate, read_json
 from .headers import TensorHeader, by_file
@@ -25,7 +25,7 @@ from .inherited import inherited
 from .origins import NAME as DEPTH_FILE
 from .registry import family_for
 from .scan import CHUNK_BYTES, count_not_finite, read_exactly, refuse_not_finite
-from .shapes import expected_shapes
+from .shapes import expected_shapes, stays_in_float32
 
 if TYPE_CHECKING:
     from ..recipes.schema import ModelRef
@@ -92,7 +92,7 @@ def _spec(checkpoint: Checkpoint, ref: ModelRef) -> ModelSpec:
     stored = _stored_dtype(checkpoint)  # refuses integers, also where the recipe wants another type
     dtype = getattr(torch, ref.dtype) if ref.dtype else stored
     shapes = expected_shapes(checkpoint.class_name, checkpoint.config)
-    tensors = {name: TensorSpec(shape, dtype) for name, shape in shapes.items()}
+    tensors = tensor_specs(shapes, dtype)
     shared = _copies(family, checkpoint.config)
     return ModelSpec(
         family=family,
@@ -143,13 +143,24 @@ def _read_file(
     """Read one file into the module and return its SHA-256."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as handle:
-        digest.update(handle.read(min(header.start for _, header in group)))
         for name, header in group:
+            _pass_over(handle, header.start, path, digest)
             tensor = torch.empty(header.shape, dtype=TORCH_DTYPES[header.dtype])
             refuse_not_finite(name, header, _read_tensor(handle, header, tensor, digest))
-            place(module, name, tensor.to(dtype))
+            place_stored(module, name, tensor.to(torch.float32 if stays_in_float32(name) else dtype))
             progress.advance(header.bytes, name)
+        _pass_over(handle, path.stat().st_size, path, digest)
     return digest.hexdigest()
+
+
+def _pass_over(handle: Any, position: int, path: Path, digest: Any) -> None:
+    """Feed the digest up to a position: headers, and tensors that stock classes skip."""
+    left = position - handle.tell()
+    while left:
+        part = memoryview(bytearray(min(left, CHUNK_BYTES)))
+        read_exactly(handle, part, path)
+        digest.update(part)
+        left -= len(part)
 
 
 def _read_tensor(handle: Any, header: TensorHeader, tensor: Tensor, digest: Any) -> int:

@@ -164,9 +164,9 @@ def test_broken_config(tiny_dit, text):
 
 
 def test_unsupported_class(tiny_dit):
-    edit_config(tiny_dit, _class_name="FluxTransformer2DModel")
+    edit_config(tiny_dit, _class_name="AuraFlowTransformer2DModel")
     known = "DiTTransformer2DModel, PixArtTransformer2DModel"
-    refused(tiny_dit, "'FluxTransformer2DModel' is not supported", known)
+    refused(tiny_dit, "'AuraFlowTransformer2DModel' is not supported", known)
     edit_config(tiny_dit, _class_name=None)
     refused(tiny_dit, "a class that the config does not name")
     edit_config(tiny_dit, _class_name="Transformer2DModel", norm_type="layer_norm")
