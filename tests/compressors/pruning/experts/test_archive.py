@@ -99,7 +99,9 @@ def other_shape(path):
     save_file({"choice": np.zeros((3, 9), np.int64)}, path, metadata={"evaluation": "{}"})
 
 
-@pytest.mark.parametrize("damage", [cut, flip, without_header, other_shape, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "damage", [cut, flip, without_header, other_shape, lambda path: path.write_bytes(b"")]
+)
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_a_damaged_file_is_named(landscape, kept, damage, index):
     path = kept / f"{index:06d}.safetensors"
@@ -128,7 +130,9 @@ def test_an_evaluation_of_another_search_is_refused(landscape, kept, name):
 
 def run(folder, *arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, str(PROGRAM), str(folder), *map(str, arguments)], env=environment)
+    return subprocess.Popen(
+        [sys.executable, str(PROGRAM), str(folder), *map(str, arguments)], env=environment
+    )
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +161,9 @@ def test_a_search_that_is_killed_again_and_again_ends_with_the_same_archive(land
         before = len(list(folder.glob("[0-9]*.safetensors")))
         process = run(folder, 2, 3)
         deadline = time.monotonic() + 60
-        wanted = before + moments.randint(5, 25)  # a kill comes after some progress, whatever the machine does
+        wanted = before + moments.randint(
+            5, 25
+        )  # a kill comes after some progress, whatever the machine does
         while process.poll() is None and time.monotonic() < deadline:
             if len(list(folder.glob("[0-9]*.safetensors"))) >= wanted:
                 time.sleep(moments.random() * 0.01)

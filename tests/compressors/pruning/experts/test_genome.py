@@ -132,7 +132,11 @@ def test_storing_brings_back_every_bit():
     noise = generator.standard_normal(SPACE.shape).astype(np.float32)
     frozen = Individual(choice.router, choice.experts + noise)
     free = Individual(choice.router - noise, choice.experts + noise)
-    for individual, names in ((choice, {"choice"}), (frozen, {"router", "experts"}), (free, {"router", "experts"})):
+    for individual, names in (
+        (choice, {"choice"}),
+        (frozen, {"router", "experts"}),
+        (free, {"router", "experts"}),
+    ):
         arrays = to_arrays(individual)
         assert set(arrays) == names
         again = from_arrays(arrays, SPACE)

@@ -81,10 +81,10 @@ def test_experts_are_exchanged_at_the_rate_that_is_set_in_flagged_groups_only(ge
     # A row that is hit takes an expert that no row of the group has. Rarely it is one that another row has
     # left just before: of two hit rows the second draws among 4 + 1, of which one is not new.
     trials = draws * int(flags.sum()) * SPACE.kept
-    share = sum(
-        probability * expected_new(hits)
-        for hits, probability in enumerate(binomial(SPACE.kept, 0.15))
-    ) / SPACE.kept
+    share = (
+        sum(probability * expected_new(hits) for hits, probability in enumerate(binomial(SPACE.kept, 0.15)))
+        / SPACE.kept
+    )
     assert 0.14 < share < 0.15
     assert near(gone, trials, share)
 
@@ -161,7 +161,9 @@ def test_noise_leaves_a_frozen_router(generator):
 
 def test_two_parents_give_rows_of_flagged_matrices_and_the_others_whole(generator):
     first, second = real(generator), real(generator)
-    flags = np.array([[True, False], [False, True], [False, False], [True, True], [False, False], [False, False]])
+    flags = np.array(
+        [[True, False], [False, True], [False, False], [True, True], [False, False], [False, False]]
+    )
     rows_of_first = wholes_of_first = 0
     draws = 1500
     for _ in range(draws):
