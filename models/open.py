@@ -43,7 +43,7 @@ def read_spec(ref: ModelRef) -> ModelSpec:
         SourceError: missing, damaged, unsafe, or of a kind that is not supported.
         HubError: the Hub or the network refused.
     """
-    return _spec(locate(ref, weights=False), ref)
+    return spec_of(locate(ref, weights=False), ref)
 
 
 def open_model(
@@ -68,7 +68,7 @@ def open_model(
     """
     target = _device(device)
     checkpoint = checkpoint or locate(ref)
-    spec = _spec(checkpoint, ref)
+    spec = spec_of(checkpoint, ref)
     module = empty_module(spec.family, spec.config)
     hashes: dict[str, str] = {}
     with step(progress, f"reading {ref.id}", checkpoint.bytes):
@@ -87,7 +87,12 @@ def open_model(
     )  # fmt: skip
 
 
-def _spec(checkpoint: Checkpoint, ref: ModelRef) -> ModelSpec:
+def spec_of(checkpoint: Checkpoint, ref: ModelRef) -> ModelSpec:
+    """Return the spec of a checkpoint that `locate(ref)` has found.
+
+    Raises:
+        SourceError: a tensor is stored in a type that is no floating-point number.
+    """
     family = family_for(checkpoint.class_name)
     stored = _stored_dtype(checkpoint)  # refuses integers, also where the recipe wants another type
     dtype = getattr(torch, ref.dtype) if ref.dtype else stored

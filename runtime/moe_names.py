@@ -46,6 +46,12 @@ class Part:
     expert: int
     half: int | None
 
+    @property
+    def name(self) -> str:
+        """What the part is called."""
+        leaf = "down_proj" if self.half is None else ("gate_proj", "up_proj")[self.half]
+        return f"{self.fused.rpartition('.')[0]}.{self.expert}.{leaf}.weight"
+
     def shape(self, fused: Shape) -> Shape:
         """Return [rows, columns] of the part, of the shape of the fused tensor."""
         return (fused[1] if self.half is None else fused[1] // 2, fused[2])
@@ -72,13 +78,9 @@ def parts_of(class_name: object, name: str, shape: Shape) -> dict[str, Part]:
     match = _FUSED.match(name)
     if match is None or not is_moe_class(class_name) or MOE_CLASSES[str(class_name)].naming == "fused":
         return {}
-    leaves = ("down_proj",) if match["leaf"] == "down_proj" else ("gate_proj", "up_proj")
-    found = {}
-    for expert in range(shape[0]):
-        for leaf in leaves:
-            part = f"{match['experts']}.{expert}.{leaf}.weight"
-            found[part] = Part(name, expert, None if len(leaves) == 1 else leaves.index(leaf))
-    return found
+    halves = (None,) if match["leaf"] == "down_proj" else (0, 1)
+    parts = (Part(name, expert, half) for expert in range(shape[0]) for half in halves)
+    return {part.name: part for part in parts}
 
 
 def stored_shapes(
