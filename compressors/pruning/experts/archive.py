@@ -111,9 +111,17 @@ class Archive:
             save_file(_writable(to_arrays(record.individual)), temporary, metadata=text)
         self._records[record.index] = record
 
-    def second(self, record: Record) -> float | None:
-        """Return the score on the dev split; None: it was not asked for."""
-        return self._second.get(record.individual.sha256)
+    def has_second(self, record: Record) -> bool:
+        """Tell whether an individual has a score on the dev split."""
+        return record.individual.sha256 in self._second
+
+    def second(self, record: Record) -> float:
+        """Return the score on the dev split.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return self._second[record.individual.sha256]
 
     def add_second(self, record: Record, score: float) -> None:
         """Keep a score on the dev split.

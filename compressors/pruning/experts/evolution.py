@@ -228,7 +228,7 @@ def breed(search: Search, index: int, known: Sequence[Record], seen: set[str]) -
 def choose(
     search: Search,
     archive: Archive,
-    second: Callable[[Individual], float] | None = None,
+    second: Submit | None = None,
     *,
     progress: Progress,
 ) -> Found:
@@ -237,8 +237,9 @@ def choose(
     Args:
         search: which `evolve` has finished.
         archive: of it.
-        second: scores an individual on the dev split, in points; the `dev_top` fittest are, of those that
-            only choose and of all. Scores are kept in the archive. None: the first score decides.
+        second: as `submit` of `evolve`, for scores on the dev split; the `dev_top` fittest get one, of
+            those that only choose and of all, up to `lag` at once. It is kept in the archive as soon as it
+            is there. None: the first score decides.
         progress: advances with every second score.
 
     Raises:
@@ -250,7 +251,7 @@ def choose(
     def fittest(among: Sequence[Record]) -> Record:
         if second is None:
             return best(among)[0]
-        return _best_again(among, search.settings.dev_top, archive, second, progress)
+        return _best_again(among, search.settings, archive, second, progress)
 
     return Found(
         pruned=None if search.merges_only else fittest(records[: search.prune_evals]),
@@ -261,22 +262,27 @@ def choose(
 
 def _best_again(
     records: Sequence[Record],
-    count: int,
+    settings: EepSettings,
     archive: Archive,
-    second: Callable[[Individual], float],
+    second: Submit,
     progress: Progress,
 ) -> Record:
     """Return the record with the best second score; of equal ones that with the better first."""
-    top, scores = best(records, count), []
-    with step(progress, "second scores", len(top)):
-        for record in top:
-            score = archive.second(record)
-            if score is None:
-                score = float(second(record.individual))
+    top = best(records, settings.dev_top)
+    missing = [record for record in top if not archive.has_second(record)]
+    running: list[Future[float]] = []
+    with step(progress, "second scores", len(missing)):
+        try:
+            for place, record in enumerate(missing):
+                ahead = missing[len(running) : place + settings.lag]
+                running += [second(other.individual) for other in ahead]
+                score = float(running[place].result())
                 archive.add_second(record, score)
-            progress.advance(detail=f"{score:.2f}")
-            scores.append(score)
-    return top[scores.index(max(scores))]
+                progress.advance(detail=f"{score:.2f}")
+        finally:
+            for future in running:
+                future.cancel()
+    return max(top, key=archive.second)
 
 
 def _generator(seed: int, index: int) -> np.random.Generator:

@@ -116,7 +116,7 @@ def _mixed(
 ) -> tuple[Coefficients, NDArray[np.bool_]]:
     """Return the mixture, and [groups] whether a group is the first's or begins with it."""
     rows = generator.random(first.shape[:2]) < chance
-    whole = generator.random(first.shape[0]) < chance
+    whole = generator.random(first.shape[:1]) < chance
     of_first: NDArray[np.bool_] = np.where(flags[:, None], rows, whole[:, None])
     return np.where(of_first[..., None], first, second), flags | whole
 

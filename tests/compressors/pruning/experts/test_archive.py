@@ -53,7 +53,7 @@ def test_what_is_added_is_read_again_bit_for_bit(landscape, records, kept):
         assert found.individual.sha256 == record.individual.sha256
         assert np.array_equal(found.individual.experts, record.individual.experts)
     assert again.second(records[0]) == 1 / 7
-    assert again.second(records[1]) is None
+    assert [again.has_second(record) for record in records] == [True, False, False]
     assert 2 in again
     assert 3 not in again
 

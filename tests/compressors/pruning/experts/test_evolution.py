@@ -27,7 +27,7 @@ def unflushed():
 
 
 def chosen_by(search, archive, second=None):
-    return choose(search, archive, second, progress=SilentProgress())
+    return choose(search, archive, second and in_turn(second), progress=SilentProgress())
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +90,13 @@ def test_parents_are_within_three_points_of_the_best_known_before(default):
 
 def test_the_planted_choice_and_then_something_better_is_found(landscape, tmp_path):
     for seed in (0, 1):
-        search = landscape.search(seed, prune_evals=150, total_evals=400)
+        search = landscape.search(seed, prune_evals=120, total_evals=320)
         archive = landscape.finished(tmp_path / str(seed), search)
         found = chosen_by(search, archive)
         assert landscape.right(found.pruned.individual) == 9  # one choice of 8,000
-        assert found.pruned.index < 150
+        assert found.pruned.index < 120
         assert found.best.fitness > found.pruned.fitness + 5.0
-        assert found.best.fitness == max(record.fitness for record in archive.first(400))
+        assert found.best.fitness == max(record.fitness for record in archive.first(320))
         merged = np.abs(found.best.individual.experts - landscape.blend()).mean()
         assert merged < np.abs(found.pruned.individual.experts - landscape.blend()).mean()
 
@@ -288,6 +288,43 @@ def test_of_equal_second_scores_the_better_first_score_counts(landscape, tmp_pat
     archive = landscape.finished(tmp_path, search)
     found = chosen_by(search, archive, lambda individual: 50.0)
     assert found.best.fitness == max(record.fitness for record in archive.first(70))
+
+
+def test_second_scores_of_several_workers_are_those_of_one(landscape, tmp_path):
+    search = landscape.search(lag=3)
+    for name in ("one", "four"):
+        landscape.finished(tmp_path / name, search, landscape.coarse)
+    one = chosen_by(search, Archive(tmp_path / "one", landscape.KEY, landscape.SPACE), landscape.slowly)
+    four = Archive(tmp_path / "four", landscape.KEY, landscape.SPACE)
+    with ThreadPoolExecutor(4) as pool:
+        found = choose(
+            search,
+            four,
+            lambda individual: pool.submit(landscape.slowly, individual),
+            progress=SilentProgress(),
+        )
+    assert (found.best.index, found.pruned.index) == (one.best.index, one.pruned.index)
+    assert landscape.files(tmp_path / "one") == landscape.files(tmp_path / "four")
+
+
+def test_second_scores_are_kept_one_by_one(landscape, tmp_path):
+    search = landscape.search()
+    landscape.finished(tmp_path, search)
+    asked = []
+
+    def second(individual):
+        if len(asked) == 7:
+            raise RuntimeError("out of memory")
+        asked.append(individual.sha256)
+        return 1.0
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        chosen_by(search, Archive(tmp_path, landscape.KEY, landscape.SPACE), second)
+    assert len(list(tmp_path.glob("dev-*.json"))) == 7
+    kept, asked[:] = list(asked), []
+    archive = Archive(tmp_path, landscape.KEY, landscape.SPACE)
+    chosen_by(search, archive, lambda individual: asked.append(individual.sha256) or 1.0)
+    assert not set(asked) & set(kept)
 
 
 @pytest.mark.parametrize("lag", [1, 4])
