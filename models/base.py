@@ -85,6 +85,7 @@ class Size:
             products included.
         bytes: tensor bytes as they would be stored, shared copies once.
         bits_per_weight: 8 * bytes / parameters.
+        active_parameters: those that one token meets, None where it meets all of them.
     """
 
     parameters: int
@@ -92,15 +93,18 @@ class Size:
     macs: int
     bytes: int
     bits_per_weight: float
+    active_parameters: int | None = None
 
     def to_json(self) -> dict[str, int | float]:
         """Return the report's form."""
+        active = self.active_parameters
         return {
             "parameters": self.parameters,
             "parameters_stored": self.parameters_stored,
             "macs": self.macs,
             "bytes": self.bytes,
             "bits_per_weight": round(self.bits_per_weight, 4),
+            **({} if active is None else {"active_parameters": active}),
         }
 
 
@@ -185,6 +189,10 @@ class Family(ABC):
     def default_keep(self) -> tuple[str, ...]:
         """Patterns of linears that quantizers leave in floating point unless told otherwise."""
         return ()
+
+    def active_parameters(self, config: Mapping[str, Any]) -> int | None:
+        """Count the parameters that one token meets; None where it meets all of them."""
+        return None
 
     def paper_macs(self, config: Mapping[str, Any], *, shapes: Shapes = AS_CONFIGURED) -> int | None:
         """Count as the papers on pruning do, for comparison with their tables; None where none is known."""
@@ -317,6 +325,7 @@ class ModelSpec:
             macs=self.family.macs(self.config, shapes=flat_shapes(self.surgery)),
             bytes=stored,
             bits_per_weight=8 * stored / self.parameters,
+            active_parameters=self.family.active_parameters(self.config),
         )
 
     def evolve(self, **changes: Any) -> ModelSpec:
@@ -384,6 +393,7 @@ class OpenModel:
             macs=self.family.macs(self.config, shapes=flat_shapes(self.surgery)),
             bytes=stored,
             bits_per_weight=8 * stored / dense.parameters,
+            active_parameters=self.family.active_parameters(self.config),
         )
 
 

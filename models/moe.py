@@ -16,6 +16,7 @@ from ..runtime.moe_classes import MOE_CLASSES
 from ..runtime.moe_config import HeadsShape, LatentShape, MoeShape, moe_shape
 from .base import AS_CONFIGURED, FoldGroup, LinearSite, Role, Shapes
 from .llm import REFERENCE_TOKENS, LanguageFamily
+from .moe_shapes import active_parameters
 from .transformer import linear_shapes, product_macs
 
 _ROLES: Sequence[tuple[str, Role]] = (
@@ -90,6 +91,10 @@ class MoeFamily(LanguageFamily):
         per_token += shape.width * shape.vocabulary
         products = _products(shape.attention, tokens) if attention_products else 0
         return tokens * per_token + shape.layers * products
+
+    def active_parameters(self, config: Mapping[str, Any]) -> int:
+        """Count the parameters that one token meets: all but those of the experts that it skips."""
+        return active_parameters(config)
 
 
 def _mixture_weights(shape: MoeShape) -> int:
