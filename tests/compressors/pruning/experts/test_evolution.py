@@ -134,6 +134,15 @@ def test_two_parents_make_the_share_of_children_that_is_set(landscape, tmp_path)
     assert abs(crossed - 400 * 0.3) <= 3 * (400 * 0.3 * 0.7) ** 0.5
 
 
+@pytest.mark.parametrize(("chance", "share"), [(0.0, 0.0), (0.3, 0.3), (1.0, 1.0)])
+def test_row_sums_are_divided_by_as_often_as_is_set(landscape, tmp_path, chance, share):
+    search = landscape.search(total_evals=240, norm_prob=chance, crossover=0.0, group_flag=1.0)
+    merged = landscape.finished(tmp_path, search, lambda individual: 0.0).first(240)[40:]
+    sums = np.stack([record.individual.experts.sum(axis=2) for record in merged])
+    divided = (np.abs(sums - 1.0) < 1e-5).all(axis=(1, 2)).sum()
+    assert abs(divided - 200 * share) <= 3 * (200 * share * (1 - share)) ** 0.5
+
+
 def test_equal_seeds_give_equal_bytes_and_others_do_not(landscape, tmp_path):
     for name, seed in (("a", 4), ("b", 4), ("c", 5)):
         landscape.finished(tmp_path / name, landscape.search(seed))
@@ -346,6 +355,25 @@ def test_an_evaluation_that_fails_leaves_what_is_finished(landscape, tmp_path, l
     landscape.finished(tmp_path / "a", search)
     landscape.finished(tmp_path / "b", search)
     assert landscape.files(tmp_path / "a") == landscape.files(tmp_path / "b")
+
+
+def test_what_finishes_beside_a_failure_is_kept(landscape, tmp_path):
+    waiting = []
+
+    def submit(individual):
+        waiting.append((Future(), individual))
+        future = waiting[-1][0]
+        if len(waiting) == 4:
+            waiting[0][0].set_exception(RuntimeError("out of memory"))
+            for other, what in waiting[1:]:
+                other.set_result(landscape.fitness(what))
+        return future
+
+    search = landscape.search(lag=4)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        landscape.finished(tmp_path, search, submit=submit)
+    kept = Archive(tmp_path, landscape.KEY, landscape.SPACE)
+    assert [record.index for record in kept.records()] == [1, 2, 3]
 
 
 def test_a_fitness_that_is_no_number_ends_the_search(landscape, tmp_path):
