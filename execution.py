@@ -144,7 +144,9 @@ def _stage_keys(
         data: index of a stage -> hash of what it trains on, where the calibration's key does not say it.
     """
     keys: list[tuple[str, str]] = []
-    previous = digest([sorted(model.source.hashes.items()), str(model.spec.dtype), model.config])
+    origins = model.source.origins  # which blocks stand for each other depends on what it tells
+    told = [] if origins is None else [origins]
+    previous = digest([sorted(model.source.hashes.items()), str(model.spec.dtype), model.config, *told])
     for index, stage in enumerate(recipe.stages):
         key = digest(
             {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .calibration.image_files import find_images
 from .calibration.latent_files import find_latents, fingerprint
 from .errors import SourceError
-from .models.checkpoint import locate
+from .models.checkpoint import BUILTIN_PREFIX, locate
 from .models.latent_sizes import check_latents
 from .models.registry import FAMILY_NAMES, task_of
 from .models.vae import vae_beside, vae_hashes
@@ -40,7 +40,7 @@ def check_data(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
     learning = [
         (index, stage) for index, stage in enumerate(recipe.stages) if stage.settings.learns_from_data
     ]
-    _check_teachers(loaded)
+    _check_teachers(loaded, checkpoint)
     data = recipe.calibration.data
     if data is None:
         for index, stage in learning:
@@ -69,15 +69,32 @@ def check_data(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
             )
 
 
-def _check_teachers(loaded: LoadedRecipe) -> None:
+def _check_teachers(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
+    """Refuse a model that is asked to learn from itself: before the first stage it is the original."""
     stage = loaded.recipe.stages[0]
     settings = stage.settings
-    if isinstance(settings, MaskedDistillSettings) and settings.asks_original and settings.teacher is None:
+    if not isinstance(settings, MaskedDistillSettings) or not settings.asks_original:
+        return
+    location = ("stages", 0, stage.method)
+    if settings.teacher is None:
         raise loaded.error(
-            ("stages", 0, stage.method),
+            location,
             "learns from the original, and no stage before it has changed that",
             "name a `teacher`, or write answers: 0 and features: 0",
         )
+    if _is_itself(settings.teacher, loaded.recipe.model, checkpoint):
+        raise loaded.error(
+            (*location, "teacher"),
+            "is the model itself, and no stage before this one has changed that",
+            "name another model, or write answers: 0 and features: 0",
+        )
+
+
+def _is_itself(teacher: str, model: ModelRef, checkpoint: Checkpoint) -> bool:
+    if checkpoint.revision is not None:
+        return teacher == model.id and model.revision is None and model.subfolder is None
+    known = teacher.startswith(BUILTIN_PREFIX) or Path(teacher).expanduser().is_dir()
+    return known and locate(ModelRef(id=teacher), weights=False).folder.samefile(checkpoint.folder)
 
 
 def _check_latents(path: Path, checkpoint: Checkpoint) -> None:

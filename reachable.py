@@ -13,6 +13,12 @@ from .recipes.schema import Recipe
 _DATA_SLACK = 0.02
 # How a cut is spread over the layers moves what is counted; on a ConvNeXt by 8 %, elsewhere by less.
 _SPREAD_SLACK = 0.1
+_AMOUNTS = {
+    "isomorphic": "`target` or `ratios` of isomorphic",
+    "tinyfusion": "`groups` of tinyfusion",
+    "depth": "`keep` of depth",
+}
+"""Method that removes -> the keys that say how much."""
 _AIMS = {"macs": ("macs",), "parameters": ("parameters",), "bytes": ("bytes", "size_ratio")}
 
 
@@ -70,7 +76,10 @@ def _is_aimed_at(stage: IsomorphicSettings, name: str) -> bool:
 def _hint(recipe: Recipe, name: str) -> str:
     """Say which stages of the recipe could bring the metric down."""
     phases = {stage.settings.phase for stage in recipe.stages}
-    ways = ["remove more (`target` or `ratios` of isomorphic)"] if "prune" in phases else []
+    keys = [_AMOUNTS[stage.method] for stage in recipe.stages if stage.method in _AMOUNTS]
+    ways = [f"remove more ({', '.join(dict.fromkeys(keys))})"] if keys else []
+    if "prune" in phases and not keys:
+        ways.append("remove more")
     if "quantize" in phases and name not in ("macs", "parameters"):
         ways.append("use fewer bits for more layers")
     if any(export.padded for export in recipe.export):

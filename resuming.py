@@ -23,6 +23,15 @@ from .runtime.validate import CONFIG_NAME, read_json
 def resume(model: OpenModel, folder: Path) -> None:
     """Put the checkpoint of a finished stage in the place of the module that was opened."""
     module, manifest = read_checkpoint(folder)
+    take_depth(model, folder)
+    model.surgery = stored_surgery(folder, model.family, model.config)
+    model.module = model.family.adopt(module).to(next(model.module.parameters()).device)
+    model.quantization = dict(manifest.quantization)
+    model.history = list(manifest.history)
+
+
+def take_depth(model: OpenModel, folder: Path) -> None:
+    """Let a model say of its blocks what a checkpoint of it says: its config, copies and attachments."""
     attachments = read_attachments(folder)
     kept = kept_blocks(attachments[DEPTH_FILE]) if DEPTH_FILE in attachments else {}
     if kept:
@@ -30,11 +39,7 @@ def resume(model: OpenModel, folder: Path) -> None:
         # Of the model as it was opened: it may have taken the place of an earlier stage since.
         model.config = shallower_config(model.spec.config, kept)
     model.config = with_counts_of(model.config, read_json(folder / CONFIG_NAME))
-    model.surgery = stored_surgery(folder, model.family, model.config)
     model.attachments = attachments
-    model.module = model.family.adopt(module).to(next(model.module.parameters()).device)
-    model.quantization = dict(manifest.quantization)
-    model.history = list(manifest.history)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from .models.open import open_model
 from .progress import Progress
 from .recipes.gates import failures, judge
 from .recipes.schema import ModelRef, Recipe
+from .resuming import take_depth
 from .runtime.load import load, read_checkpoint
 from .runtime.validate import open_folder
 
@@ -129,7 +130,8 @@ class _Loaded:
 
 def _load(folder: Path, format_: str, model: OpenModel) -> _Loaded:
     surgery = stored_surgery(folder, model.family, model.config)
-    size_bytes = sum(entry.bytes for entry in open_folder(folder).tensors.values())
+    stored = open_folder(folder).tensors
+    size_bytes = sum(entry.bytes for name, entry in stored.items() if name not in model.shared)
     if format_ == "compress":
         module, manifest = read_checkpoint(folder)
         return _Loaded(module, dict(manifest.quantization), surgery, size_bytes)
@@ -143,8 +145,9 @@ def _measure(
     device = next(model.module.parameters()).device
     evaluator = evaluator_for(model, recipe.evaluate, recipe.seed, recipe.calibration)
     reference = evaluator.reference(model, None, progress)
+    take_depth(model, folder)
     loaded = _load(folder, exported["export"]["format"], model)
-    module, speed = loaded.module.to(device), recipe.evaluate.speed
+    module, speed = model.family.adopt(loaded.module).to(device), recipe.evaluate.speed
     taken = measure_speed(model, module, speed, recipe.seed, progress) if speed is not None else None
     model.module, model.quantization, model.surgery = module, loaded.quantization, loaded.surgery
     evaluation = evaluator.compare(model, reference, progress)

@@ -26,8 +26,6 @@ from .seeds import generator_for
 if TYPE_CHECKING:
     from ..recipes.schema import CalibrationSettings
 
-_NULL_HINT = "give them, or set guidance_scale to 1"
-
 _POOLED = f"{ADDED}/text_embeds"
 
 # Argument of the denoiser (a slash leads into a nested one) -> key in an embeddings file (the negative ones
@@ -44,6 +42,12 @@ EMBEDDING_KEYS: Mapping[str, Mapping[str, str]] = {
         "text_embedding_mask_t5": "prompt_attention_mask_2",
     },
 }
+
+_KEYS = {argument: key for keys in EMBEDDING_KEYS.values() for argument, key in keys.items()}
+_NEGATIVE_HINT = (
+    "add it to the file of calibration.embeddings, or set guidance_scale to 1, in calibration, in its data"
+    " and in evaluate.fidelity"
+)
 
 Sizes = Callable[[int], Mapping[str, Tensor]]
 """From a number of rows to the entries of `added_cond_kwargs` that tell the size of the images."""
@@ -132,8 +136,8 @@ class PromptConditions:
         values = self.negative.get(name)
         if values is None:
             raise SourceError(
-                f"no negative prompt embeddings for {name.rpartition('/')[2]}, which guidance needs",
-                hint=_NULL_HINT,
+                f"the prompt embeddings have no tensor negative_{_KEYS[name]}, which guidance needs",
+                hint=_NEGATIVE_HINT,
             )
         return values.expand(len(rows), *values.shape[1:]) if len(values) == 1 else values[rows]
 
@@ -188,7 +192,7 @@ def _prompt_conditions(model: OpenModel, settings: CalibrationSettings, samples:
             hint="set calibration.prompts (a text file, one prompt per line; the model then needs its "
             "text encoders beside it) or calibration.embeddings (safetensors with prompt_embeds, ...)",
         )
-    check_widths(model, positive)
+    check_widths(model, {name: tuple(values.shape) for name, values in positive.items()})
     prompts = len(next(iter(positive.values())))
     return prompt_conditions(model, settings, positive, negative, torch.arange(samples) % prompts)
 
@@ -240,45 +244,54 @@ def size_entries(model: OpenModel) -> Sizes | None:
     return None
 
 
-def check_widths(model: OpenModel, positive: Mapping[str, Tensor]) -> None:
-    """Hold embeddings against the shapes that the config of the model implies.
+def check_widths(model: OpenModel, shapes: Mapping[str, tuple[int, ...]], place: Path | None = None) -> None:
+    """Hold the shapes of embeddings against those that the config of the model implies.
 
     Args:
         model: the denoiser.
-        positive: argument of the denoiser -> [prompts, ...].
+        shapes: argument of the denoiser -> (prompts, ...).
+        place: the file that they are in; None: they are in none.
 
     Raises:
         SourceError: naming the first that does not fit.
     """
-    for name, shape in _shapes(model).items():
-        given = tuple(positive[name].shape[1:]) if name in positive else shape
+    for name, shape in _shapes(model, shapes).items():
+        given = shapes[name][1:] if name in shapes else shape
         fits = len(given) == len(shape) and all(
             want in (None, have) for have, want in zip(given, shape, strict=True)
         )
         if not fits:
             key = EMBEDDING_KEYS[model.family.name][name]
-            told = _told(model, shape)
+            where = f"{model.source.id}: reads" if place is None else f"{place}: {model.source.id} reads"
+            wanted, found = _told(key, shape, given), _told(key, given, shape)
             raise SourceError(
-                f"{model.source.id}: reads {key} of {told}, and these have {_told(model, given)}",
+                f"{where} {key} of {wanted}, and these have {found}",
                 hint="the text encoders are of another model, or this one is told other things than sizes",
             )
 
 
-def _told(model: OpenModel, shape: tuple[int | None, ...]) -> str:
-    if model.family.name != "hunyuan":
-        return f"{shape[-1]} channels"
-    return " x ".join(str(length) for length in shape)
+def _told(key: str, shape: tuple[int | None, ...], other: tuple[int | None, ...]) -> str:
+    """Return a shape as the message about another one has it: the width alone where that is enough."""
+    if len(shape) == len(other) and (None in (*shape[:-1], *other[:-1]) or len(shape) == 1):
+        return f"{shape[-1]} {'values' if 'mask' in key else 'channels'}"
+    return " x ".join("any" if length is None else str(length) for length in shape) or "no dimension"
 
 
-def _shapes(model: OpenModel) -> dict[str, tuple[int | None, ...]]:
+def _shapes(model: OpenModel, given: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int | None, ...]]:
     """Return argument -> shape of a prompt's embedding, None where any length will do."""
     config = model.config
+    if model.family.name == "pixart":
+        states = given.get("encoder_hidden_states", ())
+        return {
+            "encoder_hidden_states": (None, config["caption_channels"] or config["cross_attention_dim"]),
+            "encoder_attention_mask": (states[1] if len(states) == 3 else None,),
+        }
     if model.family.name == "unet":
         return {
             "encoder_hidden_states": (None, per_stage(config, "cross_attention_dim")[0]),
             _POOLED: (text_vector_width(config, TIME_IDS) if config["addition_embed_type"] else None,),
         }
-    if model.family.name == "flux":
+    if model.family.name in ("sd3", "flux"):
         return {
             "encoder_hidden_states": (None, config["joint_attention_dim"]),
             "pooled_projections": (config["pooled_projection_dim"],),

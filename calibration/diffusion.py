@@ -19,6 +19,7 @@ from ..progress import Progress, step
 from ..runtime.atomic import atomic_file
 from ..runtime.hashes import file_sha256
 from .base import Observer
+from .captions import with_empty_caption
 from .conditions import Conditions, conditions_for, is_guided
 from .content import (
     condition_content,
@@ -74,7 +75,7 @@ class DiffusionCalibration:
     def training(
         self, model: OpenModel, original: Callable[[], OpenModel] | None, progress: Progress
     ) -> LatentSet:
-        """Return what the model is trained on; see `TrainingData.latents`.
+        """Return what the model is trained on; see `TrainingData.latents` and `captions`.
 
         Raises:
             SourceError: the recipe names no data, or they cannot be read.
@@ -85,7 +86,15 @@ class DiffusionCalibration:
                 f"{model.source.id}: a stage trains the model, and the recipe names nothing to train on",
                 hint="add `data: {generate: 1000}` to calibration, or latents or images of your own",
             )
-        return self.data.latents(model, original, progress)
+        found = self.data.latents(model, original, progress)
+        return with_empty_caption(model, found, self._guided_inputs(), progress)
+
+    def _guided_inputs(self) -> dict[str, Any] | None:
+        """Return what the first calls were conditioned on, both halves; None without guidance."""
+        if not self.guided:
+            return None
+        with safe_open(self.files[0], framework="pt") as file:
+            return _nested(file)
 
     def calls(self) -> Iterator[dict[str, Any]]:
         """Yield the keyword arguments of every recorded forward, on the CPU, one at a time."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import StageError
 from ..models.base import OpenModel
 from ..models.latent_sizes import latent_shape, learns_variance, tokens_of
+from .captions import without_captions
 from .label_dropout import drop_rate
 from .sampler import make_scheduler
 from .variance import Schedule, variance_bound
@@ -90,15 +91,24 @@ class DiffusionTask(ABC):
             dropped: [b] in [0, 1), uniform: labels go where this is low; None: all of them stay.
         """
 
-    def draw(self, latents: Tensor, conditions: Mapping[str, Any], generator: Generators) -> Noised:
-        """Draw a noise level, noise, and whether its label is dropped, for every item.
+    def draw(
+        self,
+        latents: Tensor,
+        conditions: Mapping[str, Any],
+        generator: Generators,
+        empty: Mapping[str, Tensor] | None = None,
+    ) -> Noised:
+        """Draw a noise level, noise, and whether its label or caption is dropped, for every item.
 
         Args:
             latents: [b, C, H, W] float32, clean, on the CPU.
             conditions: keyword arguments of the denoiser beside latents and timestep, b rows each.
             generator: with one for each item, what an item gets does not depend on the others.
+            empty: what dropped captions become; see `LatentSet`.
         """
         share, dropped, noise = _numbers(latents, generator)
+        if empty:
+            conditions = without_captions(conditions, empty, dropped)
         return self.noised(latents, conditions, share, noise, dropped)
 
     @abstractmethod

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..models.base import OpenModel
-from ..runtime.atomic import atomic_file
+from ..runtime.atomic import atomic_file, locked_folder
 from ..runtime.hashes import digest, file_sha256
 from .content import is_intact, read_index, recording_folder, write_index
 from .latent_files import latent_table
@@ -47,11 +47,13 @@ class LatentCache:
         return [(name, rows) for name, rows in self._rows.items() if self.missing(name)]
 
     def write(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Keep one file."""
-        with atomic_file(self.folder / name) as temporary:
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
-            self._hashes[name] = file_sha256(temporary)
-        write_index(self.folder / _INDEX, self._hashes)
+        """Keep one file; what other runs have kept meanwhile stays in the index."""
+        with locked_folder(self.folder):
+            with atomic_file(self.folder / name) as temporary:
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
+                self._hashes[name] = file_sha256(temporary)
+            index = read_index(self.folder / _INDEX) or self._hashes
+            write_index(self.folder / _INDEX, {**index, name: self._hashes[name]})
 
     def latents(self, model: OpenModel, given: Given, mirror: str | None) -> LatentSet:
         """Return all of them; the files live as long as that."""

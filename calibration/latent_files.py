@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def find_latents(path: Path) -> list[LatentPart]:
     tables = sorted(path.glob("*.safetensors"))
     parts = [latent_table(table) for table in tables] if tables else _arrays(path)
     for part in parts[1:]:
-        if part.shape != parts[0].shape or set(part.conditions) != set(parts[0].conditions):
+        if _kind(part) != _kind(parts[0]):
             raise SourceError(
                 f"{part.path}: its items are {_told(part)}, those of {parts[0].path.name} {_told(parts[0])}",
                 hint="give files of one kind",
@@ -97,15 +98,22 @@ def read_array(path: Path) -> np.ndarray:
         SourceError: it cannot be read.
     """
     try:
-        found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        # Not np.load, which goes by the content, and opens archives as well.
+        found: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, TypeError, OverflowError, TokenError) as error:
         raise SourceError(f"{path}: cannot be read as an array: {error}") from None
     return found
 
 
+def _kind(part: LatentPart) -> tuple[object, ...]:
+    """Return what all files of a folder have in common, so that items of any of them make one batch."""
+    return part.shape, part.flipped, {name: shape[1:] for name, shape in part.conditions.items()}
+
+
 def _told(part: LatentPart) -> str:
-    others = f" with {', '.join(sorted(part.conditions))}" if part.conditions else ""
-    return f"{list(part.shape)}{others}"
+    others = [f"{name} {list(shape[1:])}".removesuffix(" []") for name, shape in part.conditions.items()]
+    told = [*(["mirrored ones"] if part.flipped else []), *sorted(others)]
+    return f"{list(part.shape)}{' with ' if told else ''}{', '.join(told)}"
 
 
 def latent_table(path: Path) -> LatentPart:
@@ -120,7 +128,8 @@ def latent_table(path: Path) -> LatentPart:
         raise SourceError(f"{path}: has no tensor {LATENTS!r}", hint=_HINT)
     shape = tuple(latents.shape)
     if len(shape) != 4 or 0 in shape or latents.dtype not in _FLOATS:
-        raise SourceError(f"{path}: {LATENTS} is {latents.dtype} {list(shape)}", hint=_HINT)
+        needed = "needed: floats [n, C, H, W]"
+        raise SourceError(f"{path}: {LATENTS} is {latents.dtype} {list(shape)}, {needed}", hint=_HINT)
     flipped = header.get(FLIPPED)
     if flipped is not None and (tuple(flipped.shape) != shape or flipped.dtype not in _FLOATS):
         raise SourceError(
@@ -160,7 +169,8 @@ def _array(path: Path, labels: Path) -> LatentPart:
     shape = values.shape
     pairs = len(shape) == 5 and shape[1] == 2
     if not (len(shape) == 4 or pairs) or 0 in shape or values.dtype.kind != "f":
-        raise SourceError(f"{path}: is {values.dtype} {list(shape)}", hint=_HINT)
+        needed = "needed: floats [n, C, H, W]"
+        raise SourceError(f"{path}: is {values.dtype} {list(shape)}, {needed}", hint=_HINT)
     if numbers.shape != shape[:1] or numbers.dtype.kind not in "iu":
         raise SourceError(
             f"{labels}: is {numbers.dtype} {list(numbers.shape)}, needed: whole numbers [{shape[0]}]"

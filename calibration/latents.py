@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -46,6 +46,8 @@ class LatentSet:
         key: content hash of the latents, of their conditions, and of whether they are mirrored.
         mirror: how half of them are mirrored: "stored" beside the others, "pixels" turned around here, or
             None, not at all.
+        empty: argument of the denoiser -> [1, ...] of the empty prompt, which takes the place of some
+            captions in training; empty where none are dropped.
         keeper: keeps a temporary folder with the files alive as long as this object.
     """
 
@@ -54,6 +56,7 @@ class LatentSet:
     key: str
     mirror: str | None = None
     keeper: Any = None
+    empty: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     _kept: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -222,8 +225,13 @@ def _labels(model: OpenModel, parts: Sequence[LatentPart]) -> Given:
         if part.labels is None and LABELS not in part.conditions:
             raise SourceError(f"{part.path}: has no tensor {LABELS!r}, and the model is class-conditional")
     _refuse_unused(parts, {LABELS})
-    labels = torch.cat([read_rows(part, LABELS, slice(None)) for part in parts])
-    return given_by(checked_labels(model, labels, parts[0].path.parent))
+    read = [read_rows(part, LABELS, slice(None)) for part in parts]
+    try:
+        return given_by(checked_labels(model, torch.cat(read), parts[0].path.parent))
+    except SourceError:
+        for part, labels in zip(parts, read, strict=True):  # not before: there may be a million files
+            checked_labels(model, labels, part.labels or part.path)
+        raise
 
 
 def _embeddings(model: OpenModel, parts: Sequence[LatentPart], guidance: float | None) -> Given:
@@ -236,7 +244,8 @@ def _embeddings(model: OpenModel, parts: Sequence[LatentPart], guidance: float |
                 f"{part.path}: no tensor {missing[0]!r}", hint=f"needed: {', '.join(keys.values())}"
             )
     _refuse_unused(parts, set(keys.values()))
-    check_widths(model, {name: read_rows(parts[0], key, slice(0, 1)) for name, key in keys.items()})
+    for part in parts:
+        check_widths(model, {name: part.conditions[key] for name, key in keys.items()}, part.path)
     sizes, ends = size_entries(model), ends_of(parts)
 
     def rows(indices: Sequence[int]) -> dict[str, Any]:
@@ -245,9 +254,7 @@ def _embeddings(model: OpenModel, parts: Sequence[LatentPart], guidance: float |
         for name, key in keys.items():
             outer, _, inner = name.rpartition("/")
             target = inputs.setdefault(outer, {}) if outer else inputs
-            target[inner] = torch.cat(
-                [read_rows(parts[number], key, slice(row, row + 1)) for number, row in places]
-            )
+            target[inner] = torch.stack([_embedding(parts[number], key, row) for number, row in places])
         if sizes is not None:
             inputs.setdefault(ADDED, {}).update(sizes(len(indices)))
         if guidance is not None:
@@ -255,6 +262,21 @@ def _embeddings(model: OpenModel, parts: Sequence[LatentPart], guidance: float |
         return inputs
 
     return rows
+
+
+def _embedding(part: LatentPart, key: str, row: int) -> Tensor:
+    """Return what one item is conditioned on.
+
+    Raises:
+        SourceError: it cannot be read, a value is not finite, or it is of whole numbers and no mask.
+    """
+    found = read_rows(part, key, slice(row, row + 1))[0]
+    if not (found.is_floating_point() or "mask" in key):
+        kind = str(found.dtype).removeprefix("torch.")
+        raise SourceError(f"{part.path}: {key} is {kind}, needed: numbers with a fraction")
+    if not found.isfinite().all():
+        raise SourceError(f"{part.path}: {key} of item {row} are not finite")
+    return found
 
 
 def _refuse_unused(parts: Sequence[LatentPart], used: set[str]) -> None:

@@ -13,6 +13,7 @@ from ..exporters.depth_table import (
     named,
     places_told,
     rows_of,
+    several_lists,
 )
 from ._tables import Section, Table
 
@@ -27,11 +28,17 @@ def lines(stage: Document) -> Iterator[Section]:
     """
     details = stage["details"]
     for kept in _kept(details):
-        yield f"{stage['method']}: {kept}{_sure(details)}"
+        yield f"{stage['method']}: {kept}"
     found = groups_told(details)
     if len(found) > 1:
+        several = several_lists(details)
         rows = [
-            [places_told(row["of"]), places_told(row["kept"]), f"{row['confidence']:.2f}"] for row in found
+            [
+                f"{row['blocks'] if several else ''} {places_told(row['of'])}".strip(),
+                places_told(row["kept"]),
+                f"{row['confidence']:.2f}",
+            ]
+            for row in found
         ]
         columns = ["group of blocks", "kept", "probability"]
         yield Table(f"{stage['method']}: how sure every choice is", columns, rows)
@@ -40,11 +47,13 @@ def lines(stage: Document) -> Iterator[Section]:
 def short(stage: Document) -> str:
     """Return all in one line, for a history."""
     details = stage["details"]
-    return f"{stage['method']}: {'; '.join(_kept(details))}{_sure(details)}"
+    return f"{stage['method']}: {'; '.join(_kept(details))}"
 
 
 def _kept(details: Document) -> list[str]:
-    return [f"{_which(name)}kept {row.told}" for name, row in named(blocks_of(details))]
+    return [
+        f"{_which(name)}kept {row.told}{_sure(details, row.name)}" for name, row in named(blocks_of(details))
+    ]
 
 
 def _which(name: str) -> str:
@@ -60,8 +69,8 @@ def of_original(depth: Mapping[str, Any]) -> str:
     return "; ".join(f"{_which(name)}{row.told_of_original}" for name, row in named(rows_of(depth)))
 
 
-def _sure(details: Document) -> str:
-    least = least_confidence(details)
+def _sure(details: Document, name: str) -> str:
+    least = least_confidence(details, name)
     if is_learned(details) and least is not None:
-        return f"; least confidence {least:.2f}"
+        return f" (least confidence {least:.2f})"
     return f", by {details['by']}" if "by" in details else ""

@@ -184,6 +184,15 @@ def _disk(error: BaseException, started: bool) -> Failure:
     return Failure("DiskFull", INFEASIBLE, message, "free some space, or choose another disk by --output")
 
 
+def _file_size(error: BaseException, started: bool) -> Failure:
+    name = getattr(error, "filename", None) or "a file"
+    message = f"{name}: would be larger than files may be here"
+    hint = "raise the limit (ulimit -f), or choose another disk by --output and --work-dir"
+    if started:
+        return Failure("FileTooLarge", BROKEN_OFF, message, f"{hint}; {_RESUMES}")
+    return Failure("FileTooLarge", INFEASIBLE, message, hint)
+
+
 def _permission(error: BaseException, started: bool) -> Failure:
     name = getattr(error, "filename", None) or "a file"
     code = BROKEN_OFF if started else INFEASIBLE
@@ -215,9 +224,12 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or allocation
 
 
-def _is_safetensors_full_disk(error: BaseException) -> bool:
+def _safetensors_errno(*numbers: int) -> Callable[[BaseException], bool]:
     # safetensors wraps the operating system's error in its own type; only its text is left.
-    return type(error).__module__.startswith("safetensors") and "os error 28" in str(error).lower()
+    told = [f"os error {number})" for number in numbers]
+    return lambda error: (
+        type(error).__module__.startswith("safetensors") and any(one in str(error).lower() for one in told)
+    )
 
 
 def _is_network(error: BaseException) -> bool:
@@ -238,7 +250,9 @@ _TABLE: tuple[tuple[Callable[[BaseException], bool], Callable[[BaseException, bo
     (lambda error: isinstance(error, _UsageError), _usage),
     (lambda error: isinstance(error, KeyboardInterrupt | typer.Abort), _interrupted),
     (_has_errno(errno.ENOSPC, errno.EDQUOT), _disk),
-    (_is_safetensors_full_disk, _disk),
+    (_safetensors_errno(errno.ENOSPC, errno.EDQUOT), _disk),
+    (_has_errno(errno.EFBIG), _file_size),
+    (_safetensors_errno(errno.EFBIG), _file_size),
     (_has_errno(errno.EACCES, errno.EPERM, errno.EROFS), _permission),
     (_is_out_of_memory, _memory),
     (_is_network, _network),

@@ -94,7 +94,7 @@ def counted_sizes(size: Size, original: Size, stored_bytes: int) -> dict[str, in
     Args:
         size: of the model after its stages.
         original: of the model before them.
-        stored_bytes: tensor bytes of the exported files.
+        stored_bytes: tensor bytes of the exported files, copies once.
     """
     return {
         "size_ratio": stored_bytes / original.bytes,
@@ -110,7 +110,7 @@ def size_metrics(model: OpenModel, stored_bytes: int | None = None) -> dict[str,
 
     Args:
         model: its `spec` describes the original as it is stored.
-        stored_bytes: tensor bytes of the exported files; None: those of the module as it is now,
+        stored_bytes: tensor bytes of the exported files, copies once; None: those of the module as it is now,
             which formats that unpack or round back to floating point do not keep.
 
     Returns:

@@ -18,8 +18,8 @@ from .depth_table import (
     groups_told,
     is_learned,
     left_of_original,
-    named,
     places_told,
+    several_lists,
 )
 from .markdown import code, table
 from .pruning_table import change
@@ -37,10 +37,10 @@ def removed_blocks(stages: Sequence[Document], subject: Subject) -> Iterator[str
         yield from _stage(stage, before)
     if stages:
         yield from _origin(subject)
-    before = earlier(subject.document)
-    if before:
-        yield from _earlier(subject, before["removals"])
-    if len(stages) > 1 or before:
+    told = earlier(subject.document)
+    if told:
+        yield from _earlier(subject, told["removals"])
+    if len(stages) > 1 or told:
         yield from _left(subject, len(stages))
 
 
@@ -89,7 +89,7 @@ def _drawn(found: Mapping[str, Any] | None) -> Iterator[str]:
 def _groups(details: Document) -> Iterator[str]:
     """Yield a table of groups with the probability of what was chosen."""
     found = groups_told(details)
-    several = len(named(blocks_of(details))) > 1
+    several = several_lists(details)
     rows = [
         (f"{code(row['blocks'])} {places_told(row['of'])}" if several else places_told(row["of"]),
          places_told(row["kept"]), f"{row['confidence']:.3f}")

@@ -57,6 +57,7 @@ def _picture(name: str, subject: Subject) -> Iterator[str]:
     if later and f"{later[1]}.png" in _CAPTIONS:
         first, number = f"{later[1]}.png", int(later[2])
         caption = f"{_CAPTIONS[first]} Stage {number} of this kind."
+        caption += " They are counted in the model before it." if first == "blocks.png" else ""
     if name == "samples.png" and _between(subject):
         caption += " Between them, samples of the model as it was after the stages that are named."
     if name == "layer_error.png" and removals(subject.document):
@@ -77,7 +78,7 @@ def _between(subject: Subject) -> bool:
 def _rows(subject: Subject) -> list[tuple[str, str, str]]:
     metrics, model = subject.metrics, subject.model
     rows = [
-        ("tensor bytes", f"{model['bytes']:,}", f"{metrics['bytes']:,}"),
+        ("tensor bytes, copies counted once", f"{model['bytes']:,}", f"{metrics['bytes']:,}"),
         ("share of the original's bytes", "1", f"{metrics['size_ratio']:.4f}"),
         (
             "bits per parameter, everything counted",

@@ -40,11 +40,8 @@ def layers(subject: Subject) -> Iterator[str]:
         yield "size of the file above."
     else:
         rest = subject.metrics["bytes"] - sum(row["bytes"] for row in subject.linears)
-        other = "all other tensors together have"
-        if format_ != "compress":
-            other = "all other tensors and stored copies together have"
-        yield f"Bytes count weights, scales, zero points and biases; {other}"
-        yield f"{rest:,}."
+        yield "Bytes count weights, scales, zero points and biases; all other tensors together have"
+        yield f"{rest:,}. Copies, which some formats store as well, are counted once."
     yield ""
 
 

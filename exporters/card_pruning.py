@@ -153,12 +153,19 @@ _MEASURES = (
 )
 
 
+def _numbers(document: Document) -> Iterator[str]:
+    """Yield " 1", " 2", ... for stages of which there are several by one method, and nothing for others."""
+    methods = [stage["method"] for stage in document["stages"]]
+    for index, method in enumerate(methods):
+        yield f" {methods[: index + 1].count(method)}" if methods.count(method) > 1 else ""
+
+
 def _between(document: Document) -> Iterator[str]:
     """Yield what was measured between the stages, beside original and result; nothing where it was not."""
     metrics: Mapping[str, Any] = document["evaluation"].get("metrics", {})
     rows: list[tuple[str, Mapping[str, Any]]] = [
-        (f"after {code(stage['method'])}", stage["details"]["measured"])
-        for stage in document["stages"]
+        (f"after {code(stage['method'])}{again}", stage["details"]["measured"])
+        for stage, again in zip(document["stages"], _numbers(document), strict=True)
         if (stage.get("details") or {}).get("measured")
     ]
     # Of a classifier the one figure that people ask for; a denoiser has no such figure.

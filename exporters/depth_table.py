@@ -107,13 +107,22 @@ def is_learned(details: Document) -> bool:
     return bool(details.get("choices"))
 
 
-def least_confidence(details: Document) -> float | None:
+def least_confidence(details: Document, name: str | None = None) -> float | None:
     """Return the least probability that a learned group gives what stays; None where nothing was learned.
 
     A group that stays whole has nothing to choose and is not counted.
+
+    Args:
+        details: of a stage that removed blocks.
+        name: of the list whose groups count; None: all of them.
     """
-    found = [row["confidence"] for row in groups_told(details)]
+    found = [row["confidence"] for row in groups_told(details) if name in (None, row["blocks"])]
     return min(found) if found else None
+
+
+def several_lists(details: Document) -> bool:
+    """Tell whether groups of a learned choice have to be told with the names of their lists."""
+    return len({row["blocks"] for row in details.get("choices", ())}) > 1
 
 
 def groups_told(details: Document) -> list[Document]:

@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..calibration.similarity import PERFECT_DB
 from ..evaluation.evaluator import Evaluation
 from .depth_table import is_learned, removals
 from .drawing import BLUE, INK, MUTED, ORANGE, new_figure, plain_defaults, save, tidy
@@ -133,12 +134,25 @@ def draw_layers(rows: Sequence[Mapping[str, Any]]) -> Figure:
             [row["block"] + aside for row in points], [row["sqnr_db"] for row in points],
             linestyle="none", marker=marker, markersize=4.5, color=colour, label=role,
         )  # fmt: skip
-    axes.set(xlabel="block", ylabel="SQNR, dB (higher is better)")
+    axes.set(xlabel=_counted_on(blocks), ylabel="SQNR, dB (higher is better)")
     axes.set_xticks([row["block"] for row in blocks][:: max(1, len(blocks) // 28)])
     axes.set_title("Where the error is made: every block on the original's own input")
     axes.legend(loc="center left", bbox_to_anchor=(1.005, 0.5), frameon=False, fontsize=8, handletextpad=0.5)
     tidy(axes)
     return figure
+
+
+def _counted_on(blocks: Sequence[Mapping[str, Any]]) -> str:
+    """Say what the numbers of blocks mean: those of several lists are counted on."""
+    first: dict[str, int] = {}
+    for row in blocks:
+        name, _, place = row["name"].rpartition(".")
+        if not place.isdecimal() or "." in name:
+            return "block"  # of a U-Net: no plain list
+        first.setdefault(name, row["block"])
+    if len(first) < 2:
+        return "block"
+    return f"block: {', '.join(f'{name} from {place}' for name, place in first.items())}"
 
 
 Drawing = tuple[str, bool, Callable[[], Figure]]
@@ -153,7 +167,7 @@ def _of_pruning(document: Mapping[str, Any]) -> Iterator[Drawing]:
         yield numbered(WIDTHS, number), bool(widths_of(details)), partial(draw_widths, details)
         yield numbered(SCORES, number), scored, partial(draw_scores, details)
     for number, stage in enumerate(removals(document), 1):
-        yield numbered(KEPT, number), True, partial(draw_kept, stage["details"])
+        yield numbered(KEPT, number), True, partial(draw_kept, stage["details"], again=number > 1)
     learned = [stage["details"] for stage in removals(document) if is_learned(stage["details"])]
     for number, details in enumerate(learned, 1):
         yield numbered(CHOICES, number), True, partial(draw_choices, details)
@@ -178,8 +192,14 @@ def made_of(document: Mapping[str, Any]) -> str:
     scheme = f"{mixed} mixed" if mixed else label_of(document["evaluation"].get("linears", ()))
     if scheme is None and has_quantizer(document):
         scheme = "quantized"
-    pruned = "pruned" if prunings(document) or removals(document) else None
-    return "\n".join(filter(None, (pruned, scheme))) or "compressed"
+    cut = "pruned" if prunings(document) or removals(document) else None
+    trained = "trained" if recoveries(document) else None
+    return "\n".join(filter(None, (cut, trained, scheme))) or "compressed"
+
+
+def _differs(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether anything differs: blocks that are left of a model, and were not trained, do not."""
+    return any(row["sqnr_db"] < PERFECT_DB for row in rows)
 
 
 def write_figures(folder: Path, evaluation: Evaluation, document: Mapping[str, Any]) -> list[str]:
@@ -200,7 +220,7 @@ def write_figures(folder: Path, evaluation: Evaluation, document: Mapping[str, A
     drawings: list[Drawing] = [
         (SAMPLES, bool(evaluation.images), lambda: draw_samples(evaluation, label)),
         (TIMESTEPS, bool(details.get("timesteps")), lambda: draw_timesteps(details, metrics)),
-        (LAYERS, bool(details.get("layers")), lambda: draw_layers(details["layers"])),
+        (LAYERS, _differs(details.get("layers", ())), lambda: draw_layers(details["layers"])),
         (BITS, label_of(inside) is not None,
          lambda: draw_bits(details["linears"])),
         (SENSITIVITY, any(row["sensitivity"] for row in allocation.get("layers", ())),

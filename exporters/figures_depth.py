@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from .depth_table import Blocks, blocks_of, chooses, named, places_told
+from .depth_table import Blocks, blocks_of, chooses, places_told, several_lists
 from .drawing import BLUE, INK, MUTED, ORANGE, new_figure, tidy
 
 _PALE = "#e3e6ea"
@@ -36,15 +36,14 @@ def draw_choices(details: Mapping[str, Any]) -> Figure:
     shown = rows[:_MOST_GROUPS]
     steps: Floats = np.array([note[0] for note in details["decisions"]], dtype=float)
     sure: Floats = np.array([[note[2][place] for place in shown] for note in details["decisions"]]).T
-    figure = new_figure(7.6, 1.35 + 0.27 * len(shown))
+    figure = new_figure(7.6, 1.45 + 0.27 * len(shown))
     axes = figure.subplots()
     edges: Floats = np.concatenate([[0.0], steps])
     mesh = axes.pcolormesh(edges, np.arange(len(shown) + 1), sure, cmap=_SURE, vmin=0, vmax=1)
     _mark_changes(axes, details["decisions"], shown, steps)
     axes.set_ylim(len(shown), 0)  # the first group above
     axes.hlines(range(1, len(shown)), 0, float(steps[-1]), color="white", linewidth=1.5)
-    named_lists = len({row["blocks"] for row in details["choices"]}) > 1
-    labels = [_group(details["choices"][place], named_lists) for place in shown]
+    labels = [_group(details["choices"][place], several_lists(details)) for place in shown]
     axes.set_yticks(np.arange(len(shown)) + 0.5, labels, fontsize=8)
     axes.tick_params(length=0)
     right = axes.secondary_yaxis("right")
@@ -55,12 +54,13 @@ def draw_choices(details: Mapping[str, Any]) -> Figure:
     axes.spines[:].set_visible(False)
     axes.set_xlabel("optimizer step")
     axes.annotate(
-        "kept (probability)", (1, 0), xycoords="axes fraction", xytext=(3, -12), textcoords="offset points",
+        "kept (probability)", (1, 1), xycoords="axes fraction", xytext=(3, 8), textcoords="offset points",
         fontsize=8, color=MUTED, va="center",
     )  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     of = "every group" if len(shown) == len(rows) else f"the first {len(shown)} of {len(rows)} groups"
-    axes.set_title(f"How sure the search was of {of}")
+    # Over the whole figure: above the axes there may be the legend.
+    figure.suptitle(f"How sure the search was of {of}", fontsize=10.5, weight="bold", x=0.01, ha="left")
     bar = figure.colorbar(mesh, ax=axes, shrink=min(1.0, 2.2 / (0.27 * len(shown) + 0.4)), pad=0.02)
     bar.set_label("probability of its choice", fontsize=8)
     bar.ax.tick_params(labelsize=7.5)
@@ -96,31 +96,38 @@ def _end(row: Mapping[str, Any]) -> str:
     return f"{told} ({row['confidence']:.2f})"
 
 
-def draw_kept(details: Mapping[str, Any]) -> Figure:
+def draw_kept(details: Mapping[str, Any], *, again: bool = False) -> Figure:
     """Draw which blocks stay, and their scores where a rule went by them.
 
     Args:
         details: of a stage that removed blocks.
+        again: whether a stage before it removed blocks as well, so that these are not the original's.
     """
     rows, scores = blocks_of(details), details.get("scores") or {}
     longest = max(min(row.of, _IN_A_ROW) for row in rows)
     heights = [1.9 if row.name in scores else 0.16 + 0.27 * _lines(row) for row in rows]
     figure = new_figure(max(4.6, 0.95 + 0.27 * longest), 0.8 + sum(heights))
     panels = figure.subplots(len(rows), 1, squeeze=False, gridspec_kw={"height_ratios": heights}).ravel()
-    for axes, (name, row) in zip(panels, named(rows), strict=True):
+    for axes, row in zip(panels, rows, strict=True):
         if row.name in scores:
             _draw_scores(axes, row, scores[row.name])
         else:
             _draw_strip(axes, row, longest)
+        name = f"{row.name}: {_counted(row)}" if len(rows) > 1 else ""
         axes.set_title(name, fontsize=8.5, weight="normal", pad=3)
-    said = "; ".join(f"{name + ': ' if name else ''}{len(row.kept)} of {row.of}" for name, row in named(rows))
-    figure.suptitle(f"Blocks that stay: {said}", fontsize=10.5, weight="bold", x=0.01, ha="left")
+    said = "Blocks that stay" if len(rows) > 1 else f"Blocks that stay: {_counted(rows[0])}"
+    said += "\nof those that the stage before it left" if again else ""
+    figure.suptitle(said, fontsize=10.5, weight="bold", x=0.01, ha="left")
     keys = [Rectangle((0, 0), 1, 1, color=BLUE), Rectangle((0, 0), 1, 1, color=_gone(row.name in scores))]
     figure.legend(
         keys, ["kept", "removed"], loc="outside lower left", ncols=2, frameon=False, fontsize=8,
         handlelength=1.0, handleheight=1.0,
     )  # fmt: skip
     return figure
+
+
+def _counted(row: Blocks) -> str:
+    return f"{len(row.kept)} of {row.of}"
 
 
 def _gone(scored: bool) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -64,7 +64,8 @@ class ExportInfo:
     Attributes:
         files: names below the folder, sorted.
         bytes: of the tensor files and their index; what `predict_bytes` predicts.
-        tensor_bytes: of the tensors in them, which is what gates and shares count.
+        tensor_bytes: of the tensors in them, copies once, which is what gates and shares count: of the
+            original they are counted once, too.
         loads_with: how the folder is loaded, one Python expression each.
         notes: what the format could not carry over bit for bit.
     """
@@ -145,8 +146,13 @@ def write(
         model.scheduler.save_config(folder / "scheduler")
         paths.append(folder / "scheduler" / "scheduler_config.json")
     files = sorted(path.relative_to(folder).as_posix() for path in paths)
-    tensors = sum(tensor.bytes for tensor in layout.tensors)
+    tensors = _bytes_once(layout.tensors, model.shared)
     return ExportInfo(format, files, size, tensors, list(layout.loads_with), layout.notes)
+
+
+def _bytes_once(tensors: Iterable[StoredTensor], shared: Mapping[str, str]) -> int:
+    """Return the bytes of all tensors but those that are copies of others, which stock loading wants."""
+    return sum(tensor.bytes for tensor in tensors if tensor.name not in shared)
 
 
 def as_shipped(model: OpenModel, format: str, *, padded: bool = False) -> OpenModel:
@@ -180,12 +186,12 @@ def predict_bytes(spec: ModelSpec, format: str, *, max_shard_size: int = DEFAULT
 
 
 def predict_tensor_bytes(spec: ModelSpec, format: str) -> int:
-    """Return the bytes of the tensors alone that `write` will write.
+    """Return the bytes of the tensors alone that `write` will write, copies once.
 
     Raises:
         PlanError: as `predict_bytes`.
     """
-    return sum(tensor.bytes for tensor in _predict(spec, format)[0])
+    return _bytes_once(_predict(spec, format)[0], spec.shared)
 
 
 def _predict(spec: ModelSpec, format: str) -> tuple[list[StoredTensor], Mapping[str, str]]:

@@ -64,18 +64,37 @@ def inspect(path: str | Path, *, revision: str | None = None, subfolder: str | N
         "quantized_bits": _quantized_bits(layers),
         "shared": len(stored.manifest.shared),
         "cut": len(stored.manifest.surgery),
-        "depth": _depth(folder),
+        "depth": _depth(stored),
         "layers": layers,
         "history": [entry.model_dump(mode="json") for entry in stored.manifest.history],
     }
 
 
-def _depth(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return list of blocks -> how many the original has and which of them are left; empty: all."""
-    text = read_attachments(folder).get(DEPTH_FILE)
+def _depth(stored: StoredCheckpoint) -> dict[str, dict[str, Any]]:
+    """Return list of blocks -> how many the original has and which of them are left; empty: all.
+
+    Raises:
+        SourceError: the file is damaged, or the model has other blocks than it says.
+    """
+    text, path = read_attachments(stored.folder).get(DEPTH_FILE), stored.folder / DEPTH_FILE
     if text is None:
         return {}
-    return blocks_of_first(text)
+    try:
+        found = blocks_of_first(text)
+    except SourceError as error:
+        raise SourceError(f"{path}: {error.message}", hint=error.hint) from None
+    names = [*stored.tensors, *stored.manifest.shared]
+    for name, row in found.items():
+        starts = f"{name}."
+        places = {rest.removeprefix(starts).partition(".")[0] for rest in names if rest.startswith(starts)}
+        if places != {str(place) for place in range(len(row["kept"]))}:
+            # The name is a stranger's: it may hold anything, and goes to a terminal.
+            raise SourceError(
+                f"{path}: says that {len(row['kept'])} blocks of {name!r} are left, and the model has"
+                f" {len(places) or 'no such list'}",
+                hint="the file is of another model; remove it where that is known",
+            )
+    return found
 
 
 def foreign_schemes(folder: Path) -> dict[str, QuantizedModule]:

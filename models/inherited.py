@@ -40,8 +40,9 @@ def inherited(folder: Path, config: Mapping[str, Any]) -> str | None:
         known = {}
     for name, row in blocks_of_first(text).items():
         if known.get(name) != len(row["kept"]):
+            shown = name if name in known else repr(name)  # of a stranger: it may hold anything
             raise SourceError(
-                f"{path}: says that {len(row['kept'])} blocks of {name} are left, and the config has"
+                f"{path}: says that {len(row['kept'])} blocks of {shown} are left, and the config has"
                 f" {known.get(name, 'no such list')}",
                 hint="the file is of another model; remove it where that is known",
             )

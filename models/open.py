@@ -80,9 +80,29 @@ def open_model(
     source = replace(spec.source, hashes=hashes)
     shapes = {name: tensor.shape for name, tensor in spec.tensors.items()}
     spec = spec.evolve(source=source, shared=shared, parameters=count_parameters(spec.config, shapes, shared))
+    return _opened(checkpoint, spec, module)
+
+
+def open_outline(ref: ModelRef) -> OpenModel:
+    """Return a checkpoint without its weights: all is known of it but tensor data, which are on `meta`.
+
+    Args:
+        ref: a model; from the Hub only configs are fetched.
+
+    Raises:
+        SourceError: missing, damaged, unsafe, or of a kind that is not supported.
+        HubError: the Hub or the network refused.
+    """
+    checkpoint = locate(ref, weights=False)
+    spec = _spec(checkpoint, ref)
+    return _opened(checkpoint, spec, empty_module(spec.family, spec.config).eval().requires_grad_(False))
+
+
+def _opened(checkpoint: Checkpoint, spec: ModelSpec, module: nn.Module) -> OpenModel:
+    source = spec.source
     return OpenModel(
         module=module, family=spec.family, config=dict(spec.config), source=source, spec=spec,
-        scheduler=_scheduler(checkpoint.scheduler), shared=dict(shared),
+        scheduler=_scheduler(checkpoint.scheduler), shared=dict(spec.shared),
         attachments={} if source.origins is None else {DEPTH_FILE: source.origins},
     )  # fmt: skip
 

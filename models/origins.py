@@ -7,6 +7,7 @@ runs before, the file says as well what those had left of the very first model, 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..errors import SourceError
 
 NAME = "depth.json"
 _FORMAT = 1
+_GROUP = re.compile(r"[1-9][0-9]{0,2}:[1-9][0-9]{0,2}")
 
 
 def write_origins(
@@ -141,14 +143,11 @@ def _read(text: str) -> dict[str, Any]:
     """Return the document; `earlier` is there in any case, None where there is nothing to tell."""
     try:
         document = json.loads(text)
-        whole = document["format"] == _FORMAT and _is_part(document)
         earlier = document.setdefault("earlier", None)
+        whole = document["format"] == _FORMAT and _is_part(document)
+        whole = whole and bool(document["blocks"] or earlier)
         if whole and earlier is not None:
-            whole = _is_part(earlier) and all(
-                len(row["kept"]) == document["blocks"].get(name, {"of": len(row["kept"])})["of"]
-                for name, row in earlier["blocks"].items()
-            )
-            whole = whole and document["original"] == _of_first(document)
+            whole = _is_part(earlier) and bool(earlier["blocks"]) and _is_chain(document, earlier)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         whole = False
     if not whole:
@@ -160,9 +159,30 @@ def _read(text: str) -> dict[str, Any]:
 
 
 def _is_part(part: Mapping[str, Any]) -> bool:
-    whole = isinstance(part["removals"], list)
+    whole = isinstance(part["removals"], list) and all(map(_is_removal, part["removals"]))
     for row in part["blocks"].values():
         kept = row["kept"]
         whole &= all(type(place) is int for place in [*kept, row["of"]]) and bool(kept)
         whole &= sorted(set(kept)) == kept and kept[0] >= 0 and kept[-1] < row["of"]
     return whole
+
+
+def _is_removal(about: Any) -> bool:
+    """Tell whether this can be known of a removal; what its groups are for is not looked at here."""
+    if not isinstance(about, dict):
+        return False
+    groups = about.get("groups")
+    return groups is None or all(map(_is_groups, groups.values() if isinstance(groups, dict) else [groups]))
+
+
+def _is_groups(groups: Any) -> bool:
+    rows = groups if isinstance(groups, list) and groups else [groups]
+    return all(isinstance(row, str) and _GROUP.fullmatch(row) is not None for row in rows)
+
+
+def _is_chain(document: Mapping[str, Any], earlier: Mapping[str, Any]) -> bool:
+    """Tell whether the run began with what the earlier ones left, and the sum of both is right."""
+    began = {name: row["of"] for name, row in document["blocks"].items()}
+    left = {name: len(row["kept"]) for name, row in earlier["blocks"].items()}
+    fits = all(began.get(name, count) == count for name, count in left.items())
+    return fits and document["original"] == _of_first(document)

@@ -26,6 +26,9 @@ FLOAT_BITS = 16
 ALLOCATED = "allocated: "
 """Beginning of the rule that decided a layer whose bits were chosen, as it stands in a checkpoint."""
 
+NAME = r"^[A-Za-z0-9_-]+$"
+"""Pattern of the names of groups of layers."""
+
 Item = TypeVar("Item", bound=int)
 
 
@@ -155,7 +158,7 @@ class AllocationSettings(_Settings):
         description="power: least sum of relative error powers; mixdq: the paper's largest sum of decibels"
         " and similarities (arXiv 2405.17873), where 16 bits, which it does not offer, count 6.02 dB a bit.",
     )
-    groups: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], GroupSettings] | None = Field(
+    groups: dict[Annotated[str, Field(pattern=NAME)], GroupSettings] | None = Field(
         None, description="Name -> layers and their metric; null: those of the model's family."
     )
     points: int = Field(12, ge=1, le=200, description="Allocations that are tried and measured, at most.")

@@ -9,10 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from .stage_base import Phase, StageSettings
 
 FAMILIES = frozenset({"dit", "pixart", "sd3", "flux", "hunyuan"})
-Group = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,2}:[1-9][0-9]{0,2}$")]
+GROUP = r"^[1-9][0-9]{0,2}:[1-9][0-9]{0,2}$"
+"""Pattern of a group."""
+Group = Annotated[str, StringConstraints(pattern=GROUP)]
 """`N:M`: of M consecutive blocks N stay."""
-Groups = Group | tuple[Group, ...]
-Places = tuple[Annotated[int, Field(ge=0)], ...]
+Groups = Group | Annotated[tuple[Group, ...], Field(min_length=1)]
+# Strict: `true` is no count, though it is a number to Python.
+Places = tuple[Annotated[int, Field(ge=0, strict=True)], ...]
+Amount = Annotated[int, Field(strict=True)] | Annotated[float, Field(strict=True)]
 SETTLED = 0.9
 """A learned choice with less than this probability is called open."""
 
@@ -24,7 +28,7 @@ def pair_of(group: str) -> tuple[int, int]:
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _lists_as_tuples(value: Any) -> Any:
@@ -127,12 +131,17 @@ class DepthSettings(StageSettings):
         "in the first half of the model, the second in the second; random: of random choices the one with "
         "the least, the middle or the largest loss; indices: those of `keep` stay.",
     )
-    keep: int | float | Places | dict[str, int | float | Places] = Field(
+    keep: Amount | Places | dict[str, Amount | Places] = Field(
         0.5,
         description="Blocks that stay: a count, a share below 1, or with `by: indices` their places. Of "
         "models with several lists of blocks: a mapping from list to these.",
     )
-    draws: int = Field(100, ge=3, le=10_000_000, description="Choices that `random` draws.")
+    draws: int = Field(
+        100,
+        ge=3,
+        le=10_000_000,
+        description="Choices that `random` draws; where there are no more, all are measured.",
+    )
     pick: Literal["least", "middle", "largest"] = Field("least", description="Which of them, by their loss.")
 
     @model_validator(mode="before")

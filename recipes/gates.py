@@ -18,7 +18,7 @@ SPEEDUP = "speedup"
 METRICS: Mapping[str, str] = MappingProxyType(
     {
         "size_ratio": "tensor bytes of the result / tensor bytes of the original",
-        "bytes": "tensor bytes of the result",
+        "bytes": "tensor bytes of the result, copies counted once",
         "bits_per_weight": "8 * bytes / parameters of the result",
         "linear_bytes_ratio": "bytes of the blocks' quantized layers / their bytes in bfloat16",
         "parameters": "parameters of the result, identical copies counted once",

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from ..errors import RecipeError
-from .schema import Recipe, Stage, settings_class
+from .allocation import NAME
+from .depth import GROUP
+from .schema import DEVICE, Recipe, Stage, settings_class
 from .suggest import suggestion
 from .tree import Location, Tree, dotted
 
@@ -37,6 +39,15 @@ _BOUNDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "less_than": ("less than", "lt"),
     }
 )
+_OF_ITS_KIND = frozenset({"string_pattern_mismatch", "too_short", "too_long", "too_few"})
+_PATTERNS: Mapping[str, str] = MappingProxyType(
+    {
+        DEVICE: "auto, cpu, cuda or cuda:N",
+        GROUP: 'two counts as in "1:2": of two blocks in a row one stays',
+        NAME: "letters, digits, - and _",
+    }
+)
+"""Pattern of a key -> what it takes; of methods of other packages the pattern itself is told."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +86,31 @@ def _sentence(item: Finding) -> str:
 def _findings(error: ValidationError, value: Any) -> list[Finding]:
     groups: dict[Location, list[dict[str, Any]]] = {}
     for row in error.errors(include_url=False, include_input=True):
-        item: dict[str, Any] = {**row, "loc": _as_written(row["loc"], value)}
+        item: dict[str, Any] = _about_the_list({**row, "loc": _as_written(row["loc"], value)})
         location = _existing(item["loc"], value, item["type"] == "missing")
         groups.setdefault(location, []).append(item)
     found = []
     for location, rows in groups.items():
         below = any(other[: len(location)] == location and other != location for other in groups)
-        if below and all(row["type"] == "too_short" for row in rows):
-            continue  # pydantic counts only the valid entries: the entries' own findings say it
+        if below and all(row["type"] == "too_short" or _is_kind(row) for row in rows):
+            # pydantic counts only the valid entries, and asks for the other kinds that a key may have:
+            # the entries' own findings say it.
+            continue
         found.append(_explain(location, rows, value))
     return found
+
+
+def _about_the_list(row: dict[str, Any]) -> dict[str, Any]:
+    """Tell of entries that a list of fixed length lacks at the list: its places are no keys."""
+    *above, last = row["loc"]
+    if row["type"] != "missing" or not isinstance(last, int):
+        return row
+    return {**row, "loc": tuple(above), "type": "too_few", "ctx": {"length": last + 1}}
+
+
+def _is_kind(row: Mapping[str, Any]) -> bool:
+    """Tell whether pydantic asks for another kind of value: text, a list, ..."""
+    return bool(row["type"].endswith("_type"))
 
 
 def _as_written(location: Location, value: Any) -> Location:
@@ -132,12 +158,15 @@ def _explain(location: Location, rows: Sequence[dict[str, Any]], value: Any) -> 
         return Finding(location, f"unknown key {location[-1]!r}", hint, at_key=True)
     if kind == "missing":
         return Finding(location, "this key is required", _missing_hint(location), at_key=True)
-    shown = _shown(_at(value, location))
-    wanted = [_wanted(row) for row in rows]
+    at_key = first["loc"][-1:] == ("[key]",)
+    shown = _shown(location[-1] if at_key else _at(value, location))
+    # Where a value is of a kind that may stand there, only what else is wrong with it is told.
+    fitting = [row for row in rows if row["type"] in _OF_ITS_KIND][-1:] or rows
+    wanted = [_wanted(row) for row in fitting]
     hint = "remove the key to keep its default" if shown == "null" else None
     if len(wanted) == 1 and wanted[0].startswith("one of"):
         return Finding(location, f"{shown} is not {wanted[0]}", hint, at_key=False)
-    return Finding(location, f"{shown} is not {' or '.join(wanted)}", hint, at_key=False)
+    return Finding(location, f"{shown} is not {' or '.join(wanted)}", hint, at_key=at_key)
 
 
 def _missing_hint(location: Location) -> str:
@@ -164,16 +193,23 @@ def _wanted(row: Mapping[str, Any]) -> str:
         words, key = _BOUNDS[kind]
         return f"{words} {context[key]}"
     special: Mapping[str, Callable[[], str]] = {
-        "string_pattern_mismatch": lambda: "auto, cpu, cuda or cuda:N",
+        "string_pattern_mismatch": lambda: _PATTERNS.get(
+            context["pattern"], f"text that matches {context['pattern']}"
+        ),
+        "too_few": lambda: f"a list of {context['length']} entries",
         "string_too_short": lambda: "text with at least one character",
-        "too_short": lambda: f"a list of at least {context['min_length']} entries",
-        "too_long": lambda: f"a list of at most {context['max_length']} entries",
+        "too_short": lambda: f"a list of at least {_entries(context['min_length'])}",
+        "too_long": lambda: f"a list of at most {_entries(context['max_length'])}",
         "finite_number": lambda: "a finite number",
     }
     if kind in special:
         return special[kind]()
     noun = _KINDS.get(kind.rsplit("_", 1)[0])
     return noun if noun else row["msg"].removeprefix("Input should be ")
+
+
+def _entries(count: int) -> str:
+    return f"{count} {'entry' if count == 1 else 'entries'}"
 
 
 def _shown(value: Any) -> str:

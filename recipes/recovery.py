@@ -27,6 +27,8 @@ class TrainingSettings(StageSettings):
     """AdamW with a warm-up and a cosine; what all recovery stages share."""
 
     phase: ClassVar[Phase] = "recover"
+    rate_key: ClassVar[str] = "lr"
+    """What a recipe calls the learning rate."""
 
     steps: int | None = Field(None, ge=1, description="Optimizer steps; null: from `epochs`.")
     epochs: float | None = Field(
@@ -106,8 +108,9 @@ class MaskedDistillSettings(TrainingSettings):
     teacher: str | None = Field(
         None,
         min_length=1,
-        description="A Hub id or a folder: another model to learn from, of the same class and width; null: "
-        "the original, as it was before the first stage.",
+        description="A Hub id or a folder: another model to learn from, of the same class, that sees and "
+        "predicts the same on the same schedule of noise; null: the original, as it was before the first "
+        "stage.",
     )
     answers: float = Field(
         0.9, ge=0.0, le=100.0, description="Weight of the distance to the original's predictions."

@@ -278,6 +278,10 @@ _GATE_PROPERTIES = {
 }
 
 
+DEVICE = r"^(auto|cpu|cuda(:[0-9]+)?)$"
+"""Pattern of the names of devices."""
+
+
 class Recipe(_Settings):
     """A run: the model, what to calibrate on, the stages, what the result must satisfy, where it goes."""
 
@@ -288,7 +292,7 @@ class Recipe(_Settings):
     seed: int = Field(0, ge=0, lt=2**63, description="Of everything random in the run.")
     device: str = Field(
         "auto",
-        pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
+        pattern=DEVICE,
         description="auto: a GPU where there is one; cpu, cuda, cuda:N.",
     )
     calibration: CalibrationSettings = Field(

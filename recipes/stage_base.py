@@ -12,9 +12,9 @@ PHASES: tuple[Phase, ...] = ("prune", "recover", "quantize", "plan")
 
 
 class StageSettings(BaseModel):
-    """Base of all settings: unknown keys are refused, values are never changed after reading."""
+    """Base of all settings: unknown keys are refused, and numbers without end; nothing is changed later."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     method: ClassVar[str]
     phase: ClassVar[Phase]
     families: ClassVar[frozenset[str]]

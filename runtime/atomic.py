@@ -57,6 +57,17 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder that is there against others who ask for the same, and wait for those who hold it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `path` when the body succeeds and vanishes when it fails.
 

@@ -30,7 +30,7 @@ _BY_STATUS = {
     429: ("too many requests", _AGAIN),
 }
 # These say something about this machine's disk, not about the Hub.
-_OF_THE_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS})
+_OF_THE_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 def library_errors() -> tuple[type[BaseException], ...]:

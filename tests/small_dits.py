@@ -91,12 +91,16 @@ class Told(SilentProgress):
 
     Attributes:
         notes: that were told.
+        warnings: that were told.
         labels: of steps that began.
+        details: of what was advanced.
     """
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.notes: list[str] = []
+        self.warnings: list[str] = []
         self.labels: list[str] = []
+        self.details: list[str] = []
         self._steps, self._stop_at = 0, stop_at
 
     def start(self, label: str, total: int | None) -> None:
@@ -105,7 +109,11 @@ class Told(SilentProgress):
     def note(self, message: str) -> None:
         self.notes.append(message)
 
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
     def advance(self, units: int = 1, detail: str = "") -> None:
+        self.details.append(detail)
         self._steps += "step" in detail
         if self._steps == self._stop_at:
             raise KeyboardInterrupt

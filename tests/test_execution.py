@@ -3,8 +3,15 @@ import shutil
 import pytest
 from compress import execution, planning
 from compress.errors import PlanError
+from compress.models.open import open_model
+from compress.models.origins import NAME, kept_blocks
+from compress.models.shallower import keep_blocks
 from compress.pipeline import plan, run
+from compress.progress import SilentProgress
 from compress.recipes.loader import load_recipe
+from compress.recipes.schema import ModelRef
+
+from .small_dits import LIST
 
 
 def _recipe(model, tmp_path, **changes):
@@ -129,3 +136,24 @@ def test_what_a_report_has_alone_stays_out_of_the_manifest_at_any_depth():
     }
     kept = execution._kept_in_history({**details, "inside": {"layers": [], "macs": [2, 1]}})
     assert kept == {"classes": [{"name": "ff", "members": [{"after": 2}]}], "inside": {"macs": [2, 1]}}
+
+
+def test_a_corrected_file_of_origins_is_seen(make_tiny, tmp_path):
+    model = open_model(ModelRef(id=str(make_tiny(num_layers=4, name="four"))), progress=SilentProgress())
+    keep_blocks(model, {LIST: (0, 2)}, {"method": "test"})
+    folder = tmp_path / "two"
+    model.module.save_pretrained(folder)
+    recipe = load_recipe(_recipe(folder, tmp_path)).recipe
+
+    def keys(text):
+        (folder / NAME).write_text(text) if text else (folder / NAME).unlink(missing_ok=True)
+        found = open_model(recipe.model, progress=SilentProgress())
+        return execution._stage_keys(recipe, found, "key", {})
+
+    first = model.attachments[NAME]
+    corrected = first.replace("[\n    0,\n    2\n   ]", "[\n    0,\n    3\n   ]")
+    assert kept_blocks(first) == {LIST: (0, 2)} and kept_blocks(corrected) == {LIST: (0, 3)}
+    without, before, after = (keys(text) for text in (None, first, corrected))
+    assert before == keys(first) and without == keys(None)
+    assert len({one[0] for one in (*without, *before, *after)}) == 3  # of the input
+    assert len({one[1] for one in (*without, *before, *after)}) == 3

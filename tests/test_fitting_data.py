@@ -143,6 +143,10 @@ def test_a_model_is_no_teacher_of_itself(check, make_tiny, tiny_dit):
     with pytest.raises(RecipeError, match="learns from the original, and no stage before it has changed"):
         check([alone], data=data)
     check(PLAIN, data=data)
+    itself = [{"distill": {"steps": 2, "teacher": f"{tiny_dit}/../{tiny_dit.name}"}}]
+    with pytest.raises(RecipeError, match=r"stages\[0\]\.distill\.teacher: is the model itself"):
+        check(itself, data=data)
+    check([PRUNED, *itself], data=data)
     teacher = make_tiny(seed=1, name="teacher")
     named = [{"distill": {"steps": 2, "teacher": str(teacher)}}]
     first = stage_data(check(named, data=data), tiny_dit, None)

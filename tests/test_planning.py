@@ -48,13 +48,37 @@ HALF = _cut(target={"macs": 0.5})
 
 
 @pytest.mark.parametrize(
+    ("stage", "key"),
+    [
+        ({"tinyfusion": {"groups": "1:2"}}, "`groups` of tinyfusion"),
+        ({"depth": {"by": "oracle", "keep": 0.5}}, "`keep` of depth"),
+    ],
+)
+def test_a_gate_that_fewer_blocks_cannot_reach_names_the_key_of_the_stage(stage, key, tmp_path):
+    calibration = {"data": {"generate": 8}} if "tinyfusion" in stage else {}
+    loaded = load_recipe(
+        {
+            "model": "builtin:dit",
+            "calibration": calibration,
+            "stages": [stage],
+            "require": {"parameters": "< 100"},
+            "export": {"path": str(tmp_path / "out")},
+        }
+    )
+    with pytest.raises(PlanError, match=r"require\.parameters: .* cannot be reached") as caught:
+        compress.plan(loaded)
+    assert f"remove more ({key})" in caught.value.hint and "isomorphic" not in caught.value.hint
+
+
+@pytest.mark.parametrize(
     "gate", [{"macs": "<= 4e6"}, {"parameters": "< 2e5"}, {"size_ratio": "<= 0.3"}, {"bytes": "<= 400000"}]
 )
 def test_a_gate_that_pruning_cannot_reach_is_refused_by_plan_and_run(recipe, gate, tmp_path):
     loaded = recipe([HALF], gate)
     with pytest.raises(PlanError, match=f"require.{next(iter(gate))}: .* cannot be reached") as caught:
         compress.plan(loaded)
-    assert "remove more" in caught.value.hint and "bits" not in caught.value.hint
+    assert "remove more (`target` or `ratios` of isomorphic)" in caught.value.hint
+    assert "bits" not in caught.value.hint
     with pytest.raises(PlanError, match="cannot be reached"):
         compress.run(loaded, work_dir=tmp_path / "work")
     assert list(tmp_path.iterdir()) == []

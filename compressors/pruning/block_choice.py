@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import combinations, product
+from math import comb, prod
 from typing import Any
 
 import torch
@@ -80,6 +82,11 @@ def without(config: Mapping[str, Any], removed: Mapping[str, Collection[Unit]]) 
     return kept
 
 
+def _free(name: str, units: Sequence[Unit], pinned: Collection[tuple[str, int]]) -> list[Unit]:
+    """Return the units of a list in which no block has to stay."""
+    return [unit for unit in units if not any((name, place) in pinned for place in unit)]
+
+
 def lowest(
     config: Mapping[str, Any],
     settings: DepthSettings,
@@ -99,7 +106,7 @@ def lowest(
     """
     removed = {}
     for name, (units, gone) in units_to_remove(config, settings).items():
-        free = [unit for unit in units if not any((name, place) in pinned for place in unit)]
+        free = _free(name, units, pinned)
         if gone > len(free):
             raise PlanError(
                 f"keep: {gone} of {name} would have to go, and {len(units) - len(free)} of {len(units)}"
@@ -141,17 +148,45 @@ def indices(config: Mapping[str, Any], settings: DepthSettings) -> Kept:
     return {name: chosen[name] for name in given}
 
 
+def possible(config: Mapping[str, Any], settings: DepthSettings, pinned: Collection[tuple[str, int]]) -> int:
+    """Return how many choices there are that keep the pinned blocks.
+
+    Args:
+        config: of the model.
+        settings: of the stage.
+        pinned: (list, place) of blocks that stay.
+    """
+    asked = units_to_remove(config, settings)
+    return prod(comb(len(_free(name, units, pinned)), gone) for name, (units, gone) in asked.items())
+
+
+def _all_choices(
+    config: Mapping[str, Any], settings: DepthSettings, pinned: Collection[tuple[str, int]]
+) -> list[Kept]:
+    asked = units_to_remove(config, settings)
+    ways = [combinations(_free(name, units, pinned), gone) for name, (units, gone) in asked.items()]
+    return [without(config, dict(zip(asked, removed, strict=True))) for removed in product(*ways)]
+
+
 def draws(
     config: Mapping[str, Any], settings: DepthSettings, seed: int, pinned: Collection[tuple[str, int]]
 ) -> list[Kept]:
-    """Return `settings.draws` random choices, each of which removes as many blocks as are asked for.
+    """Return random choices, each of which removes as many blocks as are asked for.
+
+    There are `settings.draws`, of which some may be equal. Where there are no more choices than that, all
+    of them are returned, once each.
 
     Args:
         config: of the model.
         settings: of the stage.
         seed: of the run.
         pinned: (list, place) of blocks that stay in all of them.
+
+    Raises:
+        PlanError: too few blocks may go.
     """
+    if 0 < possible(config, settings, pinned) <= settings.draws:
+        return _all_choices(config, settings, pinned)
     generator = generator_for(seed, "depth", "random")
     found = []
     for _ in range(settings.draws):

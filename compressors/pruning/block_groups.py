@@ -6,6 +6,7 @@ stay, whatever the other groups do. So the depth of the result is known from the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -41,6 +42,14 @@ class BlockGroup:
     def members(self) -> tuple[int, ...]:
         """Places in the list, ascending."""
         return tuple(sorted(place for unit in self.units for place in unit))
+
+    @property
+    def told(self) -> str:
+        """Its members as people write them: "0 to 3", or "0, 1, 38, 39"."""
+        first, last = self.members[0], self.members[-1]
+        if len(self.members) > 1 and last - first + 1 == len(self.members):
+            return f"{first} to {last}"
+        return ", ".join(map(str, self.members))
 
     @property
     def choices(self) -> int:
@@ -133,7 +142,8 @@ def _cut(name: str, units: Sequence[tuple[int, ...]], asked: Groups) -> list[Blo
         size = pairs[0][1]
         if len(units) % size:
             raise PlanError(
-                _told(name, units, f"{asked} repeated does not fill them"), hint=_hint(len(units), size)
+                _told(name, units, f"{asked} repeated does not fill them"),
+                hint=_hint(name, len(units), pairs[0]),
             )
         pairs *= len(units) // size
     if sum(size for _, size in pairs) != len(units):
@@ -149,13 +159,21 @@ def _cut(name: str, units: Sequence[tuple[int, ...]], asked: Groups) -> list[Blo
 
 
 def _told(name: str, units: Sequence[tuple[int, ...]], what: str) -> str:
-    kind = "pairs of blocks that may go" if len(units[0]) > 1 else "blocks"
-    return f"groups: {name} has {len(units)} {kind}, and {what}"
+    kind = ("pair of blocks", "pairs of blocks") if len(units[0]) > 1 else ("block", "blocks")
+    may_go = " that may go" if len(units[0]) > 1 else ""
+    return f"groups: {name} has {len(units)} {kind[len(units) != 1]}{may_go}, and {what}"
 
 
-def _hint(count: int, size: int) -> str:
-    rest = count % size
-    return f"write a list of groups, the last of which has {rest} blocks"
+def _hint(name: str, count: int, asked: tuple[int, int]) -> str:
+    """Return a list of groups that fits, as a recipe has it: what was asked for as often as there is room."""
+    kept, size = asked
+    whole, rest = divmod(count, size)
+    if count == 1:
+        return f"with one alone there is no choice; remove other blocks, or leave {name} as it is"
+    most = rest if whole else rest - 1  # something has to go
+    last = max(1, min(most, round(rest * kept / size)))
+    fits = json.dumps([f"{kept}:{size}"] * whole + [f"{last}:{rest}"])
+    return f"write a list of groups for {name} that adds up to it, such as {fits}"
 
 
 def kept_of(

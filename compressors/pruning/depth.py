@@ -11,18 +11,20 @@ from typing import Any, ClassVar
 from ...calibration.base import Calibration
 from ...calibration.objectives import Objective, objective_for
 from ...models.base import ModelSpec, OpenModel
+from ...models.blocks import depths
 from ...models.shallower import keep_blocks
 from ...progress import Progress
 from ...recipes.depth import DepthSettings
 from ...recipes.schema import CalibrationSettings
 from ..activations import activation_bytes
 from ..base import StagePlan, Workspace
-from .block_choice import Kept, draws, indices, lowest, oracle, units_to_remove
+from .block_choice import Kept, draws, indices, lowest, oracle, possible, units_to_remove
 from .block_notes import notes_on_depth, pinned_and_told
 from .block_range import Range, range_of_count, specs_of
 from .block_scores import Scores, change_scores, choice_losses, sensitivities
 
 _BATCH = CalibrationSettings().batch_size
+_BLOCKS_AT_ONCE = 4
 
 
 class Depth:
@@ -37,8 +39,7 @@ class Depth:
         after, least, range_notes = specs_of(spec, _planned(spec, settings))
         looks = settings.by not in ("indices", "oracle")
         stored = spec.size().bytes
-        # Nothing is kept for a way back: one block's activations would do, a few are certain.
-        work = activation_bytes(spec.meta_module(), spec.family) * _BATCH // 4 if looks else 0
+        work = _forward_bytes(spec) * _BATCH if looks else 0
         notes = notes_on_depth(spec, after)
         if looks:
             notes += ["which blocks these are depends on the data", *range_notes]
@@ -69,6 +70,12 @@ class Depth:
         kept, found = _chosen(model, settings, calibration, progress)
         about = {"method": settings.method, "by": settings.by, "seed": calibration.seed}
         return {"by": settings.by, "blocks": keep_blocks(model, kept, about), **found}
+
+
+def _forward_bytes(spec: ModelSpec) -> int:
+    """Return the bytes of one item's forward. Without a way back one block's would do; a few are certain."""
+    blocks = sum(depths(spec.config).values())
+    return activation_bytes(spec.meta_module(), spec.family) * min(_BLOCKS_AT_ONCE, blocks) // blocks
 
 
 def _planned(spec: ModelSpec, settings: DepthSettings) -> Range:
@@ -115,12 +122,16 @@ def _drawn(
     progress: Progress,
 ) -> tuple[Kept, dict[str, Any]]:
     choices = draws(model.config, settings, seed, pinned)
+    there_are = possible(model.config, settings, pinned)
+    if there_are <= settings.draws:
+        progress.note(f"random: there are {there_are:,} choices, and all of them are measured")
     losses = choice_losses(model, objective, list(choices), progress)
     order = sorted(range(len(choices)), key=lambda index: (losses[index], index))
     place = {"least": 0, "middle": len(order) // 2, "largest": len(order) - 1}[settings.pick]
     chosen = order[place]
     told = {
         "drawn": len(choices),
+        "possible": there_are,
         "loss": losses[chosen],
         "least": losses[order[0]],
         "largest": losses[order[-1]],

@@ -41,6 +41,12 @@ class _Training(TrainingSettings):
     families: ClassVar[frozenset[str]] = TinyFusionSettings.families
 
 
+class _ChoosingAlone(_Training):
+    """The same where nothing but the choice learns."""
+
+    rate_key: ClassVar[str] = "gate_lr"
+
+
 @dataclass(frozen=True)
 class Found:
     """What a search ends with.
@@ -100,7 +106,7 @@ class Search:
         return step, self.batches(step, part, parts), gumbel(self.module.choices.numbers, generators)
 
     def loss(self, batch: tuple[int, Noised, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return (loss that the denoiser was trained with, nothing else)."""
+        """Return (loss that the denoiser was trained with, how sure the least sure choice is, to show)."""
         step, noised, noise = batch
         device = self.module.choices.logits[0].device
         self.blocks.masks = self.module.choices.masks(noise.to(device), step)
@@ -108,7 +114,8 @@ class Search:
         output: Tensor = self.module.model(**call, return_dict=False)[0]
         self.blocks.masks = {}
         with torch.autocast(output.device.type, enabled=False):
-            return self.task.loss(output, noised), {}
+            least = min(self.module.choices.decide(step).confidences)
+            return self.task.loss(output, noised), {"least confidence": torch.tensor(least, device=device)}
 
 
 def search(
@@ -183,7 +190,8 @@ def _decision(row: Sequence[float]) -> Decision:
 
 def _training(settings: TinyFusionSettings, rate: float) -> _Training:
     """Return what the loop goes by: a constant rate, and no weight decay."""
-    return _Training(
+    kind = _ChoosingAlone if settings.mode == "frozen" else _Training
+    return kind(
         steps=settings.steps,
         batch_size=settings.batch_size,
         accumulate=settings.accumulate,

@@ -134,15 +134,16 @@ def _searched(
 
 def _tell(groups: Sequence[BlockGroup], decision: Decision, progress: Progress) -> None:
     """Say which choices have not been settled."""
+    several = len({group.blocks for group in groups}) > 1
     open_ones = [
-        f"{group.members[0]} to {group.members[-1]} ({sure:.2f})"
+        f"{group.blocks if several else 'blocks'} {group.told} ({sure:.2f})"
         for group, sure in zip(groups, decision.confidences, strict=True)
         if group.choices > 1 and sure < SETTLED
     ]
     if open_ones:
         progress.note(
             f"the choice is not settled for {len(open_ones)} of {len(groups)} groups, by the probability of"
-            f" what stays: blocks {', '.join(open_ones)}; more steps, or a higher gate_lr, settle more"
+            f" what stays: {'; '.join(open_ones)}; more steps, or a higher gate_lr, settle more"
         )
 
 

@@ -34,7 +34,7 @@ from .matching import Pairs
 from .memory import plan_training
 from .noised import NoisedBatches
 from .schedule import step_count
-from .teacher import named_teacher, pairs_with, teacher_bytes
+from .teacher import named_teacher, pairs_with, teacher_bytes, teacher_config
 from .tied import tied_embedders
 from .weights import refuse_quantized
 
@@ -50,7 +50,8 @@ class Distill:
         """Predict memory and disk; the shapes stay.
 
         Raises:
-            PlanError: the model is quantized, or nothing is known of its blocks and they are compared.
+            PlanError: the model is quantized, nothing is known of its blocks and they are compared, or it
+                cannot learn from the teacher that is named.
         """
         refuse_quantized(settings.method, bool(spec.quantization))
         if settings.features:
@@ -78,12 +79,29 @@ class Distill:
         if not isinstance(calibration, DiffusionCalibration):
             raise PlanError(f"{settings.method}: trains denoisers, and {model.family.name} is none")
         original = None if workspace.original is None else cache(workspace.original)
+        # Data may take hours to draw: whom to learn from, and block from block, is settled before.
+        config = teacher_config(model, settings)
+        _check_at_hand(settings, original)
+        pairs = pairs_with(model, config, settings) if config is not None and settings.features else {}
+        _warn_of_samples(model, settings, calibration, progress)
         data = calibration.training(model, original, progress)
         teacher = _teacher(model, settings, original, progress)
-        pairs = pairs_with(model, teacher, settings) if teacher is not None and settings.features else {}
         trained = _train(model, settings, data, teacher, pairs, calibration.seed, workspace, progress)
         told = {name: [list(pair) for pair in rows] for name, rows in pairs.items()}
         return {**trained, "data": len(data), **({"matched": told} if told else {})}
+
+
+def _warn_of_samples(
+    model: OpenModel, settings: MaskedDistillSettings, calibration: DiffusionCalibration, progress: Progress
+) -> None:
+    """Tell the user where the samples to train on are those of a model that had lost blocks already."""
+    data = None if calibration.data is None else calibration.data.settings.data
+    if settings.teacher is None or model.source.origins is None or data is None or data.generate is None:
+        return
+    progress.warn(
+        f"{settings.method}: the samples to train on are drawn by {model.source.id}, which has lost blocks,"
+        f" and not by {settings.teacher}; name `latents` or `images` as data where it draws badly"
+    )
 
 
 def _train(
@@ -99,7 +117,7 @@ def _train(
     steps, task = step_count(settings, len(data)), task_for(model, shape=data.shape)
     class_name = model.config["_class_name"]
     key = digest(
-        [settings.model_dump(mode="json"), steps, data.key, pairs, hash_weights(model.module),
+        [settings.model_dump(mode="json"), seed, steps, data.key, pairs, hash_weights(model.module),
          None if teacher is None else sorted(teacher.source.hashes.items())]
     )  # fmt: skip
     with ExitStack() as stack:
@@ -121,6 +139,14 @@ def _train(
     return training_details(trained)
 
 
+def _check_at_hand(settings: MaskedDistillSettings, original: Callable[[], OpenModel] | None) -> None:
+    if settings.asks_original and settings.teacher is None and original is None:
+        raise PlanError(
+            f"{settings.method}: the original is not at hand",
+            hint="write answers: 0 and features: 0, or give the workspace a way to open it",
+        )
+
+
 def _teacher(
     model: OpenModel,
     settings: MaskedDistillSettings,
@@ -129,17 +155,6 @@ def _teacher(
 ) -> OpenModel | None:
     if not settings.asks_original:
         return None
-    if settings.teacher is not None:
-        return named_teacher(model, settings, progress)
-    if not model.changed:
-        raise PlanError(
-            f"{settings.method}: no stage has changed the model, so it is its own original and has nothing to"
-            " learn from it",
-            hint="name a `teacher`, or write answers: 0 and features: 0",
-        )
-    if original is None:
-        raise PlanError(
-            f"{settings.method}: the original is not at hand",
-            hint="write answers: 0 and features: 0, or give the workspace a way to open it",
-        )
-    return original()
+    if settings.teacher is None and original is not None:
+        return original()
+    return named_teacher(model, settings, progress)

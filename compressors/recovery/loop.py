@@ -141,11 +141,16 @@ def _refuse_overflow(
             largest = float(parameter.abs().max())
             raise StageError(
                 f"{settings.method}: {name} has the value {largest:.4g} after training, too large for {kind}",
-                hint=f"lower lr ({settings.lr:g}), or load the model with dtype: bfloat16 or float32",
+                hint=f"lower {_rate(settings)}, or load the model with dtype: bfloat16 or float32",
             )
         raise StageError(
-            f"{settings.method}: {name} is not finite after the last step", hint=f"lower lr ({settings.lr:g})"
+            f"{settings.method}: {name} is not finite after the last step", hint=f"lower {_rate(settings)}"
         )
+
+
+def _rate(settings: TrainingSettings) -> str:
+    """Return the learning rate as a recipe names it."""
+    return f"{settings.rate_key} ({settings.lr:g})"
 
 
 @contextmanager
@@ -225,6 +230,7 @@ class _Loop:
         self._losses = accelerator.prepare_model(_Losses(trainable))
         self._optimizer = accelerator.prepare_optimizer(self._inner, device_placement=False)
         self._average = MovingAverage(self._parameters, settings.ema) if settings.ema is not None else None
+        self._kept = 0
 
     def go(self, key: str, folder: Path, progress: Progress) -> Trained:
         """Take all steps that are left."""
@@ -234,6 +240,7 @@ class _Loop:
         except DamagedStateError as error:
             progress.warn(f"{error.message}; the training starts over")
             start = 0
+        self._kept = start
         if start:
             progress.note(f"training goes on after step {start} of {self._steps}")
         began = time.monotonic()
@@ -319,10 +326,13 @@ class _Loop:
         """
         if isfinite(value):
             return
+        clip = "set clip_norm" if self._settings.clip_norm is None else "clip_norm"
         advice = "" if self._settings.precision == "float32" else ", or write precision: float32"
+        again = f"goes on after step {self._kept}" if self._kept else "starts over"
         raise StageError(
             f"{self._settings.method}: the {what} of step {number + 1} of {self._steps} is not finite",
-            hint=f"lower lr ({self._settings.lr:g}) or clip_norm{advice}",
+            hint=f"lower {_rate(self._settings)} or {clip}{advice}; with that the stage starts over, and"
+            f" finished stages before it are used again. Unchanged, it {again}",
         )
 
     def _mean(self, value: Tensor) -> float:
@@ -332,6 +342,7 @@ class _Loop:
     def _keep(self, folder: Path, state: TrainingState) -> None:
         if self._accelerator.is_main_process:
             write_state(folder, state)
+        self._kept = len(state.losses)
         self._accelerator.wait_for_everyone()
 
 

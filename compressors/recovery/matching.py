@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...errors import PlanError
 from ...models.blocks import depths
 from ...models.origins import kept_blocks, removals
 from ...recipes.depth import Groups
-from ..pruning.block_groups import groups_of, matched
+from ..pruning.block_groups import BlockGroup, groups_of, matched
 
 Pairs = dict[str, list[tuple[int, int]]]
 """List of blocks -> (block of the model, block of the original)."""
@@ -18,8 +19,9 @@ def matched_blocks(config: Mapping[str, Any], origins: str | None) -> Pairs:
     """Return the pairs of all lists of blocks, in order.
 
     Where N of every M blocks were kept once: the last block of what stayed of a group, and of the group.
-    Where blocks were removed in another way, or in several rounds: each block that stayed, and the last
-    of those after it that went, for which it has to stand as well. Of a list that is whole: equal blocks.
+    Where blocks were removed in another way, in several rounds, or not as the groups say: each block that
+    stayed, and the last of those after it that went, for which it has to stand as well. Of a list that is
+    whole: equal blocks.
 
     Args:
         config: of the original, completed, with `_class_name`.
@@ -31,9 +33,36 @@ def matched_blocks(config: Mapping[str, Any], origins: str | None) -> Pairs:
         return {name: [(place, place) for place in places] for name, places in kept.items()}
     kept |= kept_blocks(origins)
     found = {name: _by_place(places, known[name]) for name, places in kept.items()}
-    rounds = removals(origins)
-    groups = _asked(rounds[0].get("groups")) if len(rounds) == 1 else None
-    return found if groups is None else {**found, **matched(config, groups_of(config, groups))}
+    groups = _groups(config, removals(origins), kept)
+    return found if groups is None else {**found, **matched(config, groups)}
+
+
+def _groups(
+    config: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], kept: Mapping[str, Sequence[int]]
+) -> list[BlockGroup] | None:
+    """Return the groups by which blocks were removed at once; None where none are known that led to this."""
+    asked = _asked(rounds[0].get("groups")) if len(rounds) == 1 else None
+    if asked is None:
+        return None
+    try:
+        found = groups_of(config, asked)
+    except PlanError:  # of another model: what is kept is known all the same
+        return None
+    return found if _lead_to(kept, found, depths(config)) else None
+
+
+def _lead_to(
+    kept: Mapping[str, Sequence[int]], groups: Sequence[BlockGroup], known: Mapping[str, int]
+) -> bool:
+    """Tell whether of every group as many units stay as it says, and all blocks that are in none."""
+    free = {name: set(range(depth)) for name, depth in known.items()}
+    fits = True
+    for group in groups:
+        free[group.blocks] -= set(group.members)
+        staying = set(kept[group.blocks])
+        whole = sum(staying.issuperset(unit) for unit in group.units)
+        fits &= whole == group.kept == sum(not staying.isdisjoint(unit) for unit in group.units)
+    return fits and all(places <= set(kept[name]) for name, places in free.items())
 
 
 def _by_place(places: Sequence[int], depth: int) -> list[tuple[int, int]]:

@@ -32,4 +32,4 @@ class NoisedBatches:
         items = self._order(step, self._size)[rows.start : rows.stop].tolist()
         generators = [generator_for(self._seed, "noised", step, row) for row in rows]
         latents, conditions = self._data.batch(items, generators)
-        return self._task.draw(latents, conditions, generators)
+        return self._task.draw(latents, conditions, generators, self._data.empty)

@@ -25,6 +25,7 @@ BUDGETS = (
     "stages.0.tinyfusion.checkpoint_every=4", "stages.1.distill.steps=4", "stages.1.distill.batch_size=4",
     "evaluate.fidelity.samples=2", "evaluate.fidelity.steps=2", "evaluate.quality=null",
     "evaluate.layers=false",
+    'require={"size_ratio": "<= 0.22", "linear_bytes_ratio": "<= 0.32", "max_abs_error": "<= 0"}',
 )  # fmt: skip
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LIST = "transformer_blocks"

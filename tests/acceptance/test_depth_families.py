@@ -10,6 +10,7 @@ import torch
 from compress.errors import CompressError
 from compress.exporters.inspection import inspect
 from compress.progress import SilentProgress
+from compress.verification import evaluate_folder
 
 from ..tiny_denoisers import FLUX, HUNYUAN, PIXELS, TINY, save_denoiser, save_embeddings
 
@@ -81,6 +82,8 @@ def test_a_run_writes_a_shallower_model_of_the_stock_class(
     assert kept == {name: row["kept"] for name, row in report["stages"][0]["details"]["blocks"].items()}
     card = (out / "README.md").read_text()
     assert class_name in card and "text-to-image" in card and "compress" not in saved
+    again = evaluate_folder(None, out, SilentProgress())["evaluation"]["metrics"]
+    assert again.items() <= report["evaluation"]["metrics"].items() and "sqnr_db" in again
     layers = {row["name"] for row in report["evaluation"]["layers"]}
     assert {name.rpartition(".")[0] for name in layers} >= set(kept)
 

@@ -176,7 +176,7 @@ def test_blocks_are_matched_with_those_that_they_come_from(student, teacher, pai
     if teacher is not None:  # the parent: the run itself has removed the blocks
         model = opened(of)
         keep_blocks(model, {LIST: (1, 3)}, {"method": "depth"})
-    assert pairs_with(model, opened(of), settings) == {LIST: pairs}
+    assert pairs_with(model, opened(of).config, settings) == {LIST: pairs}
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,9 @@ def test_blocks_are_matched_with_those_that_they_come_from(student, teacher, pai
     [
         ({"blocks": {LIST: {"of": 6, "kept": [0, 2]}}}, r"says that 2 blocks of transformer_blocks are left"),
         ({"blocks": {"blocks": {"of": 6, "kept": [0]}}}, "the config has no such list"),
+        ({"blocks": {"\x1b[31m": {"of": 6, "kept": [0]}}}, r"blocks of '\\x1b\[31m' are left"),
         ({"format": 7}, "does not say which blocks are left"),
+        ({"removals": [{"groups": "2000000:4000000"}]}, "does not say which blocks are left"),
         ({"earlier": {"blocks": {LIST: {"of": 9, "kept": [0, 2]}}, "removals": []}}, "does not say which"),
         ({"earlier": {"blocks": {LIST: {"of": 9, "kept": list(range(6))}}, "removals": []},
           "original": {LIST: {"of": 9, "kept": [0, 1, 2, 3]}}}, "does not say which"),

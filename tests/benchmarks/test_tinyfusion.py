@@ -46,11 +46,26 @@ def test_models_of_fewer_blocks_share_the_tensors_and_leave_the_first_whole(benc
     assert list(seconds) == [4, 2] and 0 < seconds[2] < seconds[4] < 60
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_half_of_the_blocks_of_dit_xl_take_little_more_than_half_the_time(benchmark):
+    """At real width, in processor time, on one thread: about as much faster as there are fewer blocks."""
+    from _depth_speed import speed_table
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        ratio = speed_table((28, 14), batch=1, rounds=3, seed=0)[14]
+    finally:
+        torch.set_num_threads(threads)
+    assert 1.8 <= ratio < 2.3
+
+
 def test_a_command_line_shortens_the_shipped_recipe(benchmark):
     full = benchmark.prepared(
         argparse.Namespace(quick=False, data=None, search_steps=None, steps=None, samples=None)
     )
-    assert (full.search.groups, full.samples) == ("1:2", 2000) and full.recovery.steps >= 100
+    assert (full.search.groups, full.samples) == ("2:4", 2000) and full.recovery.steps >= 100
     quick = benchmark.prepared(QUICK)
     assert (quick.search.steps, quick.recovery.steps, quick.samples) == (20, 2, 20)
     assert quick.recipe.calibration.data.generate == 8

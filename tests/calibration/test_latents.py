@@ -147,7 +147,7 @@ def test_values_that_are_not_finite_are_refused_with_their_place(tmp_path, dit):
     [
         ({"values": torch.zeros(1)}, "has no tensor 'latents'"),
         ({"latents": torch.zeros(2, 4, 8)}, r"latents is F32 \[2, 4, 8\]"),
-        ({"latents": torch.zeros(2, 4, 8, 8, dtype=torch.int64)}, "latents is I64"),
+        ({"latents": torch.zeros(2, 4, 8, 8, dtype=torch.int64)}, r"latents is I64 .*, needed: floats"),
         ({"latents": torch.zeros(2, 4, 8, 8), "flipped": torch.zeros(1, 4, 8, 8)}, "flipped is F32"),
         ({"latents": torch.zeros(2, 4, 8, 8), "labels": torch.zeros(3, dtype=torch.int64)}, "2 latents"),
         ({"latents": torch.zeros(2, 4, 8, 8), "labels": torch.zeros(2)}, "labels is F32"),
@@ -155,7 +155,7 @@ def test_values_that_are_not_finite_are_refused_with_their_place(tmp_path, dit):
         ({"latents": torch.zeros(2, 4, 8, 9), "labels": torch.zeros(2, dtype=torch.int64)}, r"\[4, 8, 9\]"),
         (
             {"latents": torch.zeros(2, 4, 8, 8), "labels": torch.tensor([3, 10])},
-            "label 10 is out of range; the model has 10 classes",
+            r"x\.safetensors: the label 10 is out of range; the model has 10 classes",
         ),
         (
             {"latents": torch.zeros(1, 4, 8, 8), "labels": torch.tensor([1]), "extra": torch.zeros(1)},
@@ -185,3 +185,115 @@ def test_folders_that_hold_something_else_are_refused(tmp_path, dit):
     save_file({"latents": torch.zeros(1, 4, 4, 4)}, tmp_path / "mixed" / "z.safetensors")
     with pytest.raises(SourceError, match="give files of one kind|its items are"):
         find_latents(tmp_path / "mixed")
+
+
+def refused_pair(folder, flipped):
+    """Two folders of arrays, of which one file alone has mirrored images."""
+    arrays(folder, pairs=not flipped)
+    values = random_latents(2).numpy()
+    np.save(folder / "imagenet_features" / "4.npy", values[None] if flipped else values[:1])
+
+
+@pytest.mark.parametrize("flipped", [True, False])
+def test_arrays_of_which_some_have_mirrored_images_are_refused(tmp_path, flipped):
+    refused_pair(tmp_path / "data", flipped)
+    item, pair = r"\[4, 8, 8\]", r"\[4, 8, 8\] with mirrored ones"
+    told = (pair, item) if flipped else (item, pair)
+    with pytest.raises(SourceError, match=rf"4\.npy: its items are {told[0]}, those of 0\.npy {told[1]}$"):
+        find_latents(tmp_path / "data")
+
+
+def test_tables_of_which_some_have_mirrored_images_are_refused(tmp_path):
+    tables(tmp_path / "data")
+    labels = torch.zeros(1, dtype=torch.int64)
+    save_file({"latents": torch.zeros(1, 4, 8, 8), "labels": labels}, tmp_path / "data" / "z.safetensors")
+    with pytest.raises(SourceError, match=r"z\.safetensors.*those of part-0\.safetensors .* mirrored ones"):
+        find_latents(tmp_path / "data")
+
+
+@pytest.mark.parametrize("kind", ["features", "labels"])
+@pytest.mark.parametrize("content", ["archive", "zip", "empty", "cut", "header"])
+def test_what_is_no_array_is_refused_with_its_name(tmp_path, kind, content):
+    arrays(tmp_path / "data")
+    path = tmp_path / "data" / f"imagenet_{kind}" / "3.npy"
+    if content == "archive":
+        with path.open("wb") as stream:
+            np.savez(stream, values=np.zeros((1, 4, 8, 8), np.float32))
+    else:
+        whole = path.read_bytes()
+        path.write_bytes(
+            {
+                "zip": b"PK\x03\x04" + bytes(200),
+                "empty": b"",
+                "cut": whole[:-1],
+                "header": whole[:10] + b"{'descr': (((" + whole[23:],
+            }[content]
+        )
+    with pytest.raises(SourceError, match=r"3\.npy: cannot be read as an array"):
+        find_latents(tmp_path / "data")
+
+
+def text_data(class_name, count, **changes):
+    """What a file of latents holds for a tiny text model."""
+    generator = torch.Generator().manual_seed(2)
+    found = {
+        "latents": random_latents(count),
+        "prompt_embeds": torch.randn(count, 6, 32, generator=generator),
+    }
+    if class_name == "pixart":
+        found["prompt_attention_mask"] = torch.ones(count, 6)
+    else:
+        found["pooled_prompt_embeds"] = torch.randn(count, 32, generator=generator)
+    return {**found, **changes}
+
+
+@pytest.mark.parametrize(
+    ("class_name", "changes", "message"),
+    [
+        (
+            "pixart",
+            {"prompt_embeds": torch.zeros(2, 6, 31)},
+            "prompt_embeds of 32 channels, and these have 31",
+        ),
+        ("pixart", {"prompt_embeds": torch.zeros(2, 32)}, "prompt_embeds of any x 32, and these have 32"),
+        ("pixart", {"prompt_attention_mask": torch.ones(2, 5)}, "mask of 6 values, and these have 5"),
+        ("sd3", {"prompt_embeds": torch.zeros(2, 6, 33)}, "prompt_embeds of 32 channels, and these have 33"),
+        ("sd3", {"prompt_embeds": torch.zeros(2, 32)}, "prompt_embeds of any x 32, and these have 32"),
+        ("sd3", {"pooled_prompt_embeds": torch.zeros(2, 1, 32)}, "pooled_prompt_embeds of 32, and .* 1 x 32"),
+        ("sd3", {"pooled_prompt_embeds": torch.zeros(2, 8)}, "pooled_prompt_embeds of 32 channels, .* 8"),
+    ],
+)
+def test_embeddings_that_the_model_cannot_read_are_refused(tmp_path, request, class_name, changes, message):
+    folder = request.getfixturevalue(f"tiny_{class_name}")
+    model = open_model(ModelRef(id=str(folder)), device="cpu", progress=SilentProgress())
+    (tmp_path / "data").mkdir()
+    save_file(text_data(class_name, 2), tmp_path / "data" / "a.safetensors")
+    stored_latents(model, tmp_path / "data", None).batch([0, 1], torch.Generator())
+    save_file(text_data(class_name, 2, **changes), tmp_path / "data" / "a.safetensors")
+    with pytest.raises(SourceError, match=rf"a\.safetensors: .*{message}"):
+        stored_latents(model, tmp_path / "data", None)
+
+
+def test_prompts_of_different_lengths_do_not_make_a_batch(tmp_path, tiny_sd3):
+    model = open_model(ModelRef(id=str(tiny_sd3)), device="cpu", progress=SilentProgress())
+    (tmp_path / "data").mkdir()
+    save_file(text_data("sd3", 2), tmp_path / "data" / "a.safetensors")
+    save_file(text_data("sd3", 2, prompt_embeds=torch.zeros(2, 7, 32)), tmp_path / "data" / "b.safetensors")
+    with pytest.raises(SourceError, match=r"b\.safetensors: .*\[7, 32\].*a\.safetensors .*\[6, 32\]"):
+        stored_latents(model, tmp_path / "data", None)
+
+
+def test_embeddings_that_are_not_finite_or_no_numbers_are_refused(tmp_path, tiny_sd3):
+    model = open_model(ModelRef(id=str(tiny_sd3)), device="cpu", progress=SilentProgress())
+    path = tmp_path / "data.safetensors"
+    tensors = text_data("sd3", 3)
+    tensors["prompt_embeds"][1, 2, 3] = float("nan")
+    save_file(tensors, path)
+    data = stored_latents(model, path, None)
+    data.batch([0, 2], torch.Generator())
+    with pytest.raises(SourceError, match=r"data\.safetensors: prompt_embeds of item 1 are not finite"):
+        data.batch([0, 1], torch.Generator())
+    whole = torch.zeros(3, 32, dtype=torch.int64)
+    save_file(text_data("sd3", 3, pooled_prompt_embeds=whole), path)
+    with pytest.raises(SourceError, match=r"data\.safetensors: pooled_prompt_embeds is int64"):
+        stored_latents(model, path, None).batch([0], torch.Generator())

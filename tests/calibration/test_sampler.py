@@ -232,8 +232,9 @@ def test_embedding_files_are_checked(tiny_pixart, tmp_path):
     model = opened(tiny_pixart)
     path = tmp_path / "p.safetensors"
     embeddings(path, model, negative=False)
-    with pytest.raises(SourceError, match="no negative prompt embeddings"):
+    with pytest.raises(SourceError, match="have no tensor negative_prompt_embeds, which guidance") as caught:
         draw(model, settings=CalibrationSettings(embeddings=path))
+    assert "in calibration, in its data and in evaluate.fidelity" in caught.value.hint
     save_file({"prompt_embeds": torch.zeros(1, 6, 32)}, path)
     with pytest.raises(SourceError, match="no tensor 'prompt_attention_mask'"):
         draw(model, settings=CalibrationSettings(embeddings=path))

@@ -10,11 +10,13 @@ from compress.calibration.decoding import decode
 from compress.calibration.diffusion import record
 from compress.calibration.encoding import encoder_for, read_pixels
 from compress.calibration.image_files import find_images
+from compress.calibration.latent_cache import LatentCache
 from compress.errors import SourceError, StageError
 from compress.models.open import open_model
 from compress.progress import SilentProgress
 from compress.recipes.schema import CalibrationSettings, ModelRef
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 
 class Counting(SilentProgress):
@@ -95,7 +97,28 @@ def test_samples_are_drawn_once_and_found_again(tiny_dit, tmp_path):
     ]
     keys = {recorded(model, tmp_path / "cache", **one).training(model, None, again).key for one in others}
     assert len(keys | {found.key}) == 4
-    assert recorded(model, tmp_path / "cache", seed=1, generate=10, steps=3).data.key not in keys
+    by_seed = {recorded(model, tmp_path / "cache", seed=seed, generate=10).data.key for seed in (0, 1)}
+    assert len(by_seed) == 2
+
+
+def test_two_runs_at_once_keep_the_files_of_both_in_the_index(tmp_path):
+    one, other = (LatentCache(tmp_path, "key", 600) for _ in range(2))
+    (first, _), (second, _) = one.left()
+    one.write(first, {"latents": torch.zeros(512, 1, 2, 2)})
+    other.write(second, {"latents": torch.ones(88, 1, 2, 2)})
+    other.write("conditions.safetensors", {"labels": torch.zeros(600)})
+    one.write(second, {"latents": torch.ones(88, 1, 2, 2)})
+    again = LatentCache(tmp_path, "key", 600)
+    assert again.left() == [] and not again.missing("conditions.safetensors")
+
+
+def test_an_index_that_cannot_be_read_is_written_anew(tmp_path):
+    cache = LatentCache(tmp_path, "key", 600)
+    (first, _), (second, _) = cache.left()
+    cache.write(first, {"latents": torch.zeros(512, 1, 2, 2)})
+    (tmp_path / "calibration-key" / "index.json").write_text("{")
+    cache.write(second, {"latents": torch.zeros(88, 1, 2, 2)})
+    assert LatentCache(tmp_path, "key", 600).left() == []
 
 
 def test_what_a_recording_depends_on_is_not_the_training_data(tiny_dit, tmp_path):
@@ -144,8 +167,6 @@ def test_samples_are_not_those_that_figures_are_measured_on(tiny_dit, tmp_path):
 
 
 def test_prompts_are_kept_once_with_the_samples(tiny_sd3, tmp_path):
-    from safetensors.torch import save_file
-
     generator = torch.Generator().manual_seed(0)
     embeds, pooled = torch.randn(2, 5, 32, generator=generator), torch.randn(2, 32, generator=generator)
     save_file({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}, tmp_path / "e.safetensors")
@@ -190,6 +211,27 @@ def test_images_go_through_the_vae_beside_the_model(with_vae, image_folder, tmp_
     turned = torch.stack([found._row(0, "flipped", row) for row in range(6)])
     apart = (turned / 0.5 + 0.25 - mirrored.mean) / mirrored.std
     assert apart.std().item() == pytest.approx(1.0, abs=0.1)
+
+
+def test_another_vae_encodes_anew(with_vae, image_folder, tmp_path):
+    first = recorded(opened(with_vae), tmp_path, images=image_folder)
+    one = first.training(opened(with_vae), None, SilentProgress())
+    (path,) = (with_vae.parent / "vae").glob("*.safetensors")
+    tensors = load_file(path)
+    tensors["quant_conv.bias"] += 0.5
+    save_file(tensors, path, metadata={"format": "pt"})
+    progress, model = Counting(), opened(with_vae)
+    other = recorded(model, tmp_path, images=image_folder).training(model, None, progress)
+    assert progress.done == {"encoding images": 6} and other.key != one.key
+    assert not torch.equal(all_of(other)[0], all_of(one)[0])
+
+
+def test_mirrored_images_are_encoded_where_the_others_are_kept_already(with_vae, image_folder, tmp_path):
+    model = opened(with_vae)
+    recorded(model, tmp_path, images=image_folder, flip=False).training(model, None, SilentProgress())
+    found = recorded(model, tmp_path, images=image_folder).training(model, None, SilentProgress())
+    clean, _ = found.batch([0] * 20, torch.Generator().manual_seed(0))
+    assert found.mirror == "stored" and len({one.sum().item() for one in clean}) == 2
 
 
 def test_images_are_cut_to_a_square_in_the_middle(image_folder, tmp_path, make_tiny):

@@ -205,5 +205,5 @@ def test_embeddings_of_another_model_are_refused(tiny_unet, embeddings):
     with pytest.raises(SourceError, match="no tensor 'pooled_prompt_embeds'"):
         conditions_for(model, CalibrationSettings(embeddings=path), 1, 0)
     save_file({"prompt_embeds": torch.zeros(1, 77, 32), "pooled_prompt_embeds": torch.zeros(1, 24)}, path)
-    with pytest.raises(SourceError, match="no negative prompt embeddings for encoder_hidden_states"):
+    with pytest.raises(SourceError, match="no tensor negative_prompt_embeds, which guidance"):
         draw(model, path, steps=1, guidance=3.0)

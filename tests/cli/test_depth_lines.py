@@ -39,12 +39,22 @@ def shown(report, method, details):
 
 def test_a_learned_choice_is_a_line_and_a_table_of_its_groups(report):
     text = shown(report, "tinyfusion", {**LEARNED, "measured": MEASURED})
-    assert "tinyfusion: kept 4 of 8 blocks: 0, 2, 5, 7; least confidence 0.97\n" in text
+    assert "tinyfusion: kept 4 of 8 blocks: 0, 2, 5, 7 (least confidence 0.97)\n" in text
     assert "4, 5             5     1.00" in text
     assert (
         "tinyfusion: right after it: class agreement 25.0%, of the original 93.0%, feature FID 60.500, of the"
         " original 3.400, SQNR 6.50 dB, PSNR of samples 12.25 dB\n" in text
     )
+
+
+def test_every_list_has_its_own_confidence_and_groups_name_their_list(report):
+    single = {"blocks": "single", "of": [0, 1], "kept": [1], "confidence": 0.27}
+    blocks = {**LEARNED["blocks"], "single": {"of": 2, "kept": [1]}}
+    text = shown(report, "tinyfusion", {"choices": [*CHOICES, single], "blocks": blocks})
+    assert f"tinyfusion: {LIST}: kept 4 of 8 blocks: 0, 2, 5, 7 (least confidence 0.97)\n" in text
+    assert "tinyfusion: single: kept 1 of 2 blocks: 1 (least confidence 0.27)\n" in text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert f"{LIST} 0, 1 0 0.97" in lines and "single 0, 1 1 0.27" in lines
 
 
 def test_a_rule_is_named_and_lists_are_told_apart(report):
@@ -92,6 +102,34 @@ def test_a_damaged_file_of_origins_is_an_error(make_tiny, tmp_path):
         inspect(tmp_path / "shallow")
 
 
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        (
+            {"\x1b[31mred": {"of": 8, "kept": [0, 2]}},
+            r"2 blocks of '\x1b[31mred' are left, and the model has no",
+        ),
+        (
+            {LIST: {"of": 8, "kept": [0, 2, 5]}},
+            "3 blocks of 'transformer_blocks' are left, and the model has 2",
+        ),
+        (
+            {f"{LIST}.0": {"of": 8, "kept": [0]}},
+            "1 blocks of 'transformer_blocks.0' are left, and the model has",
+        ),
+    ],
+)
+def test_inspect_says_where_model_and_file_disagree(blocks, message, call, make_tiny, tmp_path):
+    _folder(make_tiny, tmp_path / "shallow", [0, 2])
+    path = tmp_path / "shallow" / "depth.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "blocks": blocks}))
+    with pytest.raises(SourceError) as caught:
+        inspect(tmp_path / "shallow")
+    assert caught.value.message.startswith(f"{path}: ") and message in caught.value.message
+    result = call("inspect", "shallow")
+    assert result.code == 4 and "\x1b" not in result.out + result.err
+
+
 def test_inspect_shows_the_stage_of_the_history(call, make_tiny, tmp_path):
     model = _folder(make_tiny, tmp_path / "first", [0, 2, 5, 7])
     model.history = [
@@ -101,4 +139,4 @@ def test_inspect_shows_the_stage_of_the_history(call, make_tiny, tmp_path):
     (tmp_path / "second").mkdir()
     write(model, tmp_path / "second", "compress")
     out = " ".join(call("inspect", "second").out.split())
-    assert "tinyfusion: kept 4 of 8 blocks: 0, 2, 5, 7; least confidence 0.97" in out
+    assert "tinyfusion: kept 4 of 8 blocks: 0, 2, 5, 7 (least confidence 0.97)" in out

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from compress.errors import HubError, PlanError, SourceError, StageError, VerifyError
+from safetensors import SafetensorError
 
 
 def working(report, seen=None):
@@ -147,6 +148,22 @@ ENDINGS = [
         "continues where",
     ),
     (OSError(errno.ENOSPC, "No space left on device"), False, 3, "the disk is full", "another disk"),
+    (OSError(errno.EFBIG, "File too large", "w/x"), True, 5, "w/x: would be larger", "ulimit -f"),
+    (OSError(errno.EFBIG, "File too large"), False, 3, "a file: would be larger", "ulimit -f"),
+    (
+        SafetensorError("I/O error: File too large (os error 27)"),
+        True,
+        5,
+        "would be larger",
+        "continues where",
+    ),
+    (
+        SafetensorError("I/O error: No space left (os error 28)"),
+        True,
+        5,
+        "the disk is full",
+        "continues where",
+    ),
     (PermissionError(errno.EACCES, "Permission denied", "o"), False, 3, "o: not permitted", "--output"),
     (PermissionError(errno.EACCES, "Permission denied", "o"), True, 5, "o: not permitted", "continues where"),
     (MemoryError(), True, 5, "out of memory", "batch_size"),

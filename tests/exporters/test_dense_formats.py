@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from compress.evaluation.size import size_metrics
 from compress.exporters.card import render_card
 from compress.exporters.dequantized_format import layout
 from compress.exporters.figures import made_of
 from compress.exporters.formats import FORMATS, predict_bytes, predict_tensor_bytes, write
 from compress.runtime.validate import open_folder
+
+from ..small_dits import equal_embedders, opened
 
 NO_SMALLER = "weights are stored as floats, and activations are not quantized: no smaller than"
 
@@ -29,11 +32,23 @@ def test_only_what_was_quantized_is_said_to_be_stored_as_floats(
 def test_tensor_bytes_are_those_in_the_files(make_tiny, open_quantized, schemes, tmp_path, format):
     model = open_quantized(make_tiny(dtype="bfloat16"), schemes["torchao" if format == "torchao" else "w4a8"])
     info = write(model, tmp_path, format)
-    stored = sum(entry.bytes for entry in open_folder(tmp_path).tensors.values())
+    tensors = open_folder(tmp_path).tensors
+    stored = sum(entry.bytes for name, entry in tensors.items() if name not in model.shared)
     assert info.tensor_bytes == stored < info.bytes
     spec = model.spec.evolve(quantization=model.quantization)
     if format == "dequantized":  # its prediction does not ask how layers would be packed
         assert (predict_tensor_bytes(spec, format), predict_bytes(spec, format)) == (stored, info.bytes)
+
+
+def test_copies_that_stock_loading_wants_are_counted_once_as_of_the_original(make_tiny, tmp_path):
+    model = opened(equal_embedders(make_tiny()))
+    assert model.shared, "blocks hold copies of one embedder"
+    (tmp_path / "out").mkdir()
+    info = write(model, tmp_path / "out", "compress")
+    names = open_folder(tmp_path / "out").tensors
+    assert set(model.shared) <= set(names), "stock classes read every copy"
+    assert info.tensor_bytes == model.size().bytes == predict_tensor_bytes(model.spec, "compress")
+    assert size_metrics(model, info.tensor_bytes)["size_ratio"] == 1
 
 
 def _stages(document, *methods):

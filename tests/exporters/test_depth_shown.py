@@ -11,7 +11,15 @@ from compress.evaluation.evaluator import Evaluation
 from compress.exporters.card import render_card
 from compress.exporters.depth_table import blocks_of, groups_told, least_confidence, removals
 from compress.exporters.drawing import plain_defaults
-from compress.exporters.figures import CHOICES, KEPT, TRAINING, draw_samples, made_of, write_figures
+from compress.exporters.figures import (
+    CHOICES,
+    KEPT,
+    TRAINING,
+    draw_layers,
+    draw_samples,
+    made_of,
+    write_figures,
+)
 from compress.exporters.figures_depth import draw_choices, draw_kept
 from matplotlib.colors import to_hex
 from PIL import Image
@@ -88,10 +96,61 @@ def test_lists_that_stay_whole_are_not_drawn_and_several_are_named():
     }
     with plain_defaults():
         figure = draw_kept(details)
-    assert [axes.get_title(loc="left") for axes in figure.axes] == list(details["blocks"])[:2]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "transformer_blocks: 2 of 4",
+        "single_transformer_blocks: 1 of 40",
+    ]
     assert [place for place, colour in cells(figure.axes[1]).items() if colour == BLUE] == [39]
-    assert "transformer_blocks: 2 of 4; single_transformer_blocks: 1 of 40" in figure.get_suptitle()
-    assert "others" not in figure.get_suptitle()
+    assert figure.get_suptitle() == "Blocks that stay"
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_no_title_is_cut_off(again):
+    details = {"blocks": {LIST: {"of": 4, "kept": [0]}, f"single_{LIST}": {"of": 4, "kept": [1]}}}
+    with plain_defaults():
+        figure = draw_kept(details, again=again)
+        figure.draw_without_rendering()
+    width, height = figure.bbox.width, figure.bbox.height
+    texts = [figure._suptitle, *(axes._left_title for axes in figure.axes)]
+    for box in (text.get_window_extent() for text in texts):
+        assert box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height
+    assert (figure.get_suptitle() == "Blocks that stay\nof those that the stage before it left") == again
+
+
+@pytest.mark.parametrize("notes", [1, 2, 3, 10])
+def test_what_is_written_beside_a_search_keeps_clear_of_its_steps(notes):
+    with plain_defaults():
+        figure = draw_choices(learned(notes=notes))
+        figure.draw_without_rendering()
+    axes = figure.axes[0]
+    (said,) = [text for text in axes.texts if "probability" in text.get_text()]
+    labels = [label for label in axes.get_xticklabels() if label.get_text()]
+    labels += axes.child_axes[0].get_yticklabels()
+    assert not any(said.get_window_extent().overlaps(label.get_window_extent()) for label in labels)
+    assert said.get_window_extent().x1 < figure.bbox.width
+    title, legend = figure._suptitle.get_window_extent(), axes.get_legend()
+    assert not title.overlaps(said.get_window_extent())
+    assert legend is None or not title.overlaps(legend.get_window_extent())
+
+
+def test_layers_are_drawn_only_where_something_differs(tmp_path, shallow):
+    row = {"name": "transformer_blocks.0", "role": "block", "block": 0, "sqnr_db": 200.0}
+    assert "layer_error.png" not in write_figures(
+        tmp_path, Evaluation(details={"layers": [row] * 2}), shallow
+    )
+    rows = [row, {**row, "sqnr_db": 199.0}]
+    assert "layer_error.png" in write_figures(tmp_path, Evaluation(details={"layers": rows}), shallow)
+
+
+def test_layers_of_several_lists_are_told_apart():
+    names = [f"{LIST}.0", f"{LIST}.1", f"single_{LIST}.0"]
+    rows = [
+        {"name": name, "role": "block", "block": place, "sqnr_db": 9.0} for place, name in enumerate(names)
+    ]
+    with plain_defaults():
+        label = draw_layers(rows).axes[0].get_xlabel()
+        assert label == f"block: {LIST} from 0, single_{LIST} from 2"
+        assert draw_layers(rows[:2]).axes[0].get_xlabel() == "block"
 
 
 def test_scores_of_a_rule_are_bars_in_the_colour_of_what_became_of_the_block():
@@ -146,7 +205,7 @@ def test_pictures_are_written_with_the_others_and_again_byte_by_byte(tmp_path, s
         assert path.read_bytes() == first[path.name]
         with Image.open(path) as picture:
             assert 400 < picture.width < 1500
-    assert made_of(shallow) == "pruned"
+    assert made_of(shallow) == "pruned\ntrained"
     assert removals(document) == []
 
 
@@ -156,7 +215,10 @@ def test_later_stages_have_pictures_of_their_own(tmp_path, shallow):
     written = write_figures(tmp_path, Evaluation(), shallow)
     assert written == [KEPT, "blocks_2.png", CHOICES, TRAINING]
     card = render_card(shallow, written, "")
-    assert "![Blocks that stay, counted from 0. Stage 2 of this kind.](blocks_2.png)" in card
+    caption = (
+        "Blocks that stay, counted from 0. Stage 2 of this kind. They are counted in the model before it."
+    )
+    assert f"![{caption}](blocks_2.png)" in card
     assert "Blocks are counted from 0, as in the model before this stage." in card
     assert f"| `{LIST}` | 8 | 2 | 0, 6 |" in card, "0 and 3 of 0, 2, 4, 6"
 
@@ -200,6 +262,14 @@ def test_the_card_tells_what_was_measured_between_the_stages(shallow):
     del shallow["stages"][0]["details"]["measured"]
     assert "| original |" not in section_of(shallow)
     assert "Between them" not in render_card(shallow, ["samples.png"], "")
+
+
+def test_two_stages_of_a_method_are_told_apart_in_the_card(shallow):
+    again = copy.deepcopy(shallow["stages"][0])
+    again["details"]["blocks"] = {LIST: {"of": 4, "kept": [0, 3]}}
+    shallow["stages"].insert(1, again)
+    section = section_of(shallow)
+    assert "| after `tinyfusion` 1 |" in section and "| after `tinyfusion` 2 |" in section
 
 
 def test_the_card_of_a_rule_says_which_one_and_that_training_is_missing(shallow):

@@ -84,7 +84,7 @@ def test_the_title_of_few_samples_fits(tmp_path, channels, samples):
 
 
 def test_each_role_has_its_place_where_a_stage_has_many_layers():
-    rows = [{"role": "block", "block": 0, "sqnr_db": 9.0}]
+    rows = [{"name": "down_blocks.0.resnets.0", "role": "block", "block": 0, "sqnr_db": 9.0}]
     rows += [{"role": role, "block": 0, "sqnr_db": 8.0} for role in ("conv", "conv", "projection")]
     lines = {line.get_label(): set(line.get_xdata()) for line in draw_layers(rows).axes[0].get_lines()}
     assert lines == {"projection": {-0.15}, "conv": {0.15}}

@@ -167,6 +167,17 @@ def test_masks_are_of_every_sample_and_have_gradients(built):
     assert bool((masks.grad != 0).all()), "also of the blocks that a sample went without"
 
 
+def test_a_block_that_the_whole_batch_goes_without_has_a_gradient(built):
+    module, _ = built(DIT)
+    masks = torch.ones(2, 6)
+    masks[:, 3] = 0.0
+    masks.requires_grad_()
+    with gated(module, DIT) as gates:
+        gates.masks = {"transformer_blocks": masks}
+        _run(module, DIT).square().mean().backward()
+    assert bool((masks.grad[:, 3] != 0).all())
+
+
 def test_both_halves_of_guidance_have_the_masks_of_the_batch(built):
     module, _ = built(DIT)
     call = {name: torch.cat([value, value]) for name, value in _inputs(DIT).items()}

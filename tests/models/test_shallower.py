@@ -156,7 +156,14 @@ def test_quantized_models_keep_their_blocks(opened):
     [
         {"format": 2}, {"removals": {}}, {"blocks": {LIST: {"of": 4, "kept": [0, 4]}}},
         {"blocks": {LIST: {"of": 4, "kept": [2, 1]}}}, {"blocks": {LIST: {"of": 4, "kept": []}}},
-        {"blocks": {LIST: {"of": "4", "kept": [1]}}}, {"blocks": {LIST: [1]}}, {"blocks": 3},
+        {"blocks": {LIST: {"of": "4", "kept": [1]}}}, {"blocks": {LIST: [1]}}, {"blocks": 3}, {"blocks": {}},
+        {"earlier": {"blocks": {}, "removals": []}, "original": {LIST: {"of": 4, "kept": [0, 2]}}},
+        {"removals": ["x"]}, {"removals": [None]}, {"removals": [[]]},
+        *(
+            {"removals": [{"method": "tinyfusion", "groups": groups}]}
+            for groups in ("abc", 5, [1, 2], [], {LIST: 5}, {LIST: ["1:2", None]}, {LIST: {}}, "-1:2", "0:2",
+                           "1:2\n", "2000000:4000000", True)
+        ),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_refused(change):

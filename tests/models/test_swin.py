@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from math import prod
 
 import pytest
@@ -14,6 +15,7 @@ from compress.models.shapes import complete_config, expected_shapes
 from compress.models.swin import merges
 from compress.progress import SilentProgress
 from compress.recipes.schema import ModelRef
+from compress.runtime.hashes import file_sha256
 from compress.runtime.load import load
 from compress.runtime.manifest import ModuleSurgery
 from compress.runtime.surgery import apply_surgery
@@ -86,6 +88,31 @@ def test_tables_of_indices_in_former_files_are_skipped_as_stock_code_skips_them(
     save_file({**tensors, name: torch.zeros(16, 16)}, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SourceError, match=r"q_proj\.weight' is stored under its former name and its name"):
         open_model(ModelRef(id=str(folder)), progress=SilentProgress())
+
+
+def test_a_skipped_tensor_may_lie_anywhere_in_a_file(make_vit):
+    folder = make_vit(NAME)
+    path = folder / "model.safetensors"
+    before = open_model(ModelRef(id=str(folder)), progress=SilentProgress()).module.state_dict()
+    tensors = {name: value.numpy().tobytes() for name, value in load_file(path).items()}
+    kinds = {name: ("F32", list(value.shape)) for name, value in load_file(path).items()}
+    skipped = "swin.encoder.layers.{}.blocks.0.attention.self.relative_position_index"
+    middle = len(tensors) // 2
+    first, *others = tensors
+    order = [first, skipped.format(0), *others[:middle], skipped.format(1), *others[middle:]]
+    for stage in range(2):
+        tensors[skipped.format(stage)] = bytes(16 * 16 * 8)
+        kinds[skipped.format(stage)] = ("I64", [16, 16])
+    header, start = {}, 0
+    for name in order:
+        end = start + len(tensors[name])
+        header[name] = {"dtype": kinds[name][0], "shape": kinds[name][1], "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(tensors[name] for name in order))
+    model = open_model(ModelRef(id=str(folder)), progress=SilentProgress())
+    assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
+    assert model.source.hashes == {path.name: file_sha256(path)}
 
 
 def test_work_of_a_cut_model_is_what_torch_counts():

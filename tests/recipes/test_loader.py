@@ -180,6 +180,36 @@ BROKEN = {
         None,
     ),
     "a device that is none": (HEAD + STAGES + "device: gpu\n", (4, 9), "'gpu' is not auto, cpu, cuda", None),
+    "a group of blocks that is none": (
+        HEAD + "stages: [{tinyfusion: {groups: '0:2'}}]\n",
+        (3, 32),
+        "stages[0].tinyfusion.groups: '0:2' is not two counts as in \"1:2\"",
+        None,
+    ),
+    "one of several groups that is none": (
+        HEAD + "stages: [{tinyfusion: {groups: ['1:2', 1-2]}}]\n",
+        (3, 40),
+        "stages[0].tinyfusion.groups[1]: '1-2' is not two counts",
+        None,
+    ),
+    "no groups at all": (
+        HEAD + "stages: [{tinyfusion: {groups: []}}]\n",
+        (3, 24),
+        "stages[0].tinyfusion.groups: [] is not a list of at least 1 entry",
+        None,
+    ),
+    "one end of two": (
+        HEAD + "stages: [{tinyfusion: {tau: [0.1]}}]\n",
+        (3, 24),
+        "stages[0].tinyfusion.tau: [0.1] is not a list of 2 entries",
+        None,
+    ),
+    "a name of layers that is none": (
+        HEAD + "stages: [{mixdq: {budget: {mean_bits: 4}, groups: {a b: {layers: [x]}}}}]\n",
+        (3, 52),
+        "stages[0].mixdq.groups.a b: 'a b' is not letters, digits, - and _",
+        None,
+    ),
     "two keys in a stage": (
         HEAD + "stages:\n  - {rtn: , vidit_q: }\n",
         (4, 5),

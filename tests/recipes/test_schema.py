@@ -9,6 +9,7 @@ from compress.errors import RecipeError
 from compress.recipes import schema
 from compress.recipes.loader import load_recipe
 from compress.recipes.stages import StageSettings
+from pydantic import Field
 
 
 class OtherSettings(StageSettings):
@@ -17,6 +18,7 @@ class OtherSettings(StageSettings):
     families = frozenset({"dit"})
 
     share: float = 0.5
+    colour: str = Field("red", pattern="^(red|blue)$")
 
 
 @pytest.fixture(autouse=True)
@@ -54,3 +56,11 @@ def test_its_keys_are_checked_as_ours():
 def test_a_method_without_settings_is_unknown():
     with pytest.raises(RecipeError, match="unknown method 'bare'"):
         load_recipe(recipe({"bare": {}}))
+
+
+def test_a_pattern_of_another_package_is_told_as_it_is(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("model: m\nstages: [{other: {colour: green}}]\nexport: {path: o}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert "stages[0].other.colour: 'green' is not text that matches ^(red|blue)$" in caught.value.message

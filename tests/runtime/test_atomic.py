@@ -9,6 +9,7 @@ import pytest
 from compress.runtime.atomic import (
     atomic_file,
     atomic_folder,
+    locked_folder,
     remove_folder,
     replace_folder,
     scratch_folder,
@@ -128,4 +129,21 @@ def test_remove_folder_takes_everything(tmp_path):
     folder = tmp_path / "x"
     (folder / "y").mkdir(parents=True)
     remove_folder(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_asks_for_a_folder_waits_for_who_holds_it(tmp_path):
+    program = f"""
+from pathlib import Path
+from compress.runtime.atomic import locked_folder
+print("asks", flush=True)
+with locked_folder(Path({str(tmp_path)!r})):
+    print("has it", flush=True)
+"""
+    with locked_folder(tmp_path):
+        other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        assert other.stdout.readline() == "asks\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(timeout=0.7)
+    assert other.communicate(timeout=60)[0] == "has it\n"
     assert list(tmp_path.iterdir()) == []

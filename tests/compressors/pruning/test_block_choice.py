@@ -1,7 +1,16 @@
 """Which blocks stay by a rule: counts, pairs, halves, lists of one's own."""
 
+from math import comb
+
 import pytest
-from compress.compressors.pruning.block_choice import draws, indices, lowest, oracle, units_to_remove
+from compress.compressors.pruning.block_choice import (
+    draws,
+    indices,
+    lowest,
+    oracle,
+    possible,
+    units_to_remove,
+)
 from compress.errors import PlanError
 from compress.recipes.depth import DepthSettings
 from pydantic import ValidationError
@@ -72,6 +81,34 @@ def test_draws_are_seeded_and_of_one_size():
     assert first == draws(D28, settings, 3, {(LIST, 0)}) != draws(D28, settings, 4, {(LIST, 0)})
     assert all(len(kept[LIST]) == 14 and kept[LIST][0] == 0 for kept in first)
     assert len({kept[LIST] for kept in first}) == 20
+    assert possible(D28, settings, {(LIST, 0)}) == comb(27, 14)
+
+
+@pytest.mark.parametrize(
+    ("config", "keep", "pinned", "count"),
+    [
+        (D28 | {"num_layers": 4}, 2, set(), 6),
+        (D28 | {"num_layers": 4}, 2, {(LIST, 3)}, 3),
+        (FLUX, 0.5, set(), 6 * 20),
+        (FLUX, {SINGLE: 4}, set(), 15),
+        (HUNYUAN, 6, set(), 6),
+    ],
+)
+def test_of_few_choices_each_is_there_once(config, keep, pinned, count):
+    settings = _settings("random", keep=keep, draws=count)
+    found = draws(config, settings, 0, pinned)
+    assert len(found) == count == possible(config, settings, pinned)
+    assert len({tuple(kept.items()) for kept in found}) == count
+    assert all(place in kept[name] for kept in found for name, place in pinned)
+    assert {tuple(map(len, kept.values())) for kept in found} == {tuple(map(len, found[0].values()))}
+    # Where fewer are asked for, they are drawn, from among the same.
+    others = draws(config, _settings("random", keep=keep, draws=max(3, count - 1)), 0, pinned)
+    assert {tuple(kept.items()) for kept in others} <= {tuple(kept.items()) for kept in found}
+
+
+def test_choices_of_which_there_are_none_are_refused():
+    with pytest.raises(PlanError, match="3 of 4 must stay"):
+        draws(D28 | {"num_layers": 4}, _settings("random", keep=2), 0, {(LIST, 0), (LIST, 1), (LIST, 2)})
 
 
 @pytest.mark.parametrize(
@@ -81,6 +118,10 @@ def test_draws_are_seeded_and_of_one_size():
         ({"by": "oracle", "keep": [1, 2]}, "a count or a share"),
         ({"by": "oracle", "keep": 1.5}, "no share"),
         ({"by": "oracle", "keep": 0}, "at least one"),
+        ({"by": "shortgpt", "keep": True}, "a valid integer"),
+        ({"by": "shortgpt", "keep": {LIST: True}}, "a valid integer"),
+        ({"by": "indices", "keep": [0, True]}, "a valid integer"),
+        ({"by": "shortgpt", "keep": float("nan")}, "finite number"),
         ({"by": "oracle", "draws": 10}, "draws has no effect"),
         ({"by": "shortgpt", "pick": "middle"}, "pick has no effect"),
     ],

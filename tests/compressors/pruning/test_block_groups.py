@@ -1,5 +1,7 @@
 """N:M groups: their candidates, how they fill a model, what stays, and who stands for whom."""
 
+import json
+
 import pytest
 import torch
 from compress.compressors.pruning.block_groups import groups_of, kept_of, matched
@@ -52,6 +54,38 @@ def test_groups_follow_each_other():
 def test_groups_that_do_not_fit_are_refused(config, asked, message):
     with pytest.raises(PlanError, match=message):
         groups_of(config, asked)
+
+
+@pytest.mark.parametrize(
+    ("config", "asked"),
+    [
+        (D28, "2:5"), (D28 | {"num_layers": 2}, "3:4"), (D28 | {"num_layers": 3}, "2:4"),
+        (HUNYUAN | {"num_layers": 40}, "1:2"), (HUNYUAN | {"num_layers": 12}, "1:4"),
+    ],
+)  # fmt: skip
+def test_the_list_of_groups_that_a_refusal_shows_fits(config, asked):
+    with pytest.raises(PlanError) as caught:
+        groups_of(config, asked)
+    shown = json.loads(caught.value.hint.partition("such as ")[2])
+    groups = groups_of(config, tuple(shown))
+    assert any(group.kept < len(group.units) for group in groups)
+    units = (
+        config["num_layers"] if config["_class_name"] == D28["_class_name"] else config["num_layers"] // 2 - 1
+    )
+    assert sum(len(group.units) for group in groups) == units
+
+
+def test_one_pair_alone_is_told_as_one():
+    with pytest.raises(
+        PlanError, match="blocks has 1 pair of blocks that may go, and 1:2 repeated"
+    ) as caught:
+        groups_of(HUNYUAN | {"num_layers": 4}, "1:2")
+    assert "with one alone there is no choice" in caught.value.hint
+
+
+def test_groups_are_told_by_their_places():
+    assert [group.told for group in groups_of(D28 | {"num_layers": 4}, ("1:3", "1:1"))] == ["0 to 2", "3"]
+    assert [group.told for group in groups_of(HUNYUAN, "1:2")] == ["0, 1, 8, 9", "2, 3, 6, 7"]
 
 
 def test_lists_have_groups_of_their_own():

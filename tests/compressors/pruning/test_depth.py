@@ -17,7 +17,7 @@ from compress.recipes.depth import DepthSettings
 from compress.recipes.schema import CalibrationSettings, ModelRef
 from safetensors.torch import load_file, save_file
 
-from ...small_dits import DIT, LIST, WEIGHTS, make_embedders_equal
+from ...small_dits import DIT, LIST, WEIGHTS, Told, make_embedders_equal
 
 QUIET = SilentProgress()
 IDLE = (1, 2, 4)
@@ -60,13 +60,13 @@ def opened(place):
     return open_model(ModelRef(id=str(place)), progress=QUIET)
 
 
-def _apply(model, calibration, tmp_path, **keys):
+def _apply(model, calibration, tmp_path, progress=QUIET, **keys):
     (tmp_path / "stage").mkdir(exist_ok=True)
     (tmp_path / "shared").mkdir(exist_ok=True)
     settings = DepthSettings.model_validate(keys)
     plan = registry.get("depth").plan(model.spec, settings)
     details = registry.get("depth").apply(
-        model, settings, calibration, Workspace(tmp_path / "stage", tmp_path / "shared"), QUIET
+        model, settings, calibration, Workspace(tmp_path / "stage", tmp_path / "shared"), progress
     )
     assert plan.after == model.size() and plan.before == model.spec.size()
     return details
@@ -91,8 +91,15 @@ def test_blocks_that_the_loss_needs_least_go_first(opened, calibration, tmp_path
 
 
 def test_shortgpt_never_removes_the_last_block(opened, calibration, tmp_path):
-    details = _apply(opened, calibration, tmp_path, by="shortgpt", keep=2)
-    assert details["blocks"][LIST]["kept"][-1] == 5
+    last = opened.module.transformer_blocks[5].norm1.linear
+    with torch.no_grad():  # the last block alone adds nothing at all
+        for part in (2, 5):
+            last.weight.chunk(6)[part].zero_()
+            last.bias.chunk(6)[part].zero_()
+    details = _apply(opened, calibration, tmp_path, by="shortgpt", keep=3)
+    scores = details["scores"][LIST]
+    assert scores[5] < min(scores[:5])
+    assert details["blocks"][LIST]["kept"] == [0, 3, 5]
 
 
 def test_random_choices_by_their_loss(place, calibration, tmp_path):
@@ -104,9 +111,18 @@ def test_random_choices_by_their_loss(place, calibration, tmp_path):
         measured = mean_loss(model, objective_for(model, calibration, None), QUIET)
         assert measured == pytest.approx(told["loss"], rel=1e-5)
         found[pick] = told["loss"]
-        assert told["drawn"] == 7 and told["least"] <= told["loss"] <= told["largest"]
+        assert (
+            told["drawn"] == 7 and told["possible"] == 20 and told["least"] <= told["loss"] <= told["largest"]
+        )
     assert found["least"] == told["least"] and found["largest"] == told["largest"]
     assert found["least"] < found["middle"] < found["largest"]
+
+
+def test_of_few_choices_all_are_measured_once(opened, calibration, tmp_path):
+    told = Told()
+    found = _apply(opened, calibration, tmp_path, told, by="random", keep=5, draws=100)["random"]
+    assert found["drawn"] == found["possible"] == 6
+    assert any("there are 6 choices, and all of them are measured" in note for note in told.notes)
 
 
 def test_scores_are_those_of_the_formulas(opened, calibration):

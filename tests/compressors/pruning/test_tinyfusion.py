@@ -1,9 +1,14 @@
 """The stage that learns which blocks stay, on tiny denoisers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from compress.compressors import registry
 from compress.compressors.base import Workspace
+from compress.compressors.pruning.block_groups import groups_of
+from compress.compressors.pruning.gates import Decision
+from compress.compressors.pruning.tinyfusion import _tell
 from compress.compressors.recovery.matching import matched_blocks
 from compress.errors import PlanError, StageError
 from compress.models.open import read_spec
@@ -115,6 +120,19 @@ def test_a_killed_search_ends_with_the_same_numbers(mode, prepared):
     assert model.attachments == whole.attachments
 
 
+@pytest.mark.parametrize(
+    ("seed", "changes", "goes_on"),
+    [(0, {}, True), (1, {}, False), (0, {"gate_lr": 0.01}, False), (0, {"tau": [3.0, 0.1]}, False)],
+)
+def test_a_state_is_that_of_one_search(seed, changes, goes_on, prepared):
+    model, calibration, workspace = prepared()
+    with pytest.raises(KeyboardInterrupt):
+        apply(model, calibration, workspace, given(mode="frozen"), Told(stop_at=8))
+    calibration = replace(calibration, seed=seed)
+    apply(model, calibration, workspace, given(mode="frozen", **changes), told := Told())
+    assert any("goes on after step 5" in note for note in told.notes) == goes_on
+
+
 def test_parts_of_a_batch_make_the_whole(prepared):
     one = apply(*prepared("one"), given())
     two = apply(*prepared("two"), given(accumulate=4))
@@ -124,7 +142,19 @@ def test_parts_of_a_batch_make_the_whole(prepared):
 
 def test_choices_that_are_not_settled_are_told(prepared):
     apply(*prepared(), given(steps=2), told := Told())
-    assert any("the choice is not settled for 3 of 3 groups" in note for note in told.notes)
+    (note,) = [note for note in told.notes if "the choice is not settled for 3 of 3 groups" in note]
+    assert "what stays: blocks 0 to 1 (" in note
+    shown = [detail for detail in told.details if "step" in detail]
+    assert len(shown) == 2
+    assert all("loss " in detail and ", least confidence 0.5" in detail for detail in shown)
+
+
+def test_choices_that_are_not_settled_name_their_lists():
+    config = {"_class_name": "FluxTransformer2DModel", "num_layers": 2, "num_single_layers": 2}
+    decision = Decision(choices=(0, 1), confidences=(0.68, 0.27))
+    _tell(groups_of(config, "1:2"), decision, told := Told())
+    (note,) = told.notes
+    assert "transformer_blocks 0 to 1 (0.68); single_transformer_blocks 0 to 1 (0.27)" in note
 
 
 def test_weights_of_half_size_come_back_as_they_were(make_tiny, prepared):
@@ -201,8 +231,20 @@ def test_what_cannot_be_learned_is_refused(prepared, folder):
         ({"mode": "full", "lora": {"rank": 4}}, "lora has no effect with mode: full"),
         ({"batch_size": 8, "accumulate": 3}, "does not divide"),
         ({"tau": [1.0, 0.0]}, "above 0"),
+        ({"tau": [float("nan"), float("nan")]}, r"tau\.0\n.*finite number"),
+        ({"scaling": [float("inf"), 100.0]}, r"scaling\.0\n.*finite number"),
+        ({"lora": {"alpha": float("inf")}}, r"lora\.alpha\n.*finite number"),
+        ({"clip_norm": float("inf")}, r"clip_norm\n.*finite number"),
     ],
 )
 def test_keys_without_effect_are_refused(keys, message):
     with pytest.raises(ValidationError, match=message):
         given(**keys)
+
+
+@pytest.mark.parametrize(
+    ("steps", "decay"), [(300, 1 - 10 / 300), (10_000, 0.999), (20_000, 0.999), (10, 0.0), (11, 1 / 11)]
+)
+def test_a_short_search_looks_back_less_far(steps, decay):
+    assert given(steps=steps).decay == pytest.approx(decay, rel=1e-12)
+    assert given(steps=steps, ema=0.5).decay == 0.5

@@ -1,6 +1,8 @@
 """The stage that trains denoisers, on tiny ones from which blocks were removed."""
 
+import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -183,6 +185,15 @@ def test_a_killed_training_ends_with_the_same_bytes(prepared):
     assert same_state(model, whole.module.state_dict())
 
 
+def test_a_training_does_not_go_on_with_the_state_of_another_seed(prepared):
+    model, calibration, workspace = prepared(name="killed")
+    with pytest.raises(KeyboardInterrupt):
+        apply(model, calibration, workspace, given(), Told(stop_at=8))
+    model, calibration, workspace = prepared(name="killed")
+    apply(model, replace(calibration, seed=calibration.seed + 1), workspace, given(), told := Told())
+    assert not any("goes on" in note for note in told.notes)
+
+
 def test_copies_of_the_embedder_stay_equal_and_their_own(prepared, folder, tmp_path):
     model, calibration, workspace = prepared()
     before = model.module.get_parameter(EMBEDDER.format(0)).clone()
@@ -220,6 +231,15 @@ def test_data_of_one_s_own(prepared, tmp_path):
         apply(model, calibration, workspace, given())
 
 
+def test_one_pass_over_the_data_is_finite(prepared):
+    """The weight of the features falls with the steps: with the passes it would be divided by nothing."""
+    model, calibration, workspace = prepared()
+    details = apply(model, calibration, workspace, given(steps=None, epochs=1.0))
+    assert details["steps"] >= 2 and len(details["loss"]) == details["steps"]
+    assert all(math.isfinite(loss) for _, loss in details["loss"])
+    assert all(bool(item.isfinite().all()) for item in model.module.parameters())
+
+
 def test_weights_of_half_size_are_trained_in_full_size(prepared, make_tiny):
     path = make_tiny(num_layers=4, dtype="bfloat16", name="half")
     model, calibration, workspace = prepared(path=path, kept=(0, 2))
@@ -255,10 +275,13 @@ def test_a_pruned_checkpoint_learns_from_another_one(prepared, folder, tmp_path)
     )
     (path / "depth.json").write_text(pruned.attachments["depth.json"])
     model, calibration, workspace = prepared(path=path, kept=())
-    details = apply(model, calibration, workspace, named)
+    details = apply(model, calibration, workspace, named, told := Told())
+    (warning,) = told.warnings
+    assert f"are drawn by {path}, which has lost blocks, and not by {folder}" in warning
     assert details["matched"] == {"transformer_blocks": [[0, 1], [1, 3], [2, 5]]}
     pruned, calibration, workspace = prepared(name="other")
-    expected = apply(pruned, calibration, workspace, given(steps=2))
+    expected = apply(pruned, calibration, workspace, given(steps=2), told := Told())
+    assert told.warnings == []
     assert details["loss"][0] != expected["loss"][0]  # what is drawn as data is of another original
     spec = read_spec(ModelRef(id=str(path)))
     assert any(str(folder) in note for note in Distill().plan(spec, named).notes)

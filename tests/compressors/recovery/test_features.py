@@ -104,6 +104,31 @@ def test_pairs_where_no_groups_are_known():
     assert matched_blocks(dit(3), None) == {"transformer_blocks": [(0, 0), (1, 1), (2, 2)]}
 
 
+@pytest.mark.parametrize(
+    "groups", ["1:4", "3:4", "4:3", "2:3", "250:500", ["1:2", "1:4"], ["2:6", "2:2"], {"blocks": "1:2"}, {}]
+)
+def test_groups_that_do_not_give_what_is_kept_are_not_followed(groups):
+    kept = [0, 3, 4, 6]
+    assert matched_blocks(dit(8), removed(8, kept, groups=groups)) == matched_blocks(dit(8), removed(8, kept))
+
+
+def test_groups_that_choose_more_of_one_and_less_of_another_are_not_followed():
+    assert matched_blocks(dit(4), removed(4, [0, 1], groups="1:2")) == {
+        "transformer_blocks": [(0, 0), (1, 3)]
+    }
+
+
+def test_groups_of_pairs_are_followed_where_they_fit():
+    config = {"_class_name": "HunyuanDiT2DModel", "num_layers": 10}
+
+    def found(kept, **about):
+        return matched_blocks(config, write_origins(None, {"blocks": kept}, {"blocks": 10}, about))
+
+    # Of the pairs (0, 9), (1, 8) and of (2, 7), (3, 6) one each stays, and the middle does.
+    assert found([0, 3, 4, 5, 6, 9], groups="1:2") == {"blocks": [(0, 1), (1, 3), (4, 7), (5, 9)]}
+    assert found([0, 1, 4, 5, 8, 9], groups="1:2") == found([0, 1, 4, 5, 8, 9])
+
+
 def test_pairs_after_two_rounds_are_of_the_original():
     first = removed(8, [1, 2, 5, 6], groups="2:4")
     depth = {"transformer_blocks": 4}
