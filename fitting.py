@@ -20,7 +20,7 @@ from .recipes.allocation import AllocationSettings
 from .recipes.gates import CLASSIFIER_ONLY, DENOISER_ONLY, LANGUAGE_ONLY
 from .recipes.pruning import IsomorphicSettings
 from .recipes.stages import GridSettings, StageSettings, ViditQSettings
-from .runtime.language_config import language_shape
+from .runtime.transformers_config import longest_sequence
 
 if TYPE_CHECKING:
     from .models.checkpoint import Checkpoint
@@ -122,7 +122,7 @@ def _check_language(loaded: LoadedRecipe, checkpoint: Checkpoint, family: str) -
     others = (*DENOISER_ONLY, *CLASSIFIER_ONLY)
     _check_gates(loaded, dict.fromkeys(others, f"is not measured for a language model ({family})"))
     _check_settings(loaded, unused)
-    positions = language_shape(checkpoint.config).positions
+    positions = longest_sequence(checkpoint.config)
     if recipe.calibration.length > positions:
         raise loaded.error(
             ("calibration", "length"),

@@ -9,6 +9,7 @@ from .exporters.attachments import read_attachments
 from .exporters.form import stored_surgery
 from .models.base import OpenModel
 from .models.blocks import shallower_config
+from .models.expert_choice import with_counts_of
 from .models.open import open_model
 from .models.origins import NAME as DEPTH_FILE
 from .models.origins import kept_blocks
@@ -16,6 +17,7 @@ from .models.shallower import shallower_spec
 from .progress import SilentProgress
 from .recipes.schema import ModelRef
 from .runtime.load import read_checkpoint
+from .runtime.validate import CONFIG_NAME, read_json
 
 
 def resume(model: OpenModel, folder: Path) -> None:
@@ -36,6 +38,7 @@ def take_depth(model: OpenModel, folder: Path) -> None:
         model.shared = dict(shallower_spec(model.spec, kept).shared)
         # Of the model as it was opened: it may have taken the place of an earlier stage since.
         model.config = shallower_config(model.spec.config, kept)
+    model.config = with_counts_of(model.config, read_json(folder / CONFIG_NAME))
     model.attachments = attachments
 
 

@@ -92,13 +92,21 @@ def stock_config(model: OpenModel) -> dict[str, Any]:
     dropped = ("quantization_config", "_name_or_path", STOP_KEY)
     config = {key: value for key, value in model.config.items() if key not in dropped}
     if model.family.library == "transformers":
-        del config["_class_name"]  # ours alone: transformers goes by `architectures` and `model_type`
-        config.pop("torch_dtype", None)
-        architectures = [str(model.config["_class_name"])]
-        kept = without_code(config)
-        return {**kept, "architectures": architectures, "dtype": name_of(model.spec.dtype)}
+        return transformers_config(config, model.spec.dtype)
     config.setdefault("_class_name", type(model.module).__name__)
     return config
+
+
+def transformers_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Return config.json as transformers goes by it: `architectures`, and no class to run code of.
+
+    Args:
+        config: completed, with `_class_name`, which is ours alone.
+        dtype: of the weights.
+    """
+    kept = {key: value for key, value in config.items() if key not in ("_class_name", "torch_dtype")}
+    architectures = [str(config["_class_name"])]
+    return {**without_code(kept), "architectures": architectures, "dtype": name_of(dtype)}
 
 
 def equal_copies(

@@ -22,7 +22,7 @@ from .compress_format import METADATA, stock_config
 from .conversion import replaced
 from .form import stored_form
 from .formats import Layout
-from .stock import left_out, stock_way
+from .stock import left_out, one_by_one, stock_way
 from .writer import StoredTensor, dtype_code
 
 
@@ -45,6 +45,7 @@ def layout(model: OpenModel) -> Layout:
         tensors.append(StoredTensor(f"{name}.weight", dtype_code(dtype), layer.scheme.weight_shape, read))
         if layer.bias is not None:
             tensors.append(StoredTensor.of(f"{name}.bias", layer.bias))
+    tensors = one_by_one(str(model.config["_class_name"]), tensors)
     form = stored_form(model.family, model.config, model.surgery)  # says all sizes, or `formats` refuses
     config = stock_config(replace(model, config=form.config))
     load = stock_way(str(model.config["_class_name"]), name_of(dtype))
@@ -76,7 +77,7 @@ def predict(spec: ModelSpec) -> tuple[list[StoredTensor], Mapping[str, str]]:
     ]
     for name, scheme in spec.quantization.items():
         tensors += linear_tensors(name, scheme, spec.dtype)
-    return tensors, METADATA
+    return one_by_one(str(spec.config["_class_name"]), tensors), METADATA
 
 
 def check(quantization: Mapping[str, QuantizedModule]) -> None:

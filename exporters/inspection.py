@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -144,14 +145,18 @@ def _count(stored: StoredCheckpoint) -> tuple[list[dict[str, Any]], int, int]:
 def _layers(stored: StoredCheckpoint) -> list[dict[str, Any]]:
     rows = [_quantized_row(stored, name, scheme) for name, scheme in stored.manifest.quantization.items()]
     quantized = set(stored.manifest.quantization)
+    owned = Counter[str]()  # summed once: a mixture of experts has tens of thousands of layers
+    for name, entry in stored.tensors.items():
+        owned[name.rpartition(".")[0]] += entry.bytes
     for name, entry in stored.tensors.items():
         layer, suffix = name.rpartition(".")[::2]
         if layer in quantized:
             continue
         if suffix == "weight" and (len(entry.shape) >= 2 or f"{layer}.scale" in stored.tensors):
-            rows.append(_plain_row(stored, layer, entry))
+            rows.append(_plain_row(stored, layer, entry) | {"bytes": owned[layer]})
         elif name.endswith(f"{_TORCHAO_PART}qdata"):
-            rows.append(_torchao_row(stored, name.removesuffix(f"{_TORCHAO_PART}qdata"), entry))
+            layer = name.removesuffix(f"{_TORCHAO_PART}qdata")
+            rows.append(_torchao_row(stored, layer, entry) | {"bytes": owned[layer]})
     return sorted(rows, key=lambda row: _natural(row["name"]))
 
 
@@ -176,16 +181,12 @@ def _quantized_row(stored: StoredCheckpoint, name: str, scheme: QuantizedModule)
     }
 
 
-def _row(stored: StoredCheckpoint, name: str, weight: TensorEntry, **values: Any) -> dict[str, Any]:
-    prefix = f"{name}."
-    own = (
-        entry.bytes for key, entry in stored.tensors.items() if key.startswith(prefix) and _owner(key) == name
-    )
+def _row(name: str, weight: TensorEntry, **values: Any) -> dict[str, Any]:
     row = {
         "name": name,
         "shape": list(weight.shape),
         "bits": 8 * ITEM_BYTES[weight.dtype],
-        "bytes": sum(own),
+        "bytes": weight.bytes,
         "dtype": weight.dtype,
         "activation_bits": None,
         "activation_scope": None,
@@ -198,10 +199,6 @@ def _row(stored: StoredCheckpoint, name: str, weight: TensorEntry, **values: Any
     return {**row, **values}
 
 
-def _owner(tensor: str) -> str:
-    return tensor.rpartition(".")[0]
-
-
 def _plain_row(stored: StoredCheckpoint, name: str, weight: TensorEntry) -> dict[str, Any]:
     if stored.quant_method == "sdnq" and f"{name}.scale" in stored.tensors:
         section = stored.config["quantization_config"]
@@ -212,8 +209,8 @@ def _plain_row(stored: StoredCheckpoint, name: str, weight: TensorEntry) -> dict
         bits = int("".join(filter(str.isdigit, str(kind))) or 8)
         count = weight.bytes * 8 // bits
         rows = stored.tensors[f"{name}.scale"]
-        return _row(stored, name, weight, bits=bits, shape=_sdnq_shape(weight, rows, count), method="sdnq")
-    return _row(stored, name, weight)
+        return _row(name, weight, bits=bits, shape=_sdnq_shape(weight, rows, count), method="sdnq")
+    return _row(name, weight)
 
 
 def _sdnq_shape(weight: TensorEntry, scale: TensorEntry, count: int) -> list[int]:
@@ -226,7 +223,7 @@ def _torchao_row(stored: StoredCheckpoint, name: str, weight: TensorEntry) -> di
     text = stored.metadata.get(f"{name}.weight", "")
     dynamic = '"act_quant_kwargs": {' in text
     bits, scope = (8, "token") if dynamic else (None, None)
-    return _row(stored, name, weight, activation_bits=bits, activation_scope=scope, method="torchao")
+    return _row(name, weight, activation_bits=bits, activation_scope=scope, method="torchao")
 
 
 def _parameters(stored: StoredCheckpoint, names: Iterable[str]) -> Iterable[int]:

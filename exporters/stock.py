@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from ..models.base import Family
 from ..runtime.language_config import implied_copies
+from ..runtime.moe_classes import is_moe_class
+from ..runtime.moe_names import Part, parts_of
 from ..runtime.transformers_config import auto_class_of, is_transformers_class, named_as_stored
 from ..runtime.validate import LANGUAGE_WEIGHTS_NAME, WEIGHTS_NAME
 from .writer import StoredTensor
@@ -48,9 +52,32 @@ def named_by_library(class_name: str, tensors: Sequence[StoredTensor]) -> list[S
     """Return tensors of a folder that stock classes load, under the names that the library saves them by.
 
     transformers still saves vision models under the names of its former modules, and reads those in every
-    release; names of modules are read by the releases that have such modules alone.
+    release; names of modules are read by the releases that have such modules alone. Experts it saves one
+    by one where all other readers know them so.
     """
-    return [replace(tensor, name=named_as_stored(class_name, tensor.name)) for tensor in tensors]
+    pieces = (piece for tensor in tensors for piece in _pieces(class_name, tensor))
+    return [replace(piece, name=named_as_stored(class_name, piece.name)) for piece in pieces]
+
+
+def one_by_one(class_name: str, tensors: Sequence[StoredTensor]) -> list[StoredTensor]:
+    """Return tensors of a mixture of experts as `named_by_library` does; of other models as they are."""
+    return named_by_library(class_name, tensors) if is_moe_class(class_name) else list(tensors)
+
+
+def _pieces(class_name: str, tensor: StoredTensor) -> list[StoredTensor]:
+    """Return the tensors of which each is one expert's, or the tensor itself where it is stored whole."""
+    parts = parts_of(class_name, tensor.name, tensor.shape)
+    return [
+        StoredTensor(name, tensor.dtype, part.shape(tensor.shape), _reader(part, tensor))
+        for name, part in parts.items()
+    ] or [tensor]
+
+
+def _reader(part: Part, whole: StoredTensor) -> Callable[[], Tensor] | None:
+    if whole.read is None:
+        return None
+    read = whole.read
+    return lambda: read()[part.expert, part.rows(whole.shape)]
 
 
 def left_out(config: Mapping[str, Any]) -> frozenset[str]:

@@ -22,7 +22,7 @@ from ..runtime.manifest import HistoryEntry, KernelScheme, ModuleSurgery, Quanti
 from .building import meta_module
 from .origins import NAME as DEPTH_FILE
 from .origins import original_name
-from .shapes import PERSISTENT_BUFFERS, expected_shapes
+from .shapes import expected_shapes, is_stored_buffer, stays_in_float32
 from .source_card import SourceCard
 from .structure import PrunableStructure
 
@@ -30,7 +30,7 @@ Role = Literal[
     "attention.q", "attention.k", "attention.v", "attention.out",
     "cross.q", "cross.k", "cross.v", "cross.out",
     "ff.in", "ff.gate", "ff.out", "adaln", "embedder", "head",
-    "projection", "conv", "conv.shortcut",
+    "projection", "conv", "conv.shortcut", "router",
 ]  # fmt: skip
 
 
@@ -85,6 +85,7 @@ class Size:
             products included.
         bytes: tensor bytes as they would be stored, shared copies once.
         bits_per_weight: 8 * bytes / parameters.
+        active_parameters: those that one token meets, None where it meets all of them.
     """
 
     parameters: int
@@ -92,15 +93,18 @@ class Size:
     macs: int
     bytes: int
     bits_per_weight: float
+    active_parameters: int | None = None
 
     def to_json(self) -> dict[str, int | float]:
         """Return the report's form."""
+        active = self.active_parameters
         return {
             "parameters": self.parameters,
             "parameters_stored": self.parameters_stored,
             "macs": self.macs,
             "bytes": self.bytes,
             "bits_per_weight": round(self.bits_per_weight, 4),
+            **({} if active is None else {"active_parameters": active}),
         }
 
 
@@ -186,6 +190,10 @@ class Family(ABC):
         """Patterns of linears that quantizers leave in floating point unless told otherwise."""
         return ()
 
+    def active_parameters(self, config: Mapping[str, Any]) -> int | None:
+        """Count the parameters that one token meets; None where it meets all of them."""
+        return None
+
     def paper_macs(self, config: Mapping[str, Any], *, shapes: Shapes = AS_CONFIGURED) -> int | None:
         """Count as the papers on pruning do, for comparison with their tables; None where none is known."""
         return None
@@ -243,6 +251,14 @@ class TensorSpec:
         return count * self.dtype.itemsize
 
 
+def tensor_specs(shapes: Shapes, dtype: torch.dtype) -> dict[str, TensorSpec]:
+    """Return the tensors of a module whose dtype is `dtype`, but for those that are always in float32."""
+    return {
+        name: TensorSpec(shape, torch.float32 if stays_in_float32(name) else dtype)
+        for name, shape in shapes.items()
+    }
+
+
 def tensor_bytes(tensor: Tensor) -> int:
     """Return the bytes of a tensor as stored; those of its parts for a tensor made of several."""
     if hasattr(tensor, "__tensor_flatten__"):
@@ -293,7 +309,7 @@ class ModelSpec:
         config = self.config if config is None else config
         shared = self.shared if shared is None else shared
         shapes = {**expected_shapes(config["_class_name"], config), **flat_shapes(surgery)}
-        tensors = {name: TensorSpec(shape, self.dtype) for name, shape in shapes.items()}
+        tensors = tensor_specs(shapes, self.dtype)
         return replace(
             self, config=config, surgery=dict(surgery), tensors=tensors, shared=shared,
             parameters=count_parameters(config, shapes, shared),
@@ -309,6 +325,7 @@ class ModelSpec:
             macs=self.family.macs(self.config, shapes=flat_shapes(self.surgery)),
             bytes=stored,
             bits_per_weight=8 * stored / self.parameters,
+            active_parameters=self.family.active_parameters(self.config),
         )
 
     def evolve(self, **changes: Any) -> ModelSpec:
@@ -376,6 +393,7 @@ class OpenModel:
             macs=self.family.macs(self.config, shapes=flat_shapes(self.surgery)),
             bytes=stored,
             bits_per_weight=8 * stored / dense.parameters,
+            active_parameters=self.family.active_parameters(self.config),
         )
 
 
@@ -398,5 +416,9 @@ def count_parameters(
         shapes: of all tensors.
         shared: copies, which are not counted.
     """
-    skipped = PERSISTENT_BUFFERS.get(config["_class_name"], frozenset())
-    return sum(prod(shape) for name, shape in shapes.items() if name not in shared and name not in skipped)
+    class_name = config["_class_name"]
+    return sum(
+        prod(shape)
+        for name, shape in shapes.items()
+        if name not in shared and not is_stored_buffer(class_name, name)
+    )

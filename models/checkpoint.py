@@ -17,6 +17,8 @@ from ..errors import SourceError
 from ..runtime.fetch import DENOISERS
 from ..runtime.hashes import file_sha256
 from ..runtime.language_config import class_name_of, implied_copies
+from ..runtime.moe_classes import is_moe_class
+from ..runtime.moe_names import stored_shapes
 from ..runtime.strict_json import parse_object
 from ..runtime.transformers_config import named_as_modules
 from . import scan
@@ -37,6 +39,11 @@ SCHEDULER_CONFIG = "scheduler_config.json"
 WEIGHTS_STEMS = ("diffusion_pytorch_model", "model")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 MAX_JSON_BYTES = 64 * 2**20
+_DENSE = "start from the checkpoint it was made from"
+_DENSE_EXPERTS = (
+    f"{_DENSE}; rows of quantized experts cannot be mixed. Where there is no other (MXFP4, FP8), load it with"
+    " transformers and `dequantize=True` in its quantization config, and save that"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -128,7 +135,8 @@ def check_shapes(checkpoint: Checkpoint) -> None:
     """
     if not checkpoint.headers:
         return
-    expected = expected_shapes(checkpoint.class_name, checkpoint.config)
+    shapes = expected_shapes(checkpoint.class_name, checkpoint.config)
+    expected = stored_shapes(checkpoint.class_name, shapes, checkpoint.headers)
     hint = f"the weights do not belong to {checkpoint.folder / CONFIG_NAME}"
     for name, header in checkpoint.headers.items():
         if name in expected and header.shape != expected[name]:
@@ -245,7 +253,8 @@ def _class_name(raw: Mapping[str, Any], where: Path) -> str:
         )
     if raw.get("quantization_config") is not None:
         raise SourceError(
-            f"{where}: the checkpoint is already quantized", hint="start from the checkpoint it was made from"
+            f"{where}: the checkpoint is already quantized",
+            hint=_DENSE_EXPERTS if is_moe_class(class_name) else _DENSE,
         )
     return class_name
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..errors import SourceError, UsageError
 from ..progress import Progress, step
-from ..runtime.modules import place
+from ..runtime.moe_tensors import place_stored
 from ..runtime.stored_tensors import TORCH_DTYPES
-from .base import Family, ModelSpec, OpenModel, Source, TensorSpec, count_parameters
+from .base import Family, ModelSpec, OpenModel, Source, count_parameters, tensor_specs
 from .building import empty_module
 from .checkpoint import Checkpoint, locate, read_json
 from .headers import TensorHeader, by_file
@@ -25,7 +25,7 @@ from .inherited import inherited
 from .origins import NAME as DEPTH_FILE
 from .registry import family_for
 from .scan import CHUNK_BYTES, count_not_finite, read_exactly, refuse_not_finite
-from .shapes import expected_shapes
+from .shapes import expected_shapes, stays_in_float32
 
 if TYPE_CHECKING:
     from ..recipes.schema import ModelRef
@@ -43,7 +43,7 @@ def read_spec(ref: ModelRef) -> ModelSpec:
         SourceError: missing, damaged, unsafe, or of a kind that is not supported.
         HubError: the Hub or the network refused.
     """
-    return _spec(locate(ref, weights=False), ref)
+    return spec_of(locate(ref, weights=False), ref)
 
 
 def open_model(
@@ -68,7 +68,7 @@ def open_model(
     """
     target = _device(device)
     checkpoint = checkpoint or locate(ref)
-    spec = _spec(checkpoint, ref)
+    spec = spec_of(checkpoint, ref)
     module = empty_module(spec.family, spec.config)
     hashes: dict[str, str] = {}
     with step(progress, f"reading {ref.id}", checkpoint.bytes):
@@ -94,7 +94,7 @@ def open_outline(ref: ModelRef) -> OpenModel:
         HubError: the Hub or the network refused.
     """
     checkpoint = locate(ref, weights=False)
-    spec = _spec(checkpoint, ref)
+    spec = spec_of(checkpoint, ref)
     return _opened(checkpoint, spec, empty_module(spec.family, spec.config).eval().requires_grad_(False))
 
 
@@ -107,12 +107,17 @@ def _opened(checkpoint: Checkpoint, spec: ModelSpec, module: nn.Module) -> OpenM
     )  # fmt: skip
 
 
-def _spec(checkpoint: Checkpoint, ref: ModelRef) -> ModelSpec:
+def spec_of(checkpoint: Checkpoint, ref: ModelRef) -> ModelSpec:
+    """Return the spec of a checkpoint that `locate(ref)` has found.
+
+    Raises:
+        SourceError: a tensor is stored in a type that is no floating-point number.
+    """
     family = family_for(checkpoint.class_name)
     stored = _stored_dtype(checkpoint)  # refuses integers, also where the recipe wants another type
     dtype = getattr(torch, ref.dtype) if ref.dtype else stored
     shapes = expected_shapes(checkpoint.class_name, checkpoint.config)
-    tensors = {name: TensorSpec(shape, dtype) for name, shape in shapes.items()}
+    tensors = tensor_specs(shapes, dtype)
     shared = _copies(family, checkpoint.config)
     return ModelSpec(
         family=family,
@@ -167,7 +172,7 @@ def _read_file(
             _pass_over(handle, header.start, path, digest)
             tensor = torch.empty(header.shape, dtype=TORCH_DTYPES[header.dtype])
             refuse_not_finite(name, header, _read_tensor(handle, header, tensor, digest))
-            place(module, name, tensor.to(dtype))
+            place_stored(module, name, tensor.to(torch.float32 if stays_in_float32(name) else dtype))
             progress.advance(header.bytes, name)
         _pass_over(handle, path.stat().st_size, path, digest)
     return digest.hexdigest()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import SourceError
 from ..runtime.language_config import LANGUAGE_CLASSES
+from ..runtime.moe_classes import MOE_CLASSES
 from ..runtime.vision_sizes import VISION_CLASSES, VISION_KINDS
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ FAMILY_NAMES: Mapping[str, str] = {
     "HunyuanDiT2DModel": "hunyuan",
     "UNet2DConditionModel": "unet",
     **dict.fromkeys(LANGUAGE_CLASSES, "llm"),
+    **dict.fromkeys(MOE_CLASSES, "moe"),
     **{name: VISION_KINDS[model_type] for name, (model_type, _) in VISION_CLASSES.items()},
 }
 _ADAPTERS: Mapping[str, str] = {
@@ -31,6 +33,7 @@ _ADAPTERS: Mapping[str, str] = {
     "hunyuan": "HunyuanFamily",
     "unet": "UNetFamily",
     "llm": "LanguageFamily",
+    "moe": "MoeFamily",
     "vit": "ViTFamily",
     "convnext": "ConvNextFamily",
     "swin": "SwinFamily",
@@ -38,6 +41,7 @@ _ADAPTERS: Mapping[str, str] = {
 Task = Literal["denoise", "language", "classify"]
 _TASKS: Mapping[str, Task] = {
     "llm": "language",
+    "moe": "language",
     **dict.fromkeys(VISION_KINDS.values(), "classify"),
 }
 

@@ -12,10 +12,12 @@ from typing import Any
 
 from ..runtime.config import DEFAULTS, complete_config, model_width
 from ..runtime.language_config import LANGUAGE_CLASSES
+from ..runtime.moe_classes import MOE_CLASSES
 from ..runtime.vision_sizes import VISION_CLASSES, VISION_KINDS
 from .flux_shapes import flux_tensors
 from .hunyuan_shapes import hunyuan_tensors
 from .llm_shapes import language_tensors
+from .moe_shapes import CORRECTION, moe_tensors
 from .tensor_names import TIMESTEP_CHANNELS, Named, Shape, affine, linear
 from .unet_shapes import unet_tensors
 from .vision_shapes import convnext_tensors, swin_tensors, vit_tensors
@@ -26,6 +28,8 @@ __all__ = [
     "TIMESTEP_CHANNELS",
     "complete_config",
     "expected_shapes",
+    "is_stored_buffer",
+    "stays_in_float32",
     "uses_additional_conditions",
 ]
 
@@ -43,6 +47,16 @@ def expected_shapes(class_name: str, config: Mapping[str, Any]) -> dict[str, Sha
         config: completed by `complete_config`.
     """
     return dict(_BUILDERS[class_name](config))
+
+
+def is_stored_buffer(class_name: str, name: str) -> bool:
+    """Tell whether a tensor of the state dict is fixed, and no parameter."""
+    return name in PERSISTENT_BUFFERS.get(class_name, frozenset()) or stays_in_float32(name)
+
+
+def stays_in_float32(name: str) -> bool:
+    """Tell whether stock classes keep a tensor of the state dict in float32, whatever the model's dtype."""
+    return name.endswith(CORRECTION)
 
 
 def uses_additional_conditions(config: Mapping[str, Any]) -> bool:
@@ -165,5 +179,6 @@ _BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], Named]] = {
     "HunyuanDiT2DModel": hunyuan_tensors,
     "UNet2DConditionModel": unet_tensors,
     **dict.fromkeys(LANGUAGE_CLASSES, language_tensors),
+    **dict.fromkeys(MOE_CLASSES, moe_tensors),
     **{name: _VISION[VISION_KINDS[model_type]] for name, (model_type, _) in VISION_CLASSES.items()},
 }

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import SourceError
 from .config_values import check_integer, check_shared_keys
+from .moe_classes import is_moe_class
 
 MAX_WIDTH = 2**20
 MAX_LAYERS = 2**12
@@ -41,6 +42,9 @@ _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layer
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 # They choose code instead of a structure: kernels, classes of the repository's own.
 _CODE = frozenset({"attn_implementation", "auto_map", "experts_implementation"})
+_RENAMED: Mapping[str, str] = {
+    "PhiMoEForCausalLM": "PhimoeForCausalLM"
+}  # by checkpoints with code of their own
 _INTERNAL = "_internal"  # behind a leading underscore: how stock code keeps its choice
 _NOT_STRUCTURE = _CODE | {"architectures", "quantization_config", "per_layer_config", "transformers_weights"}
 
@@ -73,8 +77,8 @@ class LanguageShape:
 
 
 def is_language_class(class_name: object) -> bool:
-    """Tell whether a stock class is a language model that is supported."""
-    return isinstance(class_name, str) and class_name in LANGUAGE_CLASSES
+    """Tell whether a stock class is a language model that is supported, a mixture of experts or not."""
+    return is_moe_class(class_name) or (isinstance(class_name, str) and class_name in LANGUAGE_CLASSES)
 
 
 def class_name_of(config: Mapping[str, Any]) -> str | None:
@@ -83,7 +87,7 @@ def class_name_of(config: Mapping[str, Any]) -> str | None:
     architectures = config.get("architectures")
     if not given and isinstance(architectures, list) and architectures:
         given = architectures[0]
-    return given if isinstance(given, str) and given else None
+    return _RENAMED.get(given, given) if isinstance(given, str) and given else None
 
 
 def complete_language_config(class_name: str, config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -102,7 +106,7 @@ def complete_language_config(class_name: str, config: Mapping[str, Any], where: 
         if shape_keys[key] is not None:
             check_integer(key, shape_keys[key], MAX_WIDTH, where)
     check_integer("max_position_embeddings", shape_keys["max_position_embeddings"], MAX_POSITIONS, where)
-    _check_padding(config, where)
+    check_padding(config, where)
     for key in _FLAGS:
         if not isinstance(shape_keys[key], bool):
             raise SourceError(f"{where}: {key}: {shape_keys[key]!r} is not true or false")
@@ -185,7 +189,7 @@ def _structural(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config.get(key, default) for key, default in LANGUAGE_CLASSES[class_name][1].items()}
 
 
-def _check_padding(config: Mapping[str, Any], where: str) -> None:
+def check_padding(config: Mapping[str, Any], where: str) -> None:
     """Hold the id of the padding, which stock classes index the embedding with, against the vocabulary."""
     value, size = config.get("pad_token_id"), int(config["vocab_size"])
     # Stock code counts a negative one from the end, as -1 in many older configs.

@@ -18,6 +18,8 @@ from .language_config import implied_copies, is_language_class
 from .layered import check_layers_agree
 from .manifest import Manifest
 from .modules import dtype_of, exact_names, name_of, place, swap_linears
+from .moe_names import stored_shapes
+from .moe_tensors import place_stored
 from .stored_tensors import TORCH_DTYPES, check_dtype, check_tensors, dense_tensors
 from .surgery import apply_surgery
 from .transformers_config import is_transformers_class
@@ -212,7 +214,7 @@ def _build(stored: StoredCheckpoint, dtype: str | torch.dtype | None) -> nn.Modu
         tensor = read_tensor(entry)
         if dtype is not None and name not in exact and tensor.is_floating_point():
             tensor = tensor.to(target)
-        place(module, name, tensor, requires_grad=tensor.is_floating_point())
+        place_stored(module, name, tensor, requires_grad=tensor.is_floating_point())
         for copy in copies.get(name, ()):
             place(module, copy, tensor.clone(), requires_grad=tensor.is_floating_point())
     _tie(module, stored)
@@ -224,7 +226,8 @@ def _build(stored: StoredCheckpoint, dtype: str | torch.dtype | None) -> nn.Modu
 
 
 def _check_names(stored: StoredCheckpoint, module: nn.Module) -> None:
-    expected = module.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    expected = stored_shapes(stored.class_name, shapes, stored.tensors)
     shared = {**_not_stored(stored), **stored.manifest.shared}
     missing = sorted(expected.keys() - stored.tensors.keys() - shared.keys())
     unexpected = sorted((stored.tensors.keys() | shared.keys()) - expected.keys())

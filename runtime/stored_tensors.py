@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import SourceError
 from .headers import TensorEntry
+from .moe_names import stored_shapes
 from .validate import DTYPE_CODES
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -46,16 +47,18 @@ def check_tensors(
         SourceError: naming the file and the first tensor that has another shape, or another kind of number.
     """
     source = "config and manifest imply" if cut else "the config implies"
-    for name, tensor in module.state_dict().items():
-        entry = tensors.get((shared or {}).get(name, name))
-        if entry is None:
-            continue
-        if entry.shape != tuple(tensor.shape):
-            raise SourceError(
-                f"{entry.file}: tensor {name} has shape {list(entry.shape)}; {source} {list(tensor.shape)}",
-                hint=_HINT,
-            )
-        check_dtype(name, entry, tensor.dtype)
+    for whole, tensor in module.state_dict().items():
+        shapes = stored_shapes(type(module).__name__, {whole: tuple(tensor.shape)}, tensors)
+        for name, shape in shapes.items():
+            entry = tensors.get((shared or {}).get(name, name))
+            if entry is None:
+                continue
+            if entry.shape != shape:
+                raise SourceError(
+                    f"{entry.file}: tensor {name} has shape {list(entry.shape)}; {source} {list(shape)}",
+                    hint=_HINT,
+                )
+            check_dtype(name, entry, tensor.dtype)
 
 
 def check_dtype(name: str, entry: TensorEntry, dtype: torch.dtype) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from . import moe_names, vision_names
 from .language_config import (
     LANGUAGE_CLASSES,
     check_language_config,
     class_name_of,
     complete_language_config,
     is_language_class,
+    language_shape,
     structural_arguments,
 )
+from .moe_classes import MOE_CLASSES, is_moe_class
+from .moe_config import check_moe_config, complete_moe_config, moe_shape
 from .vision_config import check_vision_config, complete_vision_config
-from .vision_names import by_module_name, stored_name
 from .vision_sizes import VISION_CLASSES, is_vision_class
 
 Value = TypeVar("Value")
@@ -36,6 +39,8 @@ def complete_transformers_config(class_name: str, config: Mapping[str, Any], whe
     Raises:
         SourceError: naming `where` and the first value that is wrong or not supported.
     """
+    if is_moe_class(class_name):
+        return complete_moe_config(class_name, config, where)
     complete = complete_vision_config if is_vision_class(class_name) else complete_language_config
     return complete(class_name, config, where)
 
@@ -55,6 +60,8 @@ def check_transformers_config(config: Mapping[str, Any], tensors: int, size: int
     class_name = str(class_name_of(config))
     if is_vision_class(class_name):
         check_vision_config(class_name, config, tensors, size, where)
+    elif is_moe_class(class_name):
+        check_moe_config(config, tensors, where)
     else:
         check_language_config(config, tensors, where)
 
@@ -62,19 +69,36 @@ def check_transformers_config(config: Mapping[str, Any], tensors: int, size: int
 def stock_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the stock config class is built from; nothing that makes it fetch or run other code."""
     name = str(class_name_of(config))
-    classes = VISION_CLASSES if is_vision_class(name) else LANGUAGE_CLASSES
-    return {**structural_arguments(config), "model_type": classes[name][0]}
+    if is_moe_class(name):
+        model_type = MOE_CLASSES[name].model_type
+    else:
+        model_type = (VISION_CLASSES if is_vision_class(name) else LANGUAGE_CLASSES)[name][0]
+    return {**structural_arguments(config), "model_type": model_type}
+
+
+def longest_sequence(config: Mapping[str, Any]) -> int:
+    """Return the most tokens that a language model takes.
+
+    Args:
+        config: completed, with `_class_name`.
+    """
+    of_moe = is_moe_class(config["_class_name"])
+    return moe_shape(config).positions if of_moe else language_shape(config).positions
 
 
 def named_as_modules(class_name: str | None, tensors: Mapping[str, Value], where: str) -> dict[str, Value]:
-    """Return a checkpoint's tensors under the names that they have in the module.
+    """Return a checkpoint's tensors under the names that they, or what they are parts of, have in the module.
 
     Raises:
         SourceError: two stored tensors are one tensor of the module.
     """
-    return by_module_name(tensors, where) if is_vision_class(class_name) else dict(tensors)
+    if is_moe_class(class_name):
+        return moe_names.by_module_name(str(class_name), tensors, where)
+    return vision_names.by_module_name(tensors, where) if is_vision_class(class_name) else dict(tensors)
 
 
 def named_as_stored(class_name: str, name: str) -> str:
-    """Return the name that stock code gives a tensor of the module when it saves it."""
-    return stored_name(name) if is_vision_class(class_name) else name
+    """Return the name that stock code gives a tensor of the module, or a part of one, when it saves it."""
+    if is_moe_class(class_name):
+        return moe_names.stored_name(class_name, name)
+    return vision_names.stored_name(name) if is_vision_class(class_name) else name

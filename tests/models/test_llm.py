@@ -190,8 +190,8 @@ def test_a_tied_head_that_differs_is_refused(make_llm):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, "'MixtralForCausalLM' is not supported"),
-        ({"architectures": ["DeepseekV3ForCausalLM"]}, "'DeepseekV3ForCausalLM' is not supported"),
+        ({"architectures": ["JambaForCausalLM"]}, "'JambaForCausalLM' is not supported"),
+        ({"architectures": ["GraniteMoeForCausalLM"]}, "'GraniteMoeForCausalLM' is not supported"),
         ({"architectures": None}, "does not name"),
         ({"model_type": "qwen2"}, "model_type 'qwen2' is not 'llama'"),
         ({"hidden_size": None}, "hidden_size: None is not an integer from 1"),
