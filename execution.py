@@ -184,6 +184,7 @@ def _run_stages(
         progress=state.progress,
         fresh=state.fresh,
         pools=images.pools,
+        reads=any(stage.settings.calibrates for stage in recipe.stages),
     )
     data = {**stage_data(recipe, model.source.folder, model.source.revision), **images.data}
     keys = _stage_keys(recipe, model, calibration.key, data)

@@ -128,11 +128,18 @@ def _check_language(loaded: LoadedRecipe, checkpoint: Checkpoint, family: str) -
             ("calibration", "length"),
             f"{recipe.calibration.length} tokens; the model takes at most {positions}",
         )
-    if text_file(recipe.calibration, checkpoint.folder) is None:
+    reads = recipe.evaluate.fidelity is not None or not _measured_alone(recipe)
+    if reads and text_file(recipe.calibration, checkpoint.folder) is None:
         raise SourceError(
             f"{checkpoint.id}: a language model is measured on text, and the recipe names none",
-            hint=f"add `calibration: {{text: FILE.txt}}`, or put {OWN_TEXTS[0]} into the model's folder",
+            hint=f"add `calibration: {{text: FILE.txt}}`, or put {OWN_TEXTS[0]} into the model's folder"
+            + (", or `evaluate: {fidelity: null}`" if _measured_alone(recipe) else ""),
         )
+
+
+def _measured_alone(recipe: Recipe) -> bool:
+    """Tell whether no stage calibrates, so that the text would be measured on and no more."""
+    return not any(stage.settings.calibrates for stage in recipe.stages)
 
 
 def _check_settings(loaded: LoadedRecipe, unused: str) -> None:

@@ -13,7 +13,7 @@ from .classification import ClassificationCalibration, ImageCalls, NoImages, rec
 from .diffusion import DiffusionCalibration
 from .image_sets import Pools
 from .sensitivity_calls import Calls, RecordedCalls
-from .text import TextCalibration, TextCalls, record_text
+from .text import NoText, TextCalibration, TextCalls, record_text
 
 if TYPE_CHECKING:
     from ..recipes.schema import CalibrationSettings
@@ -28,11 +28,15 @@ def record(
     progress: Progress,
     fresh: bool = False,
     pools: Pools | None = None,
-) -> DiffusionCalibration | TextCalibration | ClassificationCalibration | NoImages:
+    reads: bool = True,
+) -> DiffusionCalibration | TextCalibration | NoText | ClassificationCalibration | NoImages:
     """Record the original, or find what an earlier run recorded.
 
     See `diffusion.record`, `record_text`, and `record_images`, which keeps nothing and alone takes `pools`.
+    A language model of which no stage `reads` any text needs none.
     """
+    if model.family.task == "language" and not reads:
+        return NoText(seed)
     if model.family.task == "language":
         return record_text(model, settings, seed=seed, cache=cache, progress=progress, fresh=fresh)
     if model.family.task == "classify":

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..errors import StageError
 from ..models.base import OpenModel
 from ..models.companions import companion_files
 from ..progress import Progress, step
@@ -78,6 +79,23 @@ class TextCalibration:
             return torch.zeros(len(ids), device=ids.device)
 
         replay(model, names, observer, self.calls(), self.count(), timesteps, progress, kind="forward")
+
+
+@dataclass(frozen=True)
+class NoText:
+    """Stands for a calibration where no stage looks at text. Implements `calibration.base.Calibration`."""
+
+    seed: int
+    key: str = "no text"
+    samples: int = 0
+
+    def observe(self, model: OpenModel, names: Sequence[str], observer: Observer, progress: Progress) -> None:
+        """Refuse.
+
+        Raises:
+            StageError: there is nothing to replay.
+        """
+        raise StageError("there is no text to calibrate on", hint="add `calibration: {text: FILE.txt}`")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ class StageSettings(BaseModel):
     method: ClassVar[str]
     phase: ClassVar[Phase]
     families: ClassVar[frozenset[str]]
+    calibrates: ClassVar[bool] = True  # it looks at what the model reads where the recipe says
     learns_from_data: ClassVar[bool] = False  # it trains a denoiser on calibration.data
 
     def changed(self, name: str) -> bool:
