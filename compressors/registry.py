@@ -16,6 +16,7 @@ METHODS: Mapping[str, tuple[str, str]] = {
     "isomorphic": (".pruning.isomorphic", "Isomorphic"),
     "tinyfusion": (".pruning.tinyfusion", "TinyFusion"),
     "depth": (".pruning.depth", "Depth"),
+    "eep": (".pruning.eep", "Eep"),
     "finetune": (".recovery.finetune", "Finetune"),
     "distill": (".recovery.distill", "Distill"),
     "rtn": (".quantization.rtn", "Rtn"),

@@ -20,7 +20,7 @@ Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0.0, le=1.0)]
 
-_FIRST_PHASE = ("init_random", "seed_heuristics", "prune_evals", "mut_row")
+_FIRST_PHASE = ("init_random", "seed_heuristics", "prune_evals", "mut_row", "random_draws")
 _SECOND_PHASE = (
     "mut_entry", "mut_sigma", "crossover", "front_prob", "norm_prob", "cross_gap", "cross_rank", "router",
     "export",
@@ -47,6 +47,11 @@ class FitnessSettings(_Settings):
         description="JSONL, an item a line: `prompt` with `answer`, or `prompt` with `choices` and `answer`, "
         "the place of the right one; or a text, for by: loss; looked up as prompts are. null: what comes "
         "with the model.",
+    )
+    task: str | None = Field(
+        None,
+        min_length=1,
+        description="Of a JSONL, also one of splits: only the lines whose `task` is this; null: all.",
     )
     new_tokens: int = Field(
         32, ge=1, le=65_536, description="Of by: exact_match: tokens that are generated at most."
@@ -89,6 +94,7 @@ class EepSettings(StageSettings):
 
     method: ClassVar[str] = "eep"
     phase: ClassVar[Phase] = "prune"
+    calibrates: ClassVar[bool] = False
     families: ClassVar[frozenset[str]] = FAMILIES
 
     keep_experts: int | float | None = Field(
@@ -155,6 +161,13 @@ class EepSettings(StageSettings):
         le=10_000,
         description="A child is bred from what was evaluated up to so many places before it, so that as many "
         "evaluations can go on at once. Changes the result; how many processes there are does not.",
+    )
+    random_draws: int = Field(
+        30,
+        ge=0,
+        le=10_000,
+        description="Random choices of experts that the result is compared with on the test items; their "
+        "mean and deviation are reported. 0: none.",
     )
     fitness: FitnessSettings = Field(
         FitnessSettings.model_validate({}), description="What an individual is judged by."

@@ -18,6 +18,7 @@ from pydantic import (
 
 from .allocation import AllocationSettings, BudgetSettings
 from .depth import DepthSettings, TinyFusionSettings
+from .experts import EepSettings
 from .pruning import IsomorphicSettings
 from .recovery import FinetuneSettings, MaskedDistillSettings
 from .stage_base import PHASES, Phase, StageSettings
@@ -282,7 +283,7 @@ QuantizeSettings = UniformSettings | MixdqSettings
 STAGES: dict[str, type[StageSettings]] = {
     settings.method: settings
     for settings in (
-        IsomorphicSettings, TinyFusionSettings, DepthSettings, FinetuneSettings, MaskedDistillSettings,
-        RtnSettings, SmoothQuantSettings, ViditQSettings, MixdqSettings,
+        IsomorphicSettings, TinyFusionSettings, DepthSettings, EepSettings, FinetuneSettings,
+        MaskedDistillSettings, RtnSettings, SmoothQuantSettings, ViditQSettings, MixdqSettings,
     )
 }  # fmt: skip

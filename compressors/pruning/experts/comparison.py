@@ -1,0 +1,88 @@
+"""Scores on the test items: the original, what rules would have kept, and what the search came to.
+
+Nothing is chosen by these scores. All of them are of models as they would be shipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from ....calibration.answer_scores import Score, Scorer
+from ....progress import Progress, step
+from .genome import Individual
+from .judging import Judge
+
+ORIGINAL = "original"
+RANDOM = "random"
+PRUNED = "eep: experts chosen"
+FINAL = "eep"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One that is scored.
+
+    Attributes:
+        name: in the table.
+        individual: what it leaves of the model; None: the model as it is.
+        train: its fitness on the train items, where that was measured.
+    """
+
+    name: str
+    individual: Individual | None
+    train: float | None = None
+
+
+def compared(
+    judge: Judge, scorer: Scorer, contenders: Sequence[Contender], progress: Progress
+) -> list[dict[str, Any]]:
+    """Return a JSON row of each contender: `name`, `train` and what `Score.to_json` has of the test items.
+
+    Args:
+        judge: of the test items.
+        scorer: the same items, of the model as it is.
+        contenders: in the order of the table; those of one individual are scored once.
+        progress: gets one step.
+    """
+    known: dict[str, Score] = {}
+    rows = []
+    with step(progress, "scores on the test items", len(contenders)):
+        for contender in contenders:
+            individual = contender.individual
+            key = "" if individual is None else individual.sha256
+            if key not in known:
+                known[key] = scorer.score() if individual is None else judge.score(individual)
+            progress.advance(detail=contender.name)
+            rows.append({"name": contender.name, **trained(contender.train), **known[key].to_json()})
+    return rows
+
+
+def trained(fitness: float | None) -> dict[str, float]:
+    """Return the entry of a fitness on the train items, where there is one."""
+    return {} if fitness is None else {"train": round(fitness, 4)}
+
+
+def spread(rows: Sequence[Mapping[str, Any]], train: Sequence[float]) -> dict[str, Any]:
+    """Return one row for many random choices: the mean of each figure, and how far the choices are apart.
+
+    Args:
+        rows: of `compared`, one a choice; at least two.
+        train: fitness of random choices on the train items.
+    """
+    points = [float(row["points"]) for row in rows]
+    found: dict[str, Any] = {
+        "name": RANDOM,
+        "draws": len(rows),
+        "points": round(fmean(points), 4),
+        "points_deviation": round(stdev(points), 4),
+        "count": rows[0]["count"],
+        **trained(fmean(train) if train else None),
+    }
+    if rows[0].get("accuracy") is not None:
+        accuracies = [float(row["accuracy"]) for row in rows]
+        found["accuracy"] = round(fmean(accuracies), 6)
+        found["deviation"] = round(stdev(accuracies), 6)
+    return found

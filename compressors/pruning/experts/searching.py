@@ -1,0 +1,185 @@
+"""One search of the experts of one model: from its items to what stays, and how good that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ....calibration.answer_scores import Scorer
+from ....calibration.answers import Item, Splits
+from ....calibration.content import hash_weights
+from ....errors import StageError
+from ....models.base import OpenModel
+from ....models.expert_choice import mixture_shape
+from ....models.experts import keep_experts_of
+from ....progress import Progress
+from ....recipes.experts import EepSettings
+from ....runtime.hashes import digest
+from ...base import Workspace
+from .archive import Archive
+from .baselines import measure, random_choices
+from .candidate import Candidates, kept_of, mixing_of
+from .comparison import FINAL, ORIGINAL, PRUNED, Contender, compared, spread
+from .evolution import Found, Search, Submit, choose, evolve, in_turn
+from .field import Field
+from .genome import Individual, given_choice
+from .judging import VERSION, Judge, JudgingJob
+from .told import told
+from .workers import idle_note, submitters
+
+
+class Searching:
+    """One search.
+
+    Args:
+        model: open, in floating point.
+        settings: of the stage.
+        field: what is searched over.
+        splits: the items.
+        seed: of everything random.
+        workspace: of the stage; it keeps the archive.
+        progress: gets a step for every part.
+    """
+
+    def __init__(
+        self, model: OpenModel, settings: EepSettings, field: Field, splits: Splits, seed: int,
+        workspace: Workspace, progress: Progress,
+    ) -> None:  # fmt: skip
+        self.model, self.settings, self.field = model, settings, field
+        self.splits, self.seed = splits, seed
+        self.workspace, self.progress = workspace, progress
+        self.candidates = Candidates(model, field.groups, field.active)
+        self.weights = hash_weights(model.module)
+
+    def run(self) -> dict[str, Any]:
+        """Search, score the result and all that it is compared with, and change the model.
+
+        Returns:
+            details for the report.
+
+        Raises:
+            StageError: no individual has a score, or nothing new can be bred.
+        """
+        train = self._judge(self.splits.train)
+        rules = self._rules(train)
+        seeded = rules if self.settings.seed_heuristics else {}
+        search = Search(self.field.space, self.settings, self.seed, seeded)
+        archive = Archive(
+            self.workspace.folder / "archive", search.key(self._fitness_key()), self.field.space
+        )
+        idle = idle_note(self.workspace.workers, self.settings.lag)
+        if idle:
+            self.progress.note(idle)
+        with self._evaluations(train, self.splits.train) as submit:
+            evolve(search, archive, submit, self.progress)
+        found = self._choose(search, archive)
+        if not math.isfinite(found.best.fitness):
+            raise StageError(
+                f"none of {search.total_evals} models that were tried gives finite outputs",
+                hint="evaluate the original; float16 may be too narrow for it (`model: {dtype: bfloat16}`)",
+            )
+        scores = self._scores(search, archive, found, rules, train)
+        before = mixture_shape(self.model.config).routing
+        kept = self._change(found.best.individual)
+        return {
+            **told(self.model, before, kept),
+            "groups": [group.name for group in self.field.groups],
+            "fitness": self._told_fitness(),
+            "scores": scores,
+            "merged": not found.best.individual.is_choice,
+            "seed": self.seed,
+            "search": {
+                "evaluations": search.total_evals,
+                "prune_evals": 0 if search.merges_only else search.prune_evals,
+                "best": found.best.index,
+                "history": archive.history(search.total_evals),
+            },
+        }
+
+    def _fitness_key(self) -> str:
+        """Return the hash of all that decides a score."""
+        fitness = self.settings.fitness.model_dump(mode="json", exclude={"data"})
+        return digest([self.weights, self.splits.key, fitness, self.field.active, VERSION])
+
+    def _judge(self, items: Sequence[Item]) -> Judge:
+        return Judge(self.candidates, Scorer(self.model, items, self.settings.fitness))
+
+    def _rules(self, train: Judge) -> dict[str, Individual]:
+        """Return what simpler rules would keep, judged on the train items; nothing where all experts stay."""
+        space = self.field.space
+        if space.kept == space.experts:
+            return {}
+        choices = measure(
+            self.model, train.scorer.prompts(), self.field.groups, space.kept,
+            active=self.field.active, seed=self.seed, progress=self.progress,
+        )  # fmt: skip
+        return {name: given_choice(space, kept, name) for name, kept in choices.items()}
+
+    @contextmanager
+    def _evaluations(self, judge: Judge, items: Sequence[Item]) -> Iterator[Submit]:
+        """Evaluate in this process, or in several that open the model themselves."""
+        workspace = self.workspace
+        if workspace.workers == 1 or workspace.reopen is None:
+            yield in_turn(judge)
+            return
+        job = JudgingJob(
+            workspace.reopen, self.weights, self.field.groups, self.field.active, items, self.settings.fitness
+        )  # fmt: skip
+        with submitters(job, workspace.workers) as submit:
+            yield submit
+
+    def _choose(self, search: Search, archive: Archive) -> Found:
+        if not self.splits.dev:
+            return choose(search, archive, progress=self.progress)
+        with self._evaluations(self._judge(self.splits.dev), self.splits.dev) as submit:
+            return choose(search, archive, submit, progress=self.progress)
+
+    def _scores(
+        self, search: Search, archive: Archive, found: Found, rules: Mapping[str, Individual], train: Judge
+    ) -> list[dict[str, Any]]:
+        """Return the rows of the table: the original, the rules, random choices, and what was found."""
+        judge = self._judge(self.splits.test)
+        original = Contender(ORIGINAL, None, train.scorer.score().points)
+        contenders = [original, *self._ruled(rules, found, train)]
+        if found.pruned is not None and found.pruned is not found.best:
+            contenders.append(Contender(PRUNED, found.pruned.individual, found.pruned.fitness))
+        contenders.append(Contender(FINAL, found.best.individual, found.best.fitness))
+        rows = compared(judge, judge.scorer, contenders, self.progress)
+        draws = (
+            [] if search.merges_only else random_choices(search.space, self.settings.random_draws, self.seed)
+        )
+        if draws:
+            chance = compared(judge, judge.scorer, [Contender("random", one) for one in draws], self.progress)
+            known = [
+                record.fitness
+                for record in archive.first(search.prune_evals)
+                if record.origin["kind"] == "random" and math.isfinite(record.fitness)
+            ]
+            rows.insert(1, spread(chance, known))
+        return rows
+
+    def _ruled(self, rules: Mapping[str, Individual], found: Found, train: Judge) -> list[Contender]:
+        """Return the rules, with the fitness that the search measured of them or that is measured now."""
+        return [
+            Contender(name, one, found.given[name].fitness if name in found.given else train(one))
+            for name, one in rules.items()
+        ]
+
+    def _change(self, individual: Individual) -> dict[int, tuple[int, ...]]:
+        """Leave of the model what an individual says; return the experts that stay."""
+        kept = kept_of(individual, self.field.groups)
+        mixing = None if individual.is_choice else mixing_of(individual, self.field.groups)
+        keep_experts_of(self.model, kept, active=self.field.active, mixing=mixing)
+        return kept
+
+    def _told_fitness(self) -> dict[str, Any]:
+        fitness = self.settings.fitness
+        return {
+            "by": fitness.by,
+            "task": fitness.task,
+            "train": len(self.splits.train),
+            "dev": len(self.splits.dev),
+            "test": len(self.splits.test),
+        }
