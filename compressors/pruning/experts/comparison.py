@@ -69,7 +69,7 @@ def spread(rows: Sequence[Mapping[str, Any]], train: Sequence[float]) -> dict[st
     """Return one row for many random choices: the mean of each figure, and how far the choices are apart.
 
     Args:
-        rows: of `compared`, one a choice; at least two.
+        rows: of `compared`, one a choice.
         train: fitness of random choices on the train items.
     """
     points = [float(row["points"]) for row in rows]
@@ -77,12 +77,17 @@ def spread(rows: Sequence[Mapping[str, Any]], train: Sequence[float]) -> dict[st
         "name": RANDOM,
         "draws": len(rows),
         "points": round(fmean(points), 4),
-        "points_deviation": round(stdev(points), 4),
+        "points_deviation": _deviation(points, 4),
         "count": rows[0]["count"],
         **trained(fmean(train) if train else None),
     }
     if rows[0].get("accuracy") is not None:
         accuracies = [float(row["accuracy"]) for row in rows]
         found["accuracy"] = round(fmean(accuracies), 6)
-        found["deviation"] = round(stdev(accuracies), 6)
+        found["deviation"] = _deviation(accuracies, 6)
     return found
+
+
+def _deviation(values: Sequence[float], digits: int) -> float | None:
+    """Return the standard deviation; None of a single value."""
+    return round(stdev(values), digits) if len(values) > 1 else None

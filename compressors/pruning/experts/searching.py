@@ -21,7 +21,7 @@ from ...base import Workspace
 from .archive import Archive
 from .baselines import measure, random_choices
 from .candidate import Candidates, kept_of, mixing_of
-from .comparison import FINAL, ORIGINAL, PRUNED, Contender, compared, spread
+from .comparison import FINAL, ORIGINAL, PRUNED, RANDOM, Contender, compared, spread
 from .evolution import Found, Search, Submit, choose, evolve, in_turn
 from .field import Field
 from .genome import Individual, given_choice
@@ -143,15 +143,14 @@ class Searching:
         judge = self._judge(self.splits.test)
         original = Contender(ORIGINAL, None, train.scorer.score().points)
         contenders = [original, *self._ruled(rules, found, train)]
-        if found.pruned is not None and found.pruned is not found.best:
+        if found.pruned is not None and found.pruned.index != found.best.index:
             contenders.append(Contender(PRUNED, found.pruned.individual, found.pruned.fitness))
         contenders.append(Contender(FINAL, found.best.individual, found.best.fitness))
         rows = compared(judge, judge.scorer, contenders, self.progress)
-        draws = (
-            [] if search.merges_only else random_choices(search.space, self.settings.random_draws, self.seed)
-        )
+        count = 0 if search.merges_only else self.settings.random_draws
+        draws = [Contender(RANDOM, one) for one in random_choices(search.space, count, self.seed)]
         if draws:
-            chance = compared(judge, judge.scorer, [Contender("random", one) for one in draws], self.progress)
+            chance = compared(judge, judge.scorer, draws, self.progress)
             known = [
                 record.fitness
                 for record in archive.first(search.prune_evals)
