@@ -39,7 +39,7 @@ class Contender:
 def compared(
     judge: Judge, scorer: Scorer, contenders: Sequence[Contender], progress: Progress
 ) -> list[dict[str, Any]]:
-    """Return a JSON row of each contender: `name`, `train` and what `Score.to_json` has of the test items.
+    """Return a JSON row of each contender: `name`, `train` and its `score` on the test items, in points.
 
     Args:
         judge: of the test items.
@@ -56,8 +56,13 @@ def compared(
             if key not in known:
                 known[key] = scorer.score() if individual is None else judge.score(individual)
             progress.advance(detail=contender.name)
-            rows.append({"name": contender.name, **trained(contender.train), **known[key].to_json()})
+            rows.append({"name": contender.name, **trained(contender.train), **_told(known[key])})
     return rows
+
+
+def _told(score: Score) -> dict[str, Any]:
+    found = score.to_json()
+    return {"score": found.pop("points"), **found}
 
 
 def trained(fitness: float | None) -> dict[str, float]:
@@ -72,12 +77,12 @@ def spread(rows: Sequence[Mapping[str, Any]], train: Sequence[float]) -> dict[st
         rows: of `compared`, one a choice.
         train: fitness of random choices on the train items.
     """
-    points = [float(row["points"]) for row in rows]
+    scores = [float(row["score"]) for row in rows]
     found: dict[str, Any] = {
         "name": RANDOM,
         "draws": len(rows),
-        "points": round(fmean(points), 4),
-        "points_deviation": _deviation(points, 4),
+        "score": round(fmean(scores), 4),
+        "score_deviation": _deviation(scores, 4),
         "count": rows[0]["count"],
         **trained(fmean(train) if train else None),
     }
