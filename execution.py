@@ -27,6 +27,7 @@ from .evaluation.reference import Reference
 from .evaluation.speed import measure_speed
 from .exporters.formats import as_shipped, write
 from .fitting_data import stage_data
+from .history import entry_of, source_hash
 from .images_ahead import RunImages, images_of
 from .interim import Interim
 from .models.base import OpenModel
@@ -39,15 +40,10 @@ from .recipes.schema import Recipe
 from .report import describe_model
 from .resuming import Reopener, resume
 from .runtime.atomic import remove_folder, scratch_folder, sweep_partials
-from .runtime.manifest import HistoryEntry
 from .runtime.memory import return_freed_memory
 from .state import Product, Run, Warnings
 from .variants import Variant, make_variant
 from .workdir import WorkDirectory, digest
-
-# Of a stage's details: rows per layer, per measured sensitivity, per allocation that was tried; how scores
-# spread; how a search went; and times, with which equal runs would write different files.
-_REPORT_ALONE = frozenset({"layers", "sensitivity", "points", "seconds", "histogram", "decisions", "search"})
 
 
 def resolve_device(name: str) -> str:
@@ -144,9 +140,7 @@ def _stage_keys(
         data: index of a stage -> hash of what it trains on, where the calibration's key does not say it.
     """
     keys: list[tuple[str, str]] = []
-    origins = model.source.origins  # which blocks stand for each other depends on what it tells
-    told = [] if origins is None else [origins]
-    previous = digest([sorted(model.source.hashes.items()), str(model.spec.dtype), model.config, *told])
+    previous = source_hash(model.source, model.spec.dtype, model.config)
     for index, stage in enumerate(recipe.stages):
         key = digest(
             {
@@ -257,16 +251,7 @@ def _run_stage(
     before = model.size()
     with report.measured() as cost, step(state.progress, stage.method):
         details = method.apply(model, stage.settings, calibration, workspace, state.progress)
-    model.history.append(
-        HistoryEntry(
-            method=stage.method,
-            settings=stage.settings.model_dump(mode="json"),
-            seed=state.recipe.seed,
-            input_hash=input_hash,
-            versions=report.versions(),
-            details=_kept_in_history(details),
-        )
-    )
+    model.history.append(entry_of(stage, state.recipe.seed, input_hash, details))
     record_: dict[str, Any] = {
         "method": stage.method,
         "seconds": cost.seconds,
@@ -281,18 +266,6 @@ def _run_stage(
         folder, record_, lambda temporary: write(model, temporary, "compress", max_shard_size=shard)
     )
     return record_
-
-
-def _kept_in_history(details: dict[str, Any]) -> dict[str, Any]:
-    """Return the details of a stage without what stands in the report alone."""
-    kept = {name: value for name, value in details.items() if name not in _REPORT_ALONE}
-    return {name: _kept_inside(value) for name, value in kept.items()}
-
-
-def _kept_inside(value: Any) -> Any:
-    if isinstance(value, dict):
-        return _kept_in_history(value)
-    return [_kept_inside(item) for item in value] if isinstance(value, list) else value
 
 
 def execute(

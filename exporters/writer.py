@@ -177,6 +177,7 @@ def _write_synced(path: Path, chunks: Sequence[bytes | memoryview]) -> None:
     with path.open("wb") as file:
         for chunk in chunks:
             file.write(chunk)
+            del chunk  # or a tensor would stay in memory while the next one is read
         file.flush()
         os.fsync(file.fileno())
 

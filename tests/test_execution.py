@@ -1,7 +1,7 @@
 import shutil
 
 import pytest
-from compress import execution, planning
+from compress import execution, history, planning
 from compress.errors import PlanError
 from compress.models.open import open_model
 from compress.models.origins import NAME, kept_blocks
@@ -134,7 +134,7 @@ def test_what_a_report_has_alone_stays_out_of_the_manifest_at_any_depth():
         "classes": [{"name": "ff", "histogram": {"kept": [1]}, "members": [{"after": 2}]}],
         "seconds": 1,
     }
-    kept = execution._kept_in_history({**details, "inside": {"layers": [], "macs": [2, 1]}})
+    kept = history.kept_in_history({**details, "inside": {"layers": [], "macs": [2, 1]}})
     assert kept == {"classes": [{"name": "ff", "members": [{"after": 2}]}], "inside": {"macs": [2, 1]}}
 
 
