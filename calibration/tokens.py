@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import SourceError
 from ..models.base import OpenModel
 from .inputs import text_file
+from .pieces import pieces_of
 from .seeds import generator_for
 
 if TYPE_CHECKING:
@@ -101,8 +102,8 @@ def sequences_of(model: OpenModel, settings: CalibrationSettings, seed: int) -> 
             f"{model.source.id}: a language model is calibrated on a text, and none is named",
             hint="add `text: FILE.txt` (or .jsonl) to calibration",
         )
-    tokenizer = _tokenizer(model.source.folder)
-    front, back = _marks(tokenizer, file)
+    tokenizer = tokenizer_of(model.source.folder)
+    front, back = marks_of(tokenizer, file)
     payload = settings.length - len(front)
     if payload < 1:
         raise SourceError(f"{file}: the tokenizer begins every text with {len(front)} tokens of its own")
@@ -124,7 +125,12 @@ def sequences_of(model: OpenModel, settings: CalibrationSettings, seed: int) -> 
     return Sequences(torch.cat([marks, cut], dim=1), order, len(front), file)
 
 
-def _tokenizer(folder: Path) -> Any:
+def tokenizer_of(folder: Path) -> Any:
+    """Return the tokenizer of a checkpoint.
+
+    Raises:
+        SourceError: it has none, or one that cannot be read.
+    """
     import transformers
 
     try:
@@ -140,40 +146,38 @@ def _tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def _marks(tokenizer: Any, file: Path) -> tuple[list[int], list[int]]:
+def marks_of(tokenizer: Any, file: Path | str) -> tuple[list[int], list[int]]:
     """Return the ids that a tokenizer puts before and behind every text."""
-    marked, empty = _ids(tokenizer, _SAMPLE, file), _ids(tokenizer, "", file)
+    marked, empty = ids_of(tokenizer, _SAMPLE, file), ids_of(tokenizer, "", file)
     pairs = zip(marked, empty, strict=False)
     front = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(marked), len(empty)))
-    text = len(_ids(tokenizer, _SAMPLE, file, marks=False))
+    text = len(ids_of(tokenizer, _SAMPLE, file, marks=False))
     return marked[:front], marked[front + text :]
 
 
 def _encoded(tokenizer: Any, text: str, front: list[int], back: list[int], file: Path) -> Iterator[int]:
     """Tokenize a document; a long one in pieces, between which a word may be cut otherwise than within."""
     if len(text) <= _PIECE:
-        yield from _ids(tokenizer, text, file)
+        yield from ids_of(tokenizer, text, file)
         return
     yield from front
-    for piece in _pieces(text):
-        yield from _ids(tokenizer, piece, file, marks=False)
+    for piece in pieces_of(text, _PIECE):
+        yield from ids_of(tokenizer, piece, file, marks=False)
     yield from back
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Cut a text into pieces of at most `_PIECE` characters, between lines or words where it can be."""
-    start = 0
-    while len(text) - start > _PIECE:
-        stop = start + _PIECE
-        # A word keeps the space before it, as tokenizers have it; a line the break behind it.
-        stop = text.rfind("\n", start, stop) + 1 or text.rfind(" ", start + 1, stop)
-        stop = stop if stop > start else start + _PIECE
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
+def ids_of(tokenizer: Any, text: str, file: Path | str, *, marks: bool = True) -> list[int]:
+    """Return the ids of a text.
 
+    Args:
+        tokenizer: of the checkpoint.
+        text: of any length that the tokenizer takes.
+        file: where it comes from, for the message.
+        marks: put before and behind it what the tokenizer puts there.
 
-def _ids(tokenizer: Any, text: str, file: Path, *, marks: bool = True) -> list[int]:
+    Raises:
+        SourceError: the tokenizer gives something else.
+    """
     ids = tokenizer(text, add_special_tokens=marks, verbose=False)["input_ids"]
     if not isinstance(ids, list) or not all(isinstance(item, int) and 0 <= item < 2**31 for item in ids):
         raise SourceError(f"{file}: the tokenizer gives no ids for it")

@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 from compress.calibration import tokens
+from compress.calibration.pieces import pieces_of
 from compress.calibration.recording import calls_of, record
 from compress.calibration.sensitivity import Candidate, Target, measure
 from compress.calibration.text import TextCalibration, TextCalls, record_text, text_key
@@ -84,10 +85,10 @@ def test_a_long_text_is_tokenized_in_pieces(stories, tmp_path, monkeypatch):
     path.write_text(words)
     whole = sequences_of(stories, _settings(text=path), seed=0).ids
     monkeypatch.setattr(tokens, "_PIECE", 500)
-    assert "".join(tokens._pieces(words)) == words
-    assert max(map(len, tokens._pieces(words))) <= 500
-    assert {piece[0] for piece in tokens._pieces(words)} <= {" ", "o", "a"}
-    assert {piece[-1] for piece in tokens._pieces(words)} & {"\n"}
+    assert "".join(pieces_of(words, 500)) == words
+    assert max(map(len, pieces_of(words, 500))) <= 500
+    assert {piece[0] for piece in pieces_of(words, 500)} <= {" ", "o", "a"}
+    assert {piece[-1] for piece in pieces_of(words, 500)} & {"\n"}
     parts = sequences_of(stories, _settings(text=path), seed=0).ids
     assert whole[0].tolist() == parts[0].tolist() and len(parts) == pytest.approx(len(whole), rel=0.02)
 
