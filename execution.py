@@ -26,6 +26,7 @@ from .evaluation.evaluator import Evaluation
 from .evaluation.reference import Reference
 from .evaluation.speed import measure_speed
 from .exporters.formats import as_shipped, write
+from .fitting_answers import answer_keys
 from .fitting_data import stage_data
 from .history import entry_of, source_hash
 from .images_ahead import RunImages, images_of
@@ -180,7 +181,10 @@ def _run_stages(
         pools=images.pools,
         reads=any(stage.settings.calibrates for stage in recipe.stages),
     )
-    data = {**stage_data(recipe, model.source.folder, model.source.revision), **images.data}
+    folder = model.source.folder
+    data = {
+        **stage_data(recipe, folder, model.source.revision), **images.data, **answer_keys(recipe, folder)
+    }  # fmt: skip
     keys = _stage_keys(recipe, model, calibration.key, data)
     folders = [
         work.stage_folder(key, stage.method) for (_, key), stage in zip(keys, recipe.stages, strict=True)

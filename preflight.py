@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from .calibration.inputs import missing_files
 from .errors import PlanError, SourceError, UsageError, VerifyError
 from .fitting import check_kind
+from .fitting_answers import check_answers
 from .fitting_data import check_data
 from .fitting_images import check_images
 from .models.registry import FAMILY_NAMES
@@ -247,7 +248,8 @@ def check_stages(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
         PlanError: a stage does not fit the model's family.
         RecipeError: a pattern matches no layer, or a key is of no use for this kind of model; with its
             place in the file.
-        SourceError: see `fitting.check_kind`, `fitting_images.check_images`, `fitting_data.check_data`.
+        SourceError: see `fitting.check_kind`, `fitting_images.check_images`, `fitting_data.check_data`,
+            `fitting_answers.check_answers`.
     """
     check_kind(loaded, checkpoint)
     family = FAMILY_NAMES[checkpoint.class_name]
@@ -264,6 +266,7 @@ def check_stages(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
             _check_patterns(loaded, (*location, "keep"), stage.settings.keep, checkpoint)
     check_images(loaded, checkpoint)
     check_data(loaded, checkpoint)
+    check_answers(loaded, checkpoint)
 
 
 def _check_patterns(

@@ -22,7 +22,7 @@ from ..recovery.weights import refuse_quantized
 from .experts.field import Field
 from .experts.needs import search_bytes, search_notes
 from .experts.searching import Searching
-from .experts.told import told
+from .experts.told import told, write_down
 
 _QUANTIZED = "experts are mixed in floating point"
 
@@ -81,6 +81,7 @@ class Eep:
             kept = checked_experts(model.config, settings.experts, settings.active_experts)
             before = mixture_shape(model.config).routing
             keep_experts_of(model, kept, active=settings.active_experts)
+            write_down(model, before, kept, about={"method": settings.method, "given": True})
             return told(model, before, kept)
         field = Field.of(model.config, settings)
         seed = calibration.seed if settings.seed is None else settings.seed

@@ -56,11 +56,12 @@ def compared(
             if key not in known:
                 known[key] = scorer.score() if individual is None else judge.score(individual)
             progress.advance(detail=contender.name)
-            rows.append({"name": contender.name, **trained(contender.train), **_told(known[key])})
+            rows.append({"name": contender.name, **trained(contender.train), **scored(known[key])})
     return rows
 
 
-def _told(score: Score) -> dict[str, Any]:
+def scored(score: Score) -> dict[str, Any]:
+    """Return the JSON form of a score on the test items, with its points under `score`."""
     found = score.to_json()
     return {"score": found.pop("points"), **found}
 
@@ -77,17 +78,19 @@ def spread(rows: Sequence[Mapping[str, Any]], train: Sequence[float]) -> dict[st
         rows: of `compared`, one a choice.
         train: fitness of random choices on the train items.
     """
-    scores = [float(row["score"]) for row in rows]
+    finite = [row for row in rows if row["score"] is not None]
+    scores = [float(row["score"]) for row in finite]
     found: dict[str, Any] = {
         "name": RANDOM,
         "draws": len(rows),
-        "score": round(fmean(scores), 4),
+        "failed": len(rows) - len(finite),
+        "score": round(fmean(scores), 4) if scores else None,
         "score_deviation": _deviation(scores, 4),
-        "count": rows[0]["count"],
+        "items": rows[0]["items"],
         **trained(fmean(train) if train else None),
     }
-    if rows[0].get("accuracy") is not None:
-        accuracies = [float(row["accuracy"]) for row in rows]
+    accuracies = [float(row["accuracy"]) for row in finite if row["accuracy"] is not None]
+    if accuracies:
         found["accuracy"] = round(fmean(accuracies), 6)
         found["deviation"] = _deviation(accuracies, 6)
     return found

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from ....calibration.answer_scores import Scorer
@@ -21,12 +21,13 @@ from ...base import Workspace
 from .archive import Archive
 from .baselines import measure, random_choices
 from .candidate import Candidates, kept_of, mixing_of
-from .comparison import FINAL, ORIGINAL, PRUNED, RANDOM, Contender, compared, spread
+from .comparison import FINAL, ORIGINAL, PRUNED, RANDOM, Contender, compared, scored, spread
 from .evolution import Found, Search, Submit, choose, evolve, in_turn
 from .field import Field
 from .genome import Individual, given_choice
 from .judging import VERSION, Judge, JudgingJob
-from .told import told
+from .skipping import skipping, thresholds
+from .told import told, write_down
 from .workers import idle_note, submitters
 
 
@@ -81,13 +82,19 @@ class Searching:
                 hint="evaluate the original; float16 may be too narrow for it (`model: {dtype: bfloat16}`)",
             )
         scores = self._scores(search, archive, found, rules, train)
+        skipped = self._skipped(train)
         before = mixture_shape(self.model.config).routing
         kept = self._change(found.best.individual)
+        write_down(
+            self.model, before, kept, found=found.best.individual, groups=self.field.groups,
+            about={"method": self.settings.method, "evaluations": search.total_evals, "seed": self.seed},
+        )  # fmt: skip
         return {
             **told(self.model, before, kept),
             "groups": [group.name for group in self.field.groups],
             "fitness": self._told_fitness(),
             "scores": scores,
+            **({} if skipped is None else {"skipping": skipped}),
             "merged": not found.best.individual.is_choice,
             "seed": self.seed,
             "search": {
@@ -117,18 +124,15 @@ class Searching:
         )  # fmt: skip
         return {name: given_choice(space, kept, name) for name, kept in choices.items()}
 
-    @contextmanager
-    def _evaluations(self, judge: Judge, items: Sequence[Item]) -> Iterator[Submit]:
-        """Evaluate in this process, or in several that open the model themselves."""
-        workspace = self.workspace
-        if workspace.workers == 1 or workspace.reopen is None:
-            yield in_turn(judge)
-            return
+    def _evaluations(self, judge: Judge, items: Sequence[Item]) -> AbstractContextManager[Submit]:
+        """Evaluate in this process, or in workers that open the model themselves."""
+        workspace, field = self.workspace, self.field
+        if workspace.reopen is None:
+            return nullcontext(in_turn(judge))
         job = JudgingJob(
-            workspace.reopen, self.weights, self.field.groups, self.field.active, items, self.settings.fitness
-        )  # fmt: skip
-        with submitters(job, workspace.workers) as submit:
-            yield submit
+            workspace.reopen, self.weights, field.groups, field.active, items, self.settings.fitness
+        )
+        return submitters(job, workspace.workers, lag=self.settings.lag, here=judge)
 
     def _choose(self, search: Search, archive: Archive) -> Found:
         if not self.splits.dev:
@@ -165,6 +169,16 @@ class Searching:
             Contender(name, one, found.given[name].fitness if name in found.given else train(one))
             for name, one in rules.items()
         ]
+
+    def _skipped(self, train: Judge) -> dict[str, Any] | None:
+        """Return how the original does where tokens leave out a second expert that hardly counts."""
+        medians = thresholds(self.model, train.scorer.prompts(), progress=self.progress)
+        if medians is None:
+            return None
+        scorer = Scorer(self.model, self.splits.test, self.settings.fitness)
+        with skipping(self.model, medians) as skipped:
+            score = scorer.score()
+        return {"experts_per_token": round(skipped.experts_per_token, 4), **scored(score)}
 
     def _change(self, individual: Individual) -> dict[int, tuple[int, ...]]:
         """Leave of the model what an individual says; return the experts that stay."""
