@@ -1,0 +1,126 @@
+"""Evaluations in processes: the same archive as in one, and no process left however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow  # every test starts two or three processes that load torch
+
+PROGRAM = Path(__file__).with_name("judged.py")
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Return `start(workers, lag, what="plain", name=...)`: a search, leader of a group of processes."""
+    started = []
+
+    def begin(workers, lag, what="plain", name="archive"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        command = [sys.executable, PROGRAM, tmp_path / name, workers, lag, what]
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "2"},
+            # What starts the tests may ignore Ctrl-C, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        assert _gone(process.pid), "a process is left"
+
+
+def _members(group: int) -> list[int]:
+    """Return the processes of a session; Ray puts those that it starts into groups of their own."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == group and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def _gone(group: int, seconds: float = 20.0) -> bool:
+    end = time.monotonic() + seconds
+    while _members(group) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not _members(group)
+
+
+def _done(process) -> str:
+    """Wait for the end and return what it said."""
+    out, err = process.communicate(timeout=120)
+    assert out == ""
+    return err
+
+
+def _until_kept(process, folder: Path, count: int) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        assert process.poll() is None, process.communicate()[1]
+        if len(list(folder.iterdir())) >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError("nothing is kept")
+
+
+@pytest.mark.parametrize(("lag", "workers"), [(2, 2), (4, 3)])
+def test_processes_find_what_one_finds_bit_for_bit(landscape, start, tmp_path, lag, workers):
+    landscape.finished(tmp_path / "here", landscape.search(lag=lag), landscape.coarse)
+    process = start(workers, lag)
+    assert _done(process) == "" and process.returncode == 0
+    assert landscape.files(tmp_path / "archive") == landscape.files(tmp_path / "here")
+    opened = (tmp_path / "archive.log").read_text().split()
+    assert len(opened) == workers and str(process.pid) not in opened
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("closed", "SourceError: the folder is gone (look where it went)"),
+        ("known", "SourceError: the folder is gone (look where it went)"),
+        ("defect", "ZeroDivisionError: a defect"),
+        ("killed", "was killed by signal 9, at individual "),
+    ],
+)
+def test_what_a_process_fails_of_is_said_and_what_is_finished_is_kept(start, tmp_path, what, message):
+    process = start(2, 2, what)
+    text = _done(process)
+    assert process.returncode == 1
+    assert message in text.replace("\n", " ")
+    if what == "killed":
+        assert text.startswith("StageError: a process that measures a landscape ")
+        assert "take fewer workers" in text
+    kept = len(list((tmp_path / "archive").glob("*.safetensors")))
+    assert kept == 0 if what == "closed" else 20 <= kept < 70
+
+
+def test_ctrl_c_ends_all_and_the_next_run_goes_on(landscape, start, tmp_path):
+    process = start(2, 2, "slow")
+    _until_kept(process, tmp_path / "archive", 5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, text = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT
+    assert text.count("KeyboardInterrupt") == 1  # the parent's; the others say nothing
+    assert _gone(process.pid)
+    kept = landscape.files(tmp_path / "archive")
+    landscape.finished(tmp_path / "archive", landscape.search(lag=2), landscape.coarse)
+    landscape.finished(tmp_path / "here", landscape.search(lag=2), landscape.coarse)
+    found = landscape.files(tmp_path / "archive")
+    assert found == landscape.files(tmp_path / "here")
+    assert all(found[name] == content for name, content in kept.items()) and len(kept) < len(found)
