@@ -5,7 +5,7 @@ Everything is taken while batches pass and summed at once; no hidden state is ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +114,7 @@ def observe(
     Raises:
         StageError: there is no batch, or a layer's router was not called.
     """
-    total = len(calls) if hasattr(calls, "__len__") else None
+    total = len(calls) if isinstance(calls, Sized) else None
     decoder, seen, items = module.get_submodule(DECODER), set[int](), 0
     tokens: list[Tensor] = []  # of the batch that is running: the item of each token, -1 for padding
 
@@ -153,7 +153,7 @@ def token_mask(call: dict[str, Any]) -> Tensor:
         raise StageError(
             f"attention_mask {list(mask.shape)} does not say which of {list(ids.shape)} tokens pad"
         )
-    return mask[:, -ids.shape[1] :].bool()  # type: ignore[no-any-return]
+    return mask[:, -ids.shape[1] :].bool()
 
 
 @contextmanager
