@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import publishing, report
+from . import publishing, report, streaming
 from .calibration.base import Calibration
+from .calibration.questions import questions_of
 from .calibration.recording import record
 from .compressors import registry
 from .compressors.base import Workspace
@@ -38,6 +39,7 @@ from .progress import Progress, step
 from .recipes.export import ExportSettings
 from .recipes.loader import LoadedRecipe
 from .recipes.schema import Recipe
+from .recipes.streamed import is_streamed
 from .report import describe_model
 from .resuming import Reopener, resume
 from .runtime.atomic import remove_folder, scratch_folder, sweep_partials
@@ -69,10 +71,15 @@ def produce(state: Run, device: str, place: Callable[[ExportSettings], Path]) ->
         place: returns an empty folder for an export; called when it is that one's turn.
     """
     recipe, progress = state.recipe, state.progress
+    if is_streamed(recipe):
+        return streaming.produce(state, place)
     model = open_model(recipe.model, device=device, progress=progress)
     described = describe_model(model.spec)
     images = images_of(model, recipe)
-    evaluator = evaluator_for(model, recipe.evaluate, recipe.seed, recipe.calibration, images.pools)
+    questions = questions_of(recipe, model.source.folder)
+    evaluator = evaluator_for(
+        model, recipe.evaluate, recipe.seed, recipe.calibration, images.pools, questions
+    )
     reference = evaluator.reference(model, state.work.reference, progress, fresh=state.fresh)
     return_freed_memory()
     interim = Interim(evaluator, reference, recipe.stages, state.work.measured, progress)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _DENOISER_KEYS = ("steps", "guidance_scale", "size", "scheduler", "classes", "prompts", "embeddings", "data")
 _LANGUAGE_KEYS = ("text", "length")
 _CLASSIFIER_KEYS = ("images", "strict")
+_AMOUNT_KEYS = ("samples", "batch_size")
 _SAMPLING_KEYS = ("steps", "guidance_scale")
 
 
@@ -54,6 +55,10 @@ def check_kind(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
         _check_classifier(loaded, family)
     else:
         _check_denoiser(loaded, checkpoint, family)
+    if task != "language" and loaded.recipe.evaluate.answers is not None:
+        raise loaded.error(
+            ("evaluate", "answers"), f"asks language models, and {family} is none", "leave it out"
+        )
 
 
 def _check_denoiser(loaded: LoadedRecipe, checkpoint: Checkpoint, family: str) -> None:
@@ -122,14 +127,22 @@ def _check_language(loaded: LoadedRecipe, checkpoint: Checkpoint, family: str) -
     others = (*DENOISER_ONLY, *CLASSIFIER_ONLY)
     _check_gates(loaded, dict.fromkeys(others, f"is not measured for a language model ({family})"))
     _check_settings(loaded, unused)
+    reads = recipe.evaluate.fidelity is not None or not _measured_alone(recipe)
+    if not reads:
+        _refuse_keys(
+            loaded,
+            (*_LANGUAGE_KEYS, *_AMOUNT_KEYS),
+            "is of no use: no stage calibrates, and no outputs are compared",
+            "leave it out, or measure `evaluate.fidelity`",
+        )
+        return
     positions = longest_sequence(checkpoint.config)
     if recipe.calibration.length > positions:
         raise loaded.error(
             ("calibration", "length"),
             f"{recipe.calibration.length} tokens; the model takes at most {positions}",
         )
-    reads = recipe.evaluate.fidelity is not None or not _measured_alone(recipe)
-    if reads and text_file(recipe.calibration, checkpoint.folder) is None:
+    if text_file(recipe.calibration, checkpoint.folder) is None:
         raise SourceError(
             f"{checkpoint.id}: a language model is measured on text, and the recipe names none",
             hint=f"add `calibration: {{text: FILE.txt}}`, or put {OWN_TEXTS[0]} into the model's folder"

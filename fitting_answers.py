@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .calibration.answers import splits_of
+from .calibration.questions import questions_of
 from .recipes.experts import EepSettings
 
 if TYPE_CHECKING:
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
 
 
 def check_answers(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
-    """Read the items of every search, before a weight is read.
+    """Read the items of every search and of the evaluation, before a weight is read.
 
     Raises:
         SourceError: a file is missing, empty or malformed, with the line; or holds too few items.
     """
     answer_keys(loaded.recipe, checkpoint.folder)
+    questions_of(loaded.recipe, checkpoint.folder)
 
 
 def answer_keys(recipe: Recipe, folder: Path) -> dict[int, str]:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from . import report
+from .calibration.questions import questions_of
 from .errors import PlanError, RecipeError, SourceError
 from .evaluation.agreement import Agreement, compare_metrics
 from .evaluation.by_task import evaluator_for
@@ -143,7 +144,8 @@ def _measure(
 ) -> Evaluation:
     """Record the original, put the folder's module in its place, and measure that."""
     device = next(model.module.parameters()).device
-    evaluator = evaluator_for(model, recipe.evaluate, recipe.seed, recipe.calibration)
+    questions = questions_of(recipe, model.source.folder)
+    evaluator = evaluator_for(model, recipe.evaluate, recipe.seed, recipe.calibration, questions=questions)
     reference = evaluator.reference(model, None, progress)
     take_depth(model, folder)
     loaded = _load(folder, exported["export"]["format"], model)

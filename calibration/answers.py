@@ -132,12 +132,25 @@ def splits_of(settings: EepSettings, folder: Path, seed: int) -> Splits:
     seed = seed if settings.seed is None else settings.seed
     for pool in _pools(fitness, counts, folder):
         given = [item.sha256 for items in found.values() for item in items]
-        items = _ordered(read_items(pool.path, fitness.by, fitness.task), seed, frozenset(given))
+        items = in_order(read_items(pool.path, fitness.by, fitness.task), seed, frozenset(given))
         _check_enough(pool, items, counts)
         drawn = iter(items)
         found |= {name: tuple(islice(drawn, counts[name])) for name in pool.names}
-    splits = [found.get(name, ()) for name in _PATHS]
-    return Splits(*splits, key=digest([[item.sha256 for item in items] for items in splits]))
+    train, dev, test = (found.get(name, ()) for name in _PATHS)
+    key = digest([[item.sha256 for item in items] for items in (train, dev, test)])
+    return Splits(train, dev, test, key)
+
+
+def in_order(items: Sequence[Item], seed: int, given: frozenset[str] = frozenset()) -> list[Item]:
+    """Return different items in an order that the seed decides, whatever their order was.
+
+    Args:
+        items: of a file.
+        seed: of the order.
+        given: hashes of items that are left out.
+    """
+    distinct = {sha256: item for item in reversed(items) if (sha256 := item.sha256) not in given}
+    return [distinct[sha256] for sha256 in sorted(distinct, key=lambda sha256: digest([seed, sha256]))]
 
 
 def own_answers(folder: Path) -> tuple[Path, Path]:
@@ -162,12 +175,6 @@ def _pools(fitness: FitnessSettings, counts: Mapping[str, int], folder: Path) ->
                 hint="name a JSONL under fitness.data, with `prompt` and `answer`",
             )
     return pools
-
-
-def _ordered(items: Sequence[Item], seed: int, given: frozenset[str]) -> list[Item]:
-    """Return different items that are not given, in an order that the seed decides."""
-    distinct = {sha256: item for item in reversed(items) if (sha256 := item.sha256) not in given}
-    return [distinct[sha256] for sha256 in sorted(distinct, key=lambda sha256: digest([seed, sha256]))]
 
 
 def _check_enough(pool: _Pool, items: Sequence[Item], counts: Mapping[str, int]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..calibration.image_sets import Pools
+from ..calibration.questions import Questions
 from ..models.base import OpenModel
 from ..progress import Progress
 from ..recipes.schema import CalibrationSettings, EvaluateSettings
@@ -33,6 +34,7 @@ def evaluator_for(
     seed: int,
     calibration: CalibrationSettings,
     pools: Pools | None = None,
+    questions: Questions | None = None,
 ) -> Measurer:
     """Return what measures a model of this kind.
 
@@ -42,9 +44,10 @@ def evaluator_for(
         seed: of the run.
         calibration: where class labels, prompts, text or images come from.
         pools: images of a classifier, where they were found already.
+        questions: that a language model is asked, where the settings want it.
     """
     if model.family.task == "classify":
         return ClassificationEvaluator(settings, seed, calibration, pools)
     if model.family.task == "language":
-        return LanguageEvaluator(settings, seed, calibration)
+        return LanguageEvaluator(settings, seed, calibration, questions)
     return Evaluator(settings, seed, calibration)

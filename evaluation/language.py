@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..calibration.questions import Questions
 from ..calibration.text import text_key
 from ..calibration.tokens import sequences_of
 from ..models.base import OpenModel
 from ..progress import Progress, step, track
 from ..recipes.schema import CalibrationSettings, EvaluateSettings, FidelitySettings
 from ..runtime.hashes import digest
+from .answers import add_answers, ask
 from .call_store import CallWriter
 from .evaluator import Evaluation
 from .layers import Powers
@@ -83,10 +85,18 @@ class LanguageEvaluator:
         settings: what to measure; quality of images is refused for language models before.
         seed: of the run.
         calibration: the text, its length, and how much of it is calibrated on.
+        questions: that are asked; None: none.
     """
 
-    def __init__(self, settings: EvaluateSettings, seed: int, calibration: CalibrationSettings) -> None:
+    def __init__(
+        self,
+        settings: EvaluateSettings,
+        seed: int,
+        calibration: CalibrationSettings,
+        questions: Questions | None = None,
+    ) -> None:
         self._settings, self._seed, self._calibration = settings, seed, calibration
+        self._questions = questions
 
     def reference(
         self, model: OpenModel, cache: Path | None, progress: Progress, *, fresh: bool = False
@@ -110,7 +120,9 @@ class LanguageEvaluator:
 
         # Of the calibration, how the text is cut and what is left for measuring; not how it is batched.
         key = text_key(model, settings, self._seed)
-        chosen = {"version": VERSION, "settings": self._settings.model_dump(mode="json"), "text": key}
+        measured = self._settings.model_dump(mode="json", exclude={"answers"})
+        asked = {} if self._questions is None else {"questions": self._questions.key}
+        chosen = {"version": VERSION, "settings": measured, "text": key, **asked}
         return recorded(cache, digest(chosen), record, fresh=fresh)
 
     def compare(self, model: OpenModel, reference: Reference, progress: Progress) -> Evaluation:
@@ -122,6 +134,8 @@ class LanguageEvaluator:
             progress: told about it.
         """
         result = Evaluation(details={"linears": linear_inventory(model)})
+        if self._questions is not None:
+            add_answers(model, self._questions, reference, result, progress)
         if self._settings.fidelity is None:
             return result
         with step(progress, "fidelity on the same text"):
@@ -133,8 +147,9 @@ class LanguageEvaluator:
 
     def _record(self, model: OpenModel, folder: Path, progress: Progress) -> dict[str, Any]:
         settings = self._settings.fidelity
+        asked = {} if self._questions is None else {"answers": ask(model, self._questions, progress)}
         if settings is None:
-            return {"prefix": 0}
+            return {"prefix": 0, **asked}
         sequences = sequences_of(model, self._calibration, self._seed)
         ids = sequences.last(settings.samples, apart_from=self._calibration.samples)
         writer = CallWriter(folder / CALLS)
@@ -144,7 +159,7 @@ class LanguageEvaluator:
             writer.add(call, _logits(model, call))
         if self._settings.layers:
             record_watched(model, folder)
-        return {"prefix": sequences.prefix}
+        return {"prefix": sequences.prefix, **asked}
 
     def _compare_logits(
         self,

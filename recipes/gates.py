@@ -40,22 +40,32 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "accuracy_original": "the same share of the original",
         "accuracy_drop": "accuracy_original - accuracy",
         "top1_agreement": "share of the images that the result and the original give the same class, 0 to 1",
+        "answers": "share of the questions of evaluate.answers that the result answers rightly, 0 to 1",
+        "answers_original": "the same share of the original",
+        "answers_drop": "answers_original - answers",
         SPEEDUP: "shortest time of one forward of the original / that of the result, on the run's machine",
         "max_abs_error": "largest difference between the reopened folder's outputs and the model's in memory",
     }
 )
 
-LANGUAGE_ONLY = ("perplexity", "perplexity_original", "perplexity_increase")
+_TEXT = ("perplexity", "perplexity_original", "perplexity_increase")
+_ANSWERS = ("answers", "answers_original", "answers_drop")
+LANGUAGE_ONLY = (*_TEXT, *_ANSWERS)
 """Metrics of language models alone; `kl` is measured of classifiers as well."""
 _ACCURACY = ("accuracy", "accuracy_original", "accuracy_drop")
 CLASSIFIER_ONLY = (*_ACCURACY, "top1_agreement")
 _IMAGES_ONLY = ("sqnr_db_worst_step", "psnr_db", "ssim")
-_FIDELITY = ("sqnr_db", "kl", *_IMAGES_ONLY, *LANGUAGE_ONLY, "top1_agreement")
+_FIDELITY = ("sqnr_db", "kl", *_IMAGES_ONLY, *_TEXT, "top1_agreement")
 _SAMPLES = ("class_agreement", "class_agreement_original", "class_agreement_drop", "fid", "fid_original")
 _QUALITY = (*_SAMPLES, *_ACCURACY)
 DENOISER_ONLY = (*_IMAGES_ONLY, *_SAMPLES)
 NEEDS: Mapping[str, str] = MappingProxyType(
-    {**dict.fromkeys(_FIDELITY, "fidelity"), **dict.fromkeys(_QUALITY, "quality"), SPEEDUP: "speed"}
+    {
+        **dict.fromkeys(_FIDELITY, "fidelity"),
+        **dict.fromkeys(_QUALITY, "quality"),
+        **dict.fromkeys(_ANSWERS, "answers"),
+        SPEEDUP: "speed",
+    }
 )
 """Metric -> the key of `evaluate` without which it is not measured; the others always are."""
 

@@ -26,6 +26,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
+from .answers import AnswersSettings
 from .data import DataSettings
 from .export import Exports, ExportSettings, clash
 from .gates import METRICS, NEEDS, Gate
@@ -175,6 +176,10 @@ class EvaluateSettings(_Settings):
     quality: QualitySettings | None = Field(
         None,
         description="Class agreement and Frechet distance, or a classifier's accuracy; null: not measured.",
+    )
+    answers: AnswersSettings | None = Field(
+        None,
+        description="Questions with known answers, of a language model; null: not measured.",
     )
     layers: bool = Field(True, description="Measure the error of every compressed layer for the report.")
     speed: SpeedSettings | None = Field(
