@@ -16,6 +16,7 @@ from .models import checkpoint as checkpoints
 from .progress import Progress, SilentProgress
 from .recipes.export import PushSettings
 from .recipes.loader import LoadedRecipe, load_recipe
+from .recipes.streamed import is_streamed
 from .workdir import WorkDirectory
 
 RecipeSource = str | Path | Mapping[str, Any] | LoadedRecipe
@@ -109,7 +110,10 @@ def run(
     preflight.check_calibration(loaded)
     preflight.check_stages(loaded, checkpoints.locate(loaded.recipe.model, weights=False))
     preflight.check_access(exports, strict=strict)
-    checkpoints.preflight(loaded.recipe.model)
+    if is_streamed(loaded.recipe):  # it is read in order, and what is not finite is found then
+        checkpoints.locate(loaded.recipe.model)
+    else:
+        checkpoints.preflight(loaded.recipe.model)
     from .execution import execute
 
     work = WorkDirectory(Path(work_dir))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import preflight
+from . import preflight, streaming_plan
 from .compressors import registry
 from .compressors.base import StagePlan
 from .errors import PlanError
@@ -25,6 +25,7 @@ from .reachable import check_gates
 from .recipes.export import ExportSettings
 from .recipes.loader import LoadedRecipe
 from .recipes.placing import placed
+from .recipes.streamed import is_streamed
 from .report import describe_model
 
 # Room for what is neither weights nor statistics: the interpreter and the libraries.
@@ -46,7 +47,8 @@ def plan_stages(spec: ModelSpec, loaded: LoadedRecipe, known: Sequence[StagePlan
     spec = plans[-1].spec if plans else spec
     for index, stage in list(enumerate(loaded.recipe.stages))[len(plans) :]:
         try:
-            plan_ = registry.get(stage.method).plan(spec, stage.settings)
+            found = registry.get(stage.method).plan(spec, stage.settings)
+            plan_ = streaming_plan.planned(found, spec, loaded.recipe)
         except PlanError as error:
             raise placed(error, loaded, index) from None
         plans.append(plan_)
@@ -96,7 +98,7 @@ def check_plan(loaded: LoadedRecipe, targets: Sequence[Path], work_root: Path, *
         for write, export in zip(writes, recipe.export, strict=True)
         if export.push is not None and export.push.verify_remote
     ]
-    _check_disks(plans, writes, work_root, downloads)
+    _check_disks([] if is_streamed(recipe) else plans, writes, work_root, downloads)
     check_memory(plans, workers)
 
 

@@ -25,9 +25,10 @@ from .exporters.fresh_process import verify_export
 from .exporters.licence import copy_licence
 from .exporters.padded import padding_notes
 from .exporters.recorded_recipe import RECIPE_NAME
-from .models.base import OpenModel
+from .models.base import OpenModel, Source
 from .models.companions import companion_files
 from .progress import step
+from .recipes.answer_files import answer_files
 from .recipes.export import ExportSettings
 from .recipes.gates import judge
 from .recipes.secrets import redacted
@@ -80,8 +81,32 @@ def make_variant(
     if export.padded:
         parts["export"]["notes"] += padding_notes(product.model, shipped)
     parts["model"], parts["stages"] = product.described, product.stages
+    return finish(state, export, folder, parts, evaluation, failure, device=product.device)
+
+
+def finish(
+    state: Run,
+    export: ExportSettings,
+    folder: Path,
+    parts: dict[str, Any],
+    evaluation: Evaluation,
+    failure: str | None,
+    *,
+    device: str,
+) -> Variant:
+    """Describe a folder whose weights are written: pictures, card and report.
+
+    Args:
+        state: the run.
+        export: of this variant.
+        folder: with everything else in it.
+        parts: of the report, all but `environment`; the files of `export` are listed here.
+        evaluation: what was measured, with samples.
+        failure: what the verification found wrong, or None.
+        device: that the run used.
+    """
     parts["environment"] = report.environment(
-        state.recipe.seed, product.device, torch.get_num_threads(), state.started
+        state.recipe.seed, device, torch.get_num_threads(), state.started
     )
     # Errors of the libraries below may quote a URL or a header; nothing of that may be kept.
     document = redacted(json.loads(json.dumps({key: parts[key] for key in report.TOP_KEYS})))
@@ -105,10 +130,7 @@ def _export(
     recipe = state.recipe
     with step(state.progress, f"export {export.format}"):
         info = write(model, folder, export.format, max_shard_size=export.max_shard_size)
-        (folder / RECIPE_NAME).write_text(state.loaded.text, encoding="utf-8")
-        for path in condition_files(recipe.calibration):
-            shutil.copyfile(path, folder / path.name)
-        copy_licence(model.source, folder, state.progress)
+        put_beside(state, model.source, folder)
         for path in companion_files(model.source.folder) if model.family.library == "transformers" else ():
             shutil.copyfile(path, folder / path.name)
     # What a format unpacks or rounds back takes more room than the module does in memory.
@@ -136,6 +158,15 @@ def _export(
         },
     }
     return parts, verification.failure
+
+
+def put_beside(state: Run, source: Source, folder: Path) -> None:
+    """Put beside the weights what they were made by and from: the recipe, its files, and the licence."""
+    (folder / RECIPE_NAME).write_text(state.loaded.text, encoding="utf-8")
+    named = [*condition_files(state.recipe.calibration), *answer_files(state.recipe).values()]
+    for path in dict.fromkeys(named):
+        shutil.copyfile(path, folder / path.name)
+    copy_licence(source, folder, state.progress)
 
 
 def _write_documents(

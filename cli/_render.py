@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..exporters.tensors_seen import compared_tensors
 from . import _allocation, _pruning
 from ._tables import Section, Table
 from ._units import amount, duration, plain, size
@@ -89,9 +90,11 @@ def report(document: Document) -> list[Section]:
 def judgement(document: Document) -> list[Section]:
     """Show what was measured and required of one export, where it lies and where it was pushed."""
     export = document["export"]
-    seen = (
-        "reopened in a fresh process: equal outputs" if export["verified"] else "NOT verified; see its notes"
-    )
+    seen = "NOT verified; see its notes"
+    if export["verified"]:
+        seen = "reopened in a fresh process: equal outputs"
+    if export["verified"] and compared_tensors(export):
+        seen = "compared with its source in a fresh process: equal tensors; no outputs were computed"
     return [
         *metrics(document["evaluation"].get("metrics", {})),
         *gates(document["gates"]),

@@ -12,6 +12,9 @@ from .card_subject import Subject
 from .fresh_process import NOT_EXECUTED
 from .markdown import fenced
 from .stock import library_of
+from .tensors_seen import compared_tensors
+
+_TRUSTING = "trust_remote_code"
 
 
 def loading(subject: Subject) -> Iterator[str]:
@@ -50,6 +53,8 @@ def _use(subject: Subject) -> Iterator[str]:
 def _introduction(way: str, format_: str, library: str) -> str:
     if "compress.load" in way:
         return "With compress:"
+    if _TRUSTING in way:
+        return f"With stock {library}, which runs the code that lies beside the weights; read it first:"
     return {
         "compress": "With the stock class, which `import compress` teaches the format:",
         "torchao": f"With stock {library} and torchao, without compress:",
@@ -82,7 +87,16 @@ def _arguments(subject: Subject) -> str:
 def _verified(export: Mapping[str, Any]) -> str:
     """Say what was done to verify the folder, and nothing more."""
     error = export["max_abs_error"]
-    ways = "in each of these ways" if len(export["loads_with"]) > 1 else "in this way"
+    tried = [way for way in export["loads_with"] if _TRUSTING not in way]
+    ways = "in each of these ways" if len(tried) > 1 else "in this way"
+    if len(tried) < len(export["loads_with"]):
+        ways = "with compress, which does not run that code,"
+    if export["verified"] and compared_tensors(export):
+        return (
+            "Before it was published a fresh process compared it with its source, tensor by tensor: config,"
+            " names, shapes and every bit are those that the source holds of what stays. No outputs were"
+            " computed: it was made from disk to disk, without opening the model."
+        )
     if not export["verified"]:
         if NOT_EXECUTED in export.get("notes", ()):
             return f"**It was not run before it was published**: {NOT_EXECUTED}."
