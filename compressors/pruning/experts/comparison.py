@@ -86,7 +86,7 @@ def spread(rows: Sequence[Mapping[str, Any]], train: Sequence[float]) -> dict[st
         "failed": len(rows) - len(finite),
         "score": round(fmean(scores), 4) if scores else None,
         "score_deviation": _deviation(scores, 4),
-        "items": rows[0]["items"],
+        "count": rows[0]["count"],
         **trained(fmean(train) if train else None),
     }
     accuracies = [float(row["accuracy"]) for row in finite if row["accuracy"] is not None]
