@@ -23,9 +23,11 @@ from .exporters.recorded_recipe import RECIPE_NAME, check_recipe, copies
 from .exporters.verify import is_kept, recorded_device, recorded_environment
 from .models import checkpoint as checkpoints
 from .progress import Progress, step
+from .recipes.answer_files import answer_copies, with_answer_files
 from .recipes.export import ExportSettings, PushSettings
 from .recipes.loader import LoadedRecipe, load_recipe
 from .recipes.schema import Recipe
+from .recipes.tree import dotted
 from .runtime.atomic import scratch_folder, sweep_partials
 from .runtime.hashes import file_sha256
 from .workdir import WorkDirectory
@@ -114,7 +116,7 @@ def read_origin(folder: Path) -> Origin:
     try:
         loaded = load_recipe(found["recipe"])
         export = _own_export(loaded.recipe, found["export"])
-        recipe = loaded.recipe.model_copy(
+        recipe = _with_own_answers(folder, files, loaded.recipe).model_copy(
             update={
                 "export": (export.model_copy(update={"push": _place(folder, found, export.push)}),),
                 "model": loaded.recipe.model.model_copy(
@@ -185,6 +187,15 @@ def _copies(folder: Path, files: Mapping[str, str], recipe: Recipe) -> dict[str,
         if path.name not in files:
             raise ValueError(f"calibration.{key} names {path.name}, which is not among its files")
     return moved
+
+
+def _with_own_answers(folder: Path, files: Mapping[str, str], recipe: Recipe) -> Recipe:
+    """Return a recipe that asks the copies, in the folder, of the files with answers that it names."""
+    moved = answer_copies(recipe, folder)
+    for key, path in moved.items():
+        if path.name not in files:
+            raise ValueError(f"{dotted(key)} names {path.name}, which is not among its files")
+    return with_answer_files(recipe, moved)
 
 
 def _check_source(origin: Origin, progress: Progress) -> checkpoints.Checkpoint:

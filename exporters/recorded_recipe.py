@@ -11,6 +11,7 @@ from typing import Any
 
 from ..calibration.inputs import FILE_KEYS
 from ..errors import RecipeError, VerifyError
+from ..recipes.answer_files import answer_copies, answer_files, with_answer_files
 from ..recipes.data import PATH_KEYS
 from ..recipes.loader import load_recipe
 from ..recipes.schema import Recipe
@@ -42,9 +43,10 @@ def copies(recipe: Recipe, folder: Path) -> dict[str, Path]:
 
 
 def with_copies(recipe: Recipe, folder: Path) -> Recipe:
-    """Return a recipe that samples on the copies in an exported folder."""
+    """Return a recipe that samples on, and asks, the copies in an exported folder."""
     calibration = recipe.calibration.model_copy(update=copies(recipe, folder))
-    return recipe.model_copy(update={"calibration": calibration})
+    moved = recipe.model_copy(update={"calibration": calibration})
+    return with_answer_files(moved, answer_copies(recipe, folder))
 
 
 def check_recipe(folder: Path, document: Mapping[str, Any]) -> str:
@@ -86,8 +88,9 @@ def _read(path: Path) -> Recipe:
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe's values; of calibration files the name, because they were found beside the text."""
-    values = recipe.model_dump(mode="json")
+    """Return a recipe's values; of files that a folder has copies of the name: they were found beside it."""
+    named = {key: Path(path.name) for key, path in answer_files(recipe).items()}
+    values = with_answer_files(recipe, named).model_dump(mode="json")
     calibration = values["calibration"]
     places = [(calibration, key) for key in (*FILE_KEYS, "images")]
     places += [(calibration["data"], key) for key in PATH_KEYS if calibration["data"] is not None]

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import RecipeError
+from .answer_files import answer_files, with_answer_files
 from .data import PATH_KEYS, DataSettings
 from .messages import to_error
 from .overrides import apply_options, apply_overrides
@@ -157,11 +158,13 @@ def _validate(tree: Tree) -> Recipe:
 
 
 def _find_beside(recipe: Recipe, file: Path | None) -> Recipe:
-    """Let calibration data that is not where the recipe says be found beside the recipe.
+    """Let data that is not where the recipe says be found beside the recipe: of calibration, and answers.
 
     By its path from there or by its base name alone: an exported folder has copies of files. Of images
     it has none, so those are found by their path alone.
     """
+    if file is not None:
+        recipe = _answers_beside(recipe, file.parent)
     moved: dict[str, Any] = {}
     for name in ("prompts", "embeddings", "text", "images"):
         path: Path | None = getattr(recipe.calibration, name)
@@ -180,6 +183,16 @@ def _find_beside(recipe: Recipe, file: Path | None) -> Recipe:
     if not moved:
         return recipe
     return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=moved)})
+
+
+def _answers_beside(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with files of answers in a folder in place of those that are not there."""
+    moved = {}
+    for key, path in answer_files(recipe).items():
+        places = [place for place in (folder / path, folder / path.name) if place.is_file()]
+        if places and not path.exists():
+            moved[key] = places[0]
+    return with_answer_files(recipe, moved)
 
 
 def _data_beside(data: DataSettings, folder: Path) -> dict[str, DataSettings]:
