@@ -60,7 +60,8 @@ def recovery_advice(methods: Sequence[str], family: str) -> str | None:
         methods: of the stages, in order.
         family: of the model.
     """
-    phases = [STAGES[method].phase if method in STAGES else None for method in methods]
+    known = [STAGES.get(method) for method in methods]
+    phases = [one.phase if one is not None and (one.hurts or one.phase != "prune") else None for one in known]
     if "prune" not in phases or "recover" in phases[len(phases) - phases[::-1].index("prune") :]:
         return None
     required = "fine-tuning required: no stage trains the model after it is pruned"

@@ -95,6 +95,7 @@ class EepSettings(StageSettings):
     method: ClassVar[str] = "eep"
     phase: ClassVar[Phase] = "prune"
     calibrates: ClassVar[bool] = False
+    hurts: ClassVar[bool] = False
     families: ClassVar[frozenset[str]] = FAMILIES
 
     keep_experts: int | float | None = Field(

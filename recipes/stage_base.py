@@ -19,6 +19,7 @@ class StageSettings(BaseModel):
     phase: ClassVar[Phase]
     families: ClassVar[frozenset[str]]
     calibrates: ClassVar[bool] = True  # it looks at what the model reads where the recipe says
+    hurts: ClassVar[bool] = True  # where it prunes: what is left needs training
     learns_from_data: ClassVar[bool] = False  # it trains a denoiser on calibration.data
 
     def changed(self, name: str) -> bool:
