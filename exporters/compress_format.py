@@ -1,7 +1,8 @@
 """The default format: weights packed to their real bits, equal copies stored once.
 
 A model without quantized layers, whose sizes a stock config can say, is written as a plain stock folder
-(copies included), which loads without this package; the manifest then holds history alone.
+(copies included), which loads without this package; the manifest then holds history alone. One whose routers
+are mapped is written likewise, under the module's names, with code of its own beside the weights.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from torch import Tensor
 from ..models.base import ModelSpec, OpenModel
 from ..runtime.language_config import without_code
 from ..runtime.manifest import FILE_NAME, Manifest, QuantizedModule
+from ..runtime.mapped_routing import is_mapped
 from ..runtime.modules import name_of, quantized_layers
 from ..runtime.validate import STOP_KEY, STOP_TEXT, expected_tensors, guard_name, quantization_section
 from .bits_file import bits_files
+from .custom_code import code_files, config_keys
 from .form import stored_form
 from .formats import Layout
-from .stock import left_out, named_by_library, registered_way, stock_way
+from .stock import left_out, named_by_library, registered_way, stock_way, trusting_way
 from .writer import StoredTensor, dtype_code
 
 METADATA: Mapping[str, str] = {"format": "pt"}
@@ -47,12 +50,15 @@ def layout(model: OpenModel) -> Layout:
             config[STOP_KEY] = STOP_TEXT
         loads_with = ["compress.load(path)", registered_way(name)]
     else:
-        loads_with = ["compress.load(path)", stock_way(name, dtype)]
+        way = trusting_way(name) if is_mapped(config) else stock_way(name, dtype)
+        loads_with = ["compress.load(path)", way]
     tensors = [StoredTensor.of(name, tensor) for name, tensor in state.items() if name not in shared]
     tensors += _guard(name, quantization)
-    if not (quantization or form.surgery):
+    if not (quantization or form.surgery or is_mapped(config)):
         tensors = named_by_library(name, tensors)
     extra = {FILE_NAME: manifest.to_json(), **bits_files(model)}
+    if is_mapped(config):
+        extra |= code_files(name)
     return Layout(tensors, config, METADATA, loads_with, extra)
 
 
@@ -71,7 +77,7 @@ def predict(spec: ModelSpec) -> tuple[list[StoredTensor], Mapping[str, str]]:
         for name, tensor in tensors.items()
         if name not in shared
     ] + _guard(class_name, spec.quantization)
-    if not spec.quantization and _is_native(spec):
+    if not spec.quantization and not is_mapped(spec.config) and _is_native(spec):
         stored = named_by_library(class_name, stored)
     return stored, METADATA
 
@@ -100,13 +106,16 @@ def stock_config(model: OpenModel) -> dict[str, Any]:
 def transformers_config(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Return config.json as transformers goes by it: `architectures`, and no class to run code of.
 
+    Where routers are mapped, there is no stock class, and it names the one that `custom_code` writes.
+
     Args:
         config: completed, with `_class_name`, which is ours alone.
         dtype: of the weights.
     """
     kept = {key: value for key, value in config.items() if key not in ("_class_name", "torch_dtype")}
-    architectures = [str(config["_class_name"])]
-    return {**without_code(kept), "architectures": architectures, "dtype": name_of(dtype)}
+    class_name = str(config["_class_name"])
+    named = config_keys(class_name) if is_mapped(config) else {"architectures": [class_name]}
+    return {**without_code(kept), **named, "dtype": name_of(dtype)}
 
 
 def equal_copies(

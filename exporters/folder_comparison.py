@@ -15,6 +15,7 @@ from ..models.registry import family_for
 from ..progress import Progress, step
 from ..runtime.first_token import put_first
 from ..runtime.load import read_tensor, skeleton
+from ..runtime.mapped_routing import is_mapped
 from ..runtime.modules import dtype_of
 from ..runtime.validate import StoredCheckpoint, open_folder
 from .fresh_process import Answer, ask_fresh_process, largest_difference, request_of, ways_of
@@ -65,7 +66,8 @@ def compare_folders(
     if (stored.class_name, stored.quant_method) != (copy.class_name, copy.quant_method):
         return Comparison({}, f"holds a {copy.class_name} in another format")
     format_ = stored.quant_method or "dequantized"
-    ways, _ = ways_of(stored.class_name, stored.dtype, format_)
+    own_code = is_mapped(stored.config)
+    ways, _ = ways_of(stored.class_name, stored.dtype, format_, own_code=own_code)
     if device.startswith("cuda") and not torch.cuda.is_available():
         device = "cpu"
     inputs = _inputs(stored)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from ..errors import PlanError
 from ..models.base import Family, ModelSpec, OpenModel
+from ..runtime.mapped_routing import is_mapped
 from ..runtime.validate import CONFIG_NAME
 from .attachments import attached
 from .form import stored_form
@@ -116,6 +117,27 @@ def _check_cut(model: ModelSpec | OpenModel, format: str) -> None:
             )
 
 
+def _check_mapped(model: ModelSpec | OpenModel, format: str) -> None:
+    """Refuse what routers that are mapped cannot be written as: another format, or with quantized layers.
+
+    Raises:
+        PlanError: saying what to do.
+    """
+    if not is_mapped(model.config):
+        return
+    if format != "compress":
+        raise PlanError(
+            f"export.format: {format} is loaded by stock classes; none has mapped routers (export: custom)",
+            hint="use compress; the code of the model is then written beside its weights",
+        )
+    if model.quantization:
+        raise PlanError(
+            f"layer {min(model.quantization)} is quantized, and a model with mapped routers (export: custom)"
+            " is written in floating point alone",
+            hint="leave the quantizer out, or use export: stock-projected",
+        )
+
+
 def write(
     model: OpenModel, folder: Path, format: str, *, max_shard_size: int = DEFAULT_SHARD_BYTES
 ) -> ExportInfo:
@@ -131,6 +153,7 @@ def write(
         OSError: the disk is full or refuses.
     """
     _check_library(model.family, format)
+    _check_mapped(model, format)
     _check_cut(model, format)
     layout = _module(format).layout(model)
     paths = write_tensors(
@@ -196,6 +219,7 @@ def predict_tensor_bytes(spec: ModelSpec, format: str) -> int:
 
 def _predict(spec: ModelSpec, format: str) -> tuple[list[StoredTensor], Mapping[str, str]]:
     _check_library(spec.family, format)
+    _check_mapped(spec, format)
     _check_cut(spec, format)
     return _module(format).predict(spec)
 

@@ -22,6 +22,7 @@ from ..models.base import OpenModel
 from ..progress import Progress, step
 from ..recipes.secrets import TOKEN_VARIABLES
 from ..runtime.first_token import feature_of, put_first
+from ..runtime.mapped_routing import is_mapped
 from ..runtime.modules import name_of
 from ..runtime.threads import computing_with
 from ..runtime.validate import QUANT_METHOD, open_folder
@@ -105,14 +106,15 @@ def verify_export(
     except CompressError as error:
         return _failed(f"the folder does not open: {_without(Path(folder), error.message)}")
     format_ = stored.quant_method or "dequantized"
-    ways, loads_with = ways_of(stored.class_name, name_of(model.spec.dtype), format_)
+    dtype, own_code = name_of(model.spec.dtype), is_mapped(stored.config)
+    ways, loads_with = ways_of(stored.class_name, dtype, format_, own_code=own_code)
     shipped = shipped or as_shipped(model, format_)
     device = next(shipped.module.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     inputs = model.family.example_inputs(model.module, _BATCH, generator)
     inputs = put_first(feature_of(shipped.module), inputs)
     request = request_of(
-        folder, stored.class_name, format_, ways, dtype=name_of(model.spec.dtype), device=str(device),
+        folder, stored.class_name, format_, ways, dtype=dtype, device=str(device),
         seed=seed ^ _OTHER_SEED, threads=threads,
     )  # fmt: skip
     with step(progress, "verify in a fresh process", len(ways)) as bar:
@@ -172,8 +174,19 @@ def _failed(failure: str) -> Verification:
     return Verification(False, False, None, {}, [], failure, notes=(failure,))
 
 
-def ways_of(class_name: str, dtype: str, format_: str) -> tuple[list[str], list[str]]:
-    """Return the ways of loading a format for the worker, and as Python."""
+def ways_of(
+    class_name: str, dtype: str, format_: str, *, own_code: bool = False
+) -> tuple[list[str], list[str]]:
+    """Return the ways of loading a format for the worker, and as Python.
+
+    Args:
+        class_name: of config.json.
+        dtype: "float32", "float16" or "bfloat16".
+        format_: of the folder.
+        own_code: transformers loads it by code that lies in it; that is nobody's to run but the user's.
+    """
+    if own_code:
+        return ["compress"], ["compress.load(path)"]
     stock = stock_way(class_name, dtype)
     if format_ == QUANT_METHOD:
         return ["registered", "compress"], ["compress.load(path)", registered_way(class_name)]

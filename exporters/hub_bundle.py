@@ -25,7 +25,7 @@ from .verify import MAX_REPORT_BYTES, REPORT_NAME, is_kept, recorded_device
 
 CARD_NAME = "README.md"  # what the Hub shows
 _DAMAGE = (KeyError, TypeError, AttributeError, ValueError, IndexError)
-_TEXTS = (".json", ".jsonl", ".jinja", ".md", ".yaml", ".txt")
+_TEXTS = (".json", ".jsonl", ".jinja", ".md", ".py", ".yaml", ".txt")
 
 
 @dataclass(frozen=True)

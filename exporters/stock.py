@@ -38,6 +38,11 @@ def stock_way(class_name: str, dtype: str) -> str:
     return f"{call})" if is_transformers_class(class_name) else f"{call}, torch_dtype=torch.{dtype})"
 
 
+def trusting_way(class_name: str) -> str:
+    """Return the expression that loads a folder by the code that lies in it, which it runs."""
+    return f"{library_of(class_name)}.{loader_of(class_name)}.from_pretrained(path, trust_remote_code=True)"
+
+
 def registered_way(class_name: str) -> str:
     """Return the expression that loads a folder of ours with the library's own class."""
     return f"import compress; {library_of(class_name)}.{loader_of(class_name)}.from_pretrained(path)"

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import PlanError
+from ..runtime.mapped_routing import KEY, is_mapped, with_mapped_routers
 from ..runtime.moe_classes import MOE_CLASSES, is_moe_class
 from ..runtime.moe_config import MoeShape, moe_shape, routing_problem, with_expert_count
 
@@ -50,6 +51,12 @@ def check_counts(config: Mapping[str, Any], count: int, active: int | None = Non
     """
     shape = mixture_shape(config)
     routing = shape.routing
+    if routing.mapped_from is not None:
+        raise PlanError(
+            f"the routers of this {config['_class_name']} are mapped already, from {routing.mapped_from}"
+            " experts",
+            hint="start from the model as it was before its routers were mapped",
+        )
     if not 1 <= count <= routing.experts:
         raise PlanError(f"{count} experts to stay, of {routing.experts} in every layer")
     wanted = routing.active if active is None else active
@@ -109,6 +116,8 @@ def fewer_experts(
 def with_counts_of(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with the numbers of experts that another one says; as it is where it has no experts.
 
+    If the other one says that routers are mapped, so does it.
+
     Args:
         config: completed, with `_class_name`.
         other: config.json of what is left of the same model.
@@ -118,9 +127,10 @@ def with_counts_of(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[
         return dict(config)
     before, after = moe_shape(config).routing, moe_shape({**other, "_class_name": name}).routing
     active = None if after.active == before.active else after.active
-    if active is None and after.experts == before.experts:
-        return dict(config)
-    return with_expert_count(config, after.experts, active)
+    changed = dict(config)
+    if active is not None or after.experts != before.experts:
+        changed = with_expert_count(config, after.experts, active)
+    return with_mapped_routers(changed, int(other[KEY])) if is_mapped(other) else changed
 
 
 def _check_named(shape: MoeShape, kept: Mapping[int, Sequence[int]]) -> None:

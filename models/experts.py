@@ -57,7 +57,7 @@ def keep_experts(
     changed = fewer_experts(config, kept, active)
     for mixture in mixtures(module):
         _cut(mixture, chosen[mixture.layer], rows.get(mixture.layer))
-    _set_counts(module, changed)
+    set_counts(module, changed)
     return changed
 
 
@@ -70,7 +70,7 @@ def use_fewer_experts(module: nn.Module, config: Mapping[str, Any], active: int)
     count = moe_shape(config).routing.experts
     check_counts(config, count, active)
     changed = with_expert_count(config, count, active)
-    _set_counts(module, changed)
+    set_counts(module, changed)
     return changed
 
 
@@ -173,8 +173,13 @@ def _replace(owner: nn.Module, name: str, tensor: Tensor) -> None:
     place(owner, name, tensor, requires_grad=before.requires_grad)
 
 
-def _set_counts(module: nn.Module, config: Mapping[str, Any]) -> None:
-    """Let everything that knows how many experts there are, or a token goes through, know the new number."""
+def set_counts(module: nn.Module, config: Mapping[str, Any]) -> None:
+    """Let everything that knows how many experts there are, or a token goes through, know the new number.
+
+    Args:
+        module: of the stock class; its own config is changed as well.
+        config: of what is left, completed.
+    """
     routing = moe_shape(config).routing
     owners = [
         part for mixture in mixtures(module) for part in (mixture.block, mixture.router, mixture.experts)

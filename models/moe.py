@@ -98,9 +98,11 @@ class MoeFamily(LanguageFamily):
 
 
 def _mixture_weights(shape: MoeShape) -> int:
-    """Weights that one token meets in a mixture: router, its experts, shared experts and their gate."""
+    """Weights that one token meets in a mixture: router and mapping, experts, shared ones and their gate."""
     inner = shape.routing.active * shape.expert_inner + shape.shared_inner
-    return shape.width * (shape.routing.experts + 3 * inner + (1 if shape.shared_gate else 0))
+    experts, weighed = shape.routing.experts, shape.routing.mapped_from
+    mapping = 0 if weighed is None else experts * weighed
+    return shape.width * ((weighed or experts) + 3 * inner + (1 if shape.shared_gate else 0)) + mapping
 
 
 def _attention_weights(attention: HeadsShape | LatentShape, width: int) -> int:

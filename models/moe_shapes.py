@@ -7,6 +7,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
+from ..runtime.mapped_routing import MAPPING
 from ..runtime.moe_config import HeadsShape, LatentShape, MoeShape, moe_shape
 from .tensor_names import Named, linear
 
@@ -73,14 +74,21 @@ def _layer(name: str, shape: MoeShape, *, dense: bool) -> Named:
 
 
 def _mixture(name: str, shape: MoeShape) -> Named:
-    yield from linear(f"{name}.{shape.router}", shape.routing.experts, shape.width, shape.expert_bias)
-    if shape.corrected:
-        yield f"{name}.{shape.router}.{CORRECTION}", (shape.routing.experts,)
+    yield from _router(f"{name}.{shape.router}", shape)
     yield from _experts(f"{name}.experts.", shape)
     if shape.shared_inner:
         yield from _mlp(f"{name}.{shape.shared_name}", shape.width, shape.shared_inner, shape.mlp_bias)
     if shape.shared_gate:
         yield from linear(f"{name}.{shape.shared_name}_gate", 1, shape.width, False)
+
+
+def _router(name: str, shape: MoeShape) -> Named:
+    experts, weighed = shape.routing.experts, shape.routing.mapped_from
+    yield from linear(name, weighed or experts, shape.width, shape.expert_bias)
+    if weighed is not None:
+        yield f"{name}.{MAPPING}", (experts, weighed)
+    if shape.corrected:
+        yield f"{name}.{CORRECTION}", (experts,)
 
 
 def _experts(prefix: str, shape: MoeShape) -> Named:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..runtime.config import DEFAULTS, complete_config, model_width
 from ..runtime.language_config import LANGUAGE_CLASSES
+from ..runtime.mapped_routing import MAPPING
 from ..runtime.moe_classes import MOE_CLASSES
 from ..runtime.vision_sizes import VISION_CLASSES, VISION_KINDS
 from .flux_shapes import flux_tensors
@@ -51,12 +52,12 @@ def expected_shapes(class_name: str, config: Mapping[str, Any]) -> dict[str, Sha
 
 def is_stored_buffer(class_name: str, name: str) -> bool:
     """Tell whether a tensor of the state dict is fixed, and no parameter."""
-    return name in PERSISTENT_BUFFERS.get(class_name, frozenset()) or stays_in_float32(name)
+    return name in PERSISTENT_BUFFERS.get(class_name, frozenset()) or name.endswith(CORRECTION)
 
 
 def stays_in_float32(name: str) -> bool:
-    """Tell whether stock classes keep a tensor of the state dict in float32, whatever the model's dtype."""
-    return name.endswith(CORRECTION)
+    """Tell whether a tensor of the state dict is kept in float32, whatever the model's dtype."""
+    return name.endswith((CORRECTION, f".{MAPPING}"))
 
 
 def uses_additional_conditions(config: Mapping[str, Any]) -> bool:

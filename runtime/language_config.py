@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import SourceError
 from .config_values import check_integer, check_shared_keys
+from .mapped_routing import STOCK_CLASSES
 from .moe_classes import is_moe_class
 
 MAX_WIDTH = 2**20
@@ -43,7 +44,8 @@ _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 # They choose code instead of a structure: kernels, classes of the repository's own.
 _CODE = frozenset({"attn_implementation", "auto_map", "experts_implementation"})
 _RENAMED: Mapping[str, str] = {
-    "PhiMoEForCausalLM": "PhimoeForCausalLM"
+    "PhiMoEForCausalLM": "PhimoeForCausalLM",
+    **STOCK_CLASSES,
 }  # by checkpoints with code of their own
 _INTERNAL = "_internal"  # behind a leading underscore: how stock code keeps its choice
 _NOT_STRUCTURE = _CODE | {"architectures", "quantization_config", "per_layer_config", "transformers_weights"}

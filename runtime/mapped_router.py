@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from ..errors import PlanError
 from .mapped_routing import check_mappable
+from .moe_classes import MOE_CLASSES
 
 LEAST_SHARE = 2.0**-10
 _TINY = torch.finfo(torch.float32).tiny
@@ -66,7 +67,7 @@ class MappedRouter(nn.Module):
             hidden_states: [..., width].
         """
         states = hidden_states.reshape(-1, hidden_states.shape[-1])
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.class_name == "DeepseekV2ForCausalLM":  # the stock router multiplies in float32
             states, weight = states.float(), weight.float()
         logits = functional.linear(states, weight, self.bias)
@@ -117,6 +118,31 @@ def mapped(router: nn.Module, mapping: Tensor, class_name: str, *, active: int |
     if not 1 <= made.top_k <= made.num_experts:
         raise PlanError(f"{made.top_k} experts per token, of {made.num_experts} experts")
     return made.train(router.training)
+
+
+def put_mapped_routers(module: nn.Module, class_name: str, router_experts: int) -> None:
+    """Put empty mapped routers into a stock module, to be filled.
+
+    Args:
+        module: of the stock class, with the number of experts that are left.
+        class_name: of the stock class.
+        router_experts: that the routers weigh.
+    """
+    attribute = MOE_CLASSES[class_name].router
+    for layer in module.get_submodule("model.layers").children():
+        block = layer.get_submodule("mlp")
+        if not hasattr(block, "experts"):
+            continue
+        router = block.get_submodule(attribute)
+        weight, bias = router.get_parameter("weight"), getattr(router, "bias", None)
+        made = MappedRouter(
+            router,
+            weight.new_zeros(router_experts, weight.shape[1]),
+            None if bias is None else bias.new_zeros(router_experts),
+            weight.new_zeros((weight.shape[0], router_experts), dtype=torch.float32),
+            class_name,
+        )
+        setattr(block, attribute, made.train(router.training))
 
 
 def check_router(router: nn.Module, class_name: str) -> None:

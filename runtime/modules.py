@@ -11,6 +11,8 @@ from ..errors import SourceError
 from .conv import QuantizedConv2d
 from .linear import QuantizedLinear
 from .manifest import QuantizedModule
+from .mapped_router import MappedRouter
+from .mapped_routing import MAPPING
 from .windows import kernel_of
 
 ALIGNMENT = 64
@@ -98,8 +100,8 @@ def place(module: nn.Module, name: str, tensor: Tensor, *, requires_grad: bool =
 def exact_names(module: nn.Module) -> dict[str, torch.dtype]:
     """Return full name -> dtype of every tensor that is never cast.
 
-    These are the grids of the quantized layers, and the buffers that the stock class stores: it
-    computes them in a dtype of its own, such as float32 position tables in a bfloat16 model.
+    These are the grids of the quantized layers, the mappings of routers, and the buffers that the stock
+    class stores: it computes them in a dtype of its own, such as float32 position tables in a bfloat16 model.
     """
     exact = {
         f"{name}.{buffer}": tensor.dtype
@@ -111,4 +113,8 @@ def exact_names(module: nn.Module) -> dict[str, torch.dtype]:
     stored = module.state_dict().keys() - {name for name, _ in module.named_parameters()}
     buffers = dict(module.named_buffers())
     exact |= {name: buffers[name].dtype for name in stored if not name.startswith(inside)}
-    return exact
+    return exact | {
+        f"{name}.{MAPPING}": torch.float32
+        for name, router in module.named_modules()
+        if isinstance(router, MappedRouter)
+    }

@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import SourceError
 from .config_values import check_integer, check_shared_keys, is_integer
 from .language_config import MAX_LAYERS, MAX_NUMBER, MAX_POSITIONS, MAX_WIDTH, check_padding, class_name_of
+from .mapped_routing import KEY, is_mapped, mapping_problem, model_type_of
 from .moe_classes import MOE_CLASSES
 
 MAX_EXPERTS = 2**14
@@ -84,6 +85,8 @@ class Routing:
         ignores_absent: the weights of the chosen experts do not depend on those that were not, so that
             closing the router's way to some experts and removing them are the same.
         fixed_active: stock code can compute with this number of active experts alone.
+        mapped_from: the router weighs so many experts, and a matrix maps that to those that there are;
+            None: it weighs those that there are.
     """
 
     experts: int
@@ -93,6 +96,7 @@ class Routing:
     least_in_group: int = 1
     ignores_absent: bool = True
     fixed_active: int | None = None
+    mapped_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ def complete_moe_config(class_name: str, config: Mapping[str, Any], where: str) 
     Raises:
         SourceError: naming `where` and the first value that is wrong or not supported.
     """
-    check_shared_keys(config, MOE_CLASSES[class_name].model_type, MAX_NUMBER, where)
+    check_shared_keys(config, model_type_of(class_name, config), MAX_NUMBER, where)
     for key in _REQUIRED:
         limit = MAX_LAYERS if key == "num_hidden_layers" else MAX_WIDTH
         check_integer(key, config.get(key), limit, where)
@@ -289,6 +293,7 @@ def _routing(name: str, config: Mapping[str, Any], keys: Mapping[str, Any]) -> R
         ignores_absent=kind in ("mixtral", "gpt_oss", "deepseek_v3")
         or (kind in ("qwen2_moe", "qwen3_moe", "olmoe") and bool(keys["norm_topk_prob"])),
         fixed_active=_SPARSE_MIXER_PICKS if kind == "phimoe" else None,
+        mapped_from=int(config[KEY]) if is_mapped(config) else None,
     )
 
 
@@ -300,6 +305,21 @@ def _check_counts(class_name: str, config: Mapping[str, Any], keys: Mapping[str,
         said = ", ".join(f"{key} {value}" for key, value in given.items())
         raise SourceError(f"{where}: {said} are to say the same number of experts")
     check_integer("num_experts_per_tok", keys["num_experts_per_tok"], MAX_EXPERTS, where)
+    if is_mapped(config):
+        _check_mapped(class_name, config, where)
+
+
+def _check_mapped(class_name: str, config: Mapping[str, Any], where: str) -> None:
+    check_integer(KEY, config[KEY], MAX_EXPERTS, where)
+    problem = mapping_problem({**config, "_class_name": class_name})
+    if problem:
+        raise SourceError(f"{where}: {KEY}: {problem}", hint="the config was changed by hand")
+    count = expert_count(class_name, config)
+    if config[KEY] < count:
+        raise SourceError(
+            f"{where}: {KEY} {config[KEY]}: routers weigh fewer experts than the {count} that there are",
+            hint="the config was changed by hand, or is damaged",
+        )
 
 
 def _check_layers(keys: Mapping[str, Any], where: str) -> None:

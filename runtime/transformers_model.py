@@ -9,11 +9,15 @@ from torch import nn
 
 from ..errors import SourceError
 from .language_config import class_name_of
+from .mapped_router import put_mapped_routers
+from .mapped_routing import KEY, is_mapped
 from .transformers_config import stock_arguments
 
 
 def build_transformers_model(config: Mapping[str, Any], where: str = "config.json") -> nn.Module:
     """Build the stock module on the current default device, in the current default dtype.
+
+    Where the config says that routers are mapped, they take the place of the stock class's.
 
     Args:
         config: as `transformers_config.complete_transformers_config` accepts it, `_class_name` or not.
@@ -43,4 +47,6 @@ def build_transformers_model(config: Mapping[str, Any], where: str = "config.jso
     ) as error:
         reason = " ".join(str(error).split())
         raise SourceError(f"{where}: {name} refuses it: {reason}") from error
+    if is_mapped(config):
+        put_mapped_routers(module, name, int(config[KEY]))
     return module

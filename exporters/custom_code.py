@@ -1,0 +1,169 @@
+"""The code that lies beside the weights of a model that no stock class has: one whose routers are mapped.
+
+It needs transformers and torch alone, and computes what `runtime.mapped_router` computes. Nothing of ours
+runs it: `compress.load` builds the model itself, and only who sets `trust_remote_code` runs what lies here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from string import Template
+from typing import Any
+
+from ..runtime.mapped_router import LEAST_SHARE
+from ..runtime.mapped_routing import KEY, custom_class
+from ..runtime.moe_classes import MOE_CLASSES
+
+CONFIGURATION, MODELING = "configuration_eep", "modeling_eep"
+NAMES = (f"{CONFIGURATION}.py", f"{MODELING}.py")
+_NORMALISE: Mapping[str, str] = {
+    "MixtralForCausalLM": "True", "GptOssForCausalLM": "True", "DeepseekV2ForCausalLM": "False",
+}  # fmt: skip
+_LICENCE = """\
+# Written by compress, which is under the Apache License, Version 2.0; so is this file.
+# http://www.apache.org/licenses/LICENSE-2.0
+"""
+_CONFIGURATION = Template(
+    _LICENCE
+    + '''"""Config of a mixture of experts behind mapped routers (EEP, arXiv 2407.00945)."""
+
+from transformers import $config
+
+
+class $own_config($config):
+    """As the stock config, with the number of experts that every router weighs."""
+
+    model_type = "$model_type"
+    $key: int = 0
+
+
+__all__ = ["$own_config"]
+'''
+)
+_MODELING = Template(
+    _LICENCE
+    + '''"""Mixture of experts behind mapped routers (EEP, arXiv 2407.00945).
+
+A router weighs all experts that the original model had. A matrix, multiplied to the weights after their
+softmax, makes the weights of the experts that are left, of which the largest are chosen.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import $stock
+
+from .$configuration import $own_config
+
+
+class MappedRouter(nn.Module):
+    """Returns logits, weights and indices per token, as the stock router does."""
+
+    def __init__(self, config, left):
+        super().__init__()
+        weighed = config.$key
+        self.top_k = config.num_experts_per_tok
+        self.num_experts = left
+        self.weight = nn.Parameter(torch.zeros(weighed, config.hidden_size))
+$bias        self.mapping = nn.Parameter(torch.eye(left, weighed, dtype=torch.float32), requires_grad=False)
+        self.normalise = $normalise
+        self.scale = $scale
+
+    def forward(self, hidden_states):
+        states = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logits = $logits
+        weights = functional.softmax(logits, dim=-1, dtype=torch.float32)
+        weights = functional.linear(weights, self.mapping.float())
+        weights, indices = torch.topk(weights, self.top_k, dim=-1)
+        if self.normalise:
+            # Entries of the mapping may be negative: the sum is kept away from zero, and keeps its sign.
+            total = weights.sum(dim=-1, keepdim=True)
+            least = $least * weights.abs().sum(dim=-1, keepdim=True)
+            least = least.clamp_min(torch.finfo(torch.float32).tiny)
+            weights = weights / torch.where(total.abs() < least, torch.copysign(least, total), total)
+        weights = weights * self.scale
+        return logits, $weights, indices
+
+
+class $own_class($stock):
+    """The stock class with such routers; the logits of its routers are not recorded."""
+
+    config_class = $own_config
+    _keep_in_fp32_modules_strict = ["$router.mapping"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            if hasattr(layer.mlp, "experts"):
+                layer.mlp.$router = MappedRouter(config, layer.mlp.experts.num_experts)
+
+    # The library looks at the source of a class's module for what the class can do; this is the stock one's.
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        return $stock._can_set_experts_implementation()
+
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return $stock._can_set_attn_implementation()
+
+
+__all__ = ["$own_class"]
+'''
+)
+
+
+def config_keys(class_name: str) -> dict[str, Any]:
+    """Return what config.json says of the code.
+
+    Args:
+        class_name: of the stock class.
+    """
+    own_config, own_class = _names(class_name)
+    return {
+        "architectures": [own_class],
+        "auto_map": {
+            "AutoConfig": f"{CONFIGURATION}.{own_config}",
+            "AutoModelForCausalLM": f"{MODELING}.{own_class}",
+        },
+    }
+
+
+def code_files(class_name: str) -> dict[str, str]:
+    """Return file name -> text.
+
+    Args:
+        class_name: of the stock class.
+    """
+    known = MOE_CLASSES[class_name]
+    own_config, own_class = _names(class_name)
+    in_float32 = class_name == "DeepseekV2ForCausalLM"
+    keeps_float32 = class_name in ("MixtralForCausalLM", "DeepseekV2ForCausalLM")
+    has_bias = class_name == "GptOssForCausalLM"
+    linear = "functional.linear(states.float(), self.weight.float())" if in_float32 else (
+        f"functional.linear(states, self.weight{', self.bias' if has_bias else ''})"
+    )  # fmt: skip
+    words = {
+        "stock": class_name,
+        "config": class_name.replace("ForCausalLM", "Config"),
+        "own_class": own_class,
+        "own_config": own_config,
+        "model_type": f"eep_{known.model_type}",
+        "configuration": CONFIGURATION,
+        "key": KEY,
+        "router": known.router,
+        "bias": "        self.bias = nn.Parameter(torch.zeros(weighed))\n" if has_bias else "",
+        "normalise": _NORMALISE.get(class_name, "config.norm_topk_prob"),
+        "scale": "config.routed_scaling_factor" if in_float32 else "1.0",
+        "logits": linear,
+        "least": repr(LEAST_SHARE),
+        "weights": "weights" if keeps_float32 else "weights.to(logits.dtype)",
+    }
+    return {
+        f"{CONFIGURATION}.py": _CONFIGURATION.substitute(words),
+        f"{MODELING}.py": _MODELING.substitute(words),
+    }
+
+
+def _names(class_name: str) -> tuple[str, str]:
+    own = custom_class(class_name)
+    return own.replace("ForCausalLM", "Config"), own
