@@ -1,0 +1,165 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from compress.calibration.answers import splits_of
+from compress.calibration.text import NoText
+from compress.compressors.base import Workspace
+from compress.compressors.pruning.eep import Eep
+from compress.errors import PlanError, SourceError
+from compress.models.open import open_model, read_spec
+from compress.progress import SilentProgress
+from compress.recipes.experts import EepSettings
+from compress.recipes.schema import ModelRef
+
+from ...tiny_items import make_asked_moe
+
+SMALL = {
+    "keep_experts": 4, "init_random": 6, "prune_evals": 20, "total_evals": 40, "random_draws": 4,
+    "fitness": {"by": "tokens"}, "splits": {"train": 20, "test": 20},
+}  # fmt: skip
+
+
+def settings(**changes) -> EepSettings:
+    values = {**SMALL, **changes}
+    return EepSettings.model_validate_json(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_asked_moe(tmp_path_factory.mktemp("moe"))
+
+
+def applied(folder: Path, work: Path, asked: EepSettings, workers: int = 1):
+    model = open_model(ModelRef(id=str(folder)), progress=SilentProgress())
+    (work / "folder").mkdir(parents=True, exist_ok=True)
+    details = Eep().apply(
+        model, asked, NoText(0), Workspace(work / "folder", work / "shared", workers), SilentProgress()
+    )
+    return model, details
+
+
+def logits(module) -> torch.Tensor:
+    with torch.no_grad():
+        return module(torch.arange(1, 15)[None]).logits
+
+
+def test_what_is_left_scores_as_the_search_says(folder, tmp_path) -> None:
+    from compress.calibration.answer_scores import Scorer
+
+    asked = settings()
+    model, details = applied(folder, tmp_path, asked)
+    rows = {row["name"]: row for row in details["scores"]}
+    splits = splits_of(asked, folder, 0)
+    for name, items in (("train", splits.train), ("score", splits.test)):
+        assert Scorer(model, items, asked.fitness).score().points == pytest.approx(
+            rows["eep"][name], abs=2e-3
+        )
+    assert (details["experts_before"], details["experts_after"]) == (6, 4)
+    assert model.config["num_local_experts"] == 4 and model.module.config.num_local_experts == 4
+    history = details["search"]["history"]
+    assert len(history) == 40 and history[-1]["best"] == max(row["fitness"] for row in history)
+    best = history[details["search"]["best"]]
+    assert (
+        rows["eep"]["train"] == pytest.approx(best["fitness"], abs=1e-3)
+        and best["fitness"] == history[-1]["best"]
+    )
+
+
+def test_the_result_is_at_least_as_good_as_every_rule_that_seeds_it(folder, tmp_path) -> None:
+    _, details = applied(folder, tmp_path, settings(total_evals=24, prune_evals=24))
+    rows = {row["name"]: row for row in details["scores"]}
+    assert not details["merged"] and "eep: experts chosen" not in rows
+    rules = [rows[name]["train"] for name in ("frequency", "soft_activation", "naee")]
+    assert rows["eep"]["train"] >= max(rules)
+    assert rows["random"]["draws"] == 4 and rows["random"]["failed"] == 0
+
+
+def test_a_killed_search_goes_on_with_its_archive(folder, tmp_path) -> None:
+    asked = settings(total_evals=22, prune_evals=16)
+    _, whole = applied(folder, tmp_path / "whole", asked)
+    _, _ = applied(folder, tmp_path / "killed", asked)
+    archive = tmp_path / "killed" / "folder" / "archive"
+    kept = sorted(archive.glob("*.safetensors"))
+    for path in kept[9:]:
+        path.unlink()
+    before = {path: path.stat().st_mtime_ns for path in kept[:9]}
+    _, resumed = applied(folder, tmp_path / "killed", asked)
+    assert resumed == whole
+    assert {path: path.stat().st_mtime_ns for path in kept[:9]} == before
+
+
+@pytest.mark.slow
+def test_workers_find_what_one_process_finds(folder, tmp_path) -> None:
+    from functools import partial
+
+    asked = settings(total_evals=14, prune_evals=12, lag=2, random_draws=0)
+    _, alone = applied(folder, tmp_path / "alone", asked)
+    model = open_model(ModelRef(id=str(folder)), progress=SilentProgress())
+    (tmp_path / "two").mkdir()
+    opener = partial(open_model, ModelRef(id=str(folder)), progress=SilentProgress())
+    workspace = Workspace(tmp_path / "two", tmp_path / "shared", 2, opener)
+    assert Eep().apply(model, asked, NoText(0), workspace, SilentProgress()) == alone
+
+
+def test_fewer_active_experts_alone_only_merge(folder, tmp_path) -> None:
+    asked = EepSettings.model_validate_json(
+        json.dumps({"active_experts": 1, "total_evals": 12, "fitness": {"by": "tokens"},
+                    "splits": {"train": 20, "dev": 10, "test": 10}})
+    )  # fmt: skip
+    model, details = applied(folder, tmp_path, asked)
+    assert (details["active_before"], details["active_after"], details["experts_after"]) == (2, 1, 6)
+    assert model.module.config.num_experts_per_tok == 1
+    names = [row["name"] for row in details["scores"]]
+    assert names == ["original", "eep"] and details["search"]["prune_evals"] == 0
+    assert all(tuple(kept) == tuple(range(6)) for kept in details["experts"].values())
+
+
+def test_given_experts_are_kept_without_a_search(folder, tmp_path) -> None:
+    asked = EepSettings.model_validate_json(json.dumps({"experts": {"0": [5, 1], "1": [0, 1], "2": [2, 3]}}))
+    original = open_model(ModelRef(id=str(folder)), progress=SilentProgress()).module
+    model, details = applied(folder, tmp_path, asked)
+    assert details["experts"] == {"0": [1, 5], "1": [0, 1], "2": [2, 3]} and "scores" not in details
+    gate = model.module.model.layers[0].mlp.gate.weight
+    assert torch.equal(gate, original.model.layers[0].mlp.gate.weight[[1, 5]])
+    text = json.loads(model.attachments["experts.json"])
+    assert text["rounds"][0]["experts"] == details["experts"] and text["rounds"][0]["of"] == 6
+
+
+def test_the_plan_knows_sizes_and_counts(folder) -> None:
+    spec = read_spec(ModelRef(id=str(folder)))
+    plan = Eep().plan(spec, settings())
+    one = 24 * 32 * 3 + 32
+    assert plan.before.parameters - plan.after.parameters == 3 * 2 * one
+    notes = " ".join(plan.notes)
+    assert "20 evaluations choose 4 of 6 experts in 3 groups" in notes and "20 evaluations merge" in notes
+    only = Eep().plan(spec, settings(total_evals=20))
+    assert only.peak_memory_bytes < plan.peak_memory_bytes and "merge" not in " ".join(only.notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep_experts": 7}, "keep_experts: 7 are to stay, but a layer has 6"),
+        ({"keep_experts": 0.4}, "no whole number"),
+        ({"keep_experts": 1}, "2 experts per token|more than"),
+        ({"groups": 4}, "groups: 4 groups, but 3 layers"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_by_the_plan(folder, changes, message) -> None:
+    with pytest.raises(PlanError, match=message):
+        Eep().plan(read_spec(ModelRef(id=str(folder))), settings(**changes))
+
+
+def test_uneven_groups_of_a_router_are_refused(tmp_path) -> None:
+    folder = make_asked_moe(tmp_path, "DeepseekV3ForCausalLM")
+    spec = read_spec(ModelRef(id=str(folder)))
+    with pytest.raises(PlanError, match="2 groups of experts"):
+        Eep().plan(spec, settings(keep_experts=5))
+    assert Eep().plan(spec, settings(keep_experts=4)).after.parameters < spec.size().parameters
+
+
+def test_too_few_items_are_refused(folder, tmp_path) -> None:
+    with pytest.raises(SourceError, match="different items to draw from"):
+        applied(folder, tmp_path, settings(splits={"train": 41, "test": 5}))
