@@ -40,6 +40,7 @@ from .recipes.export import ExportSettings
 from .recipes.loader import LoadedRecipe
 from .recipes.schema import Recipe
 from .recipes.streamed import is_streamed
+from .recipes.workers import RaySettings, Workers
 from .report import describe_model
 from .resuming import Reopener, resume
 from .runtime.atomic import remove_folder, scratch_folder, sweep_partials
@@ -237,13 +238,15 @@ def _workspace(state: Run, model: OpenModel, before: Path | None, folder: Path) 
         working.mkdir()
     state.work.measured.mkdir(exist_ok=True)
     device = str(next(model.module.parameters()).device)
+    ray = state.workers if isinstance(state.workers, RaySettings) else None
     return Workspace(
         working,
         state.work.measured,
-        state.workers,
+        state.workers if isinstance(state.workers, int) else 1,
         Reopener(state.recipe.model, device, before),
         Reopener(state.recipe.model, device, None),
         state.fresh,
+        ray,
     )
 
 
@@ -286,7 +289,7 @@ def execute(
     fresh: bool,
     overwrite: bool | None,
     strict: bool,
-    workers: int = 1,
+    workers: Workers = 1,
     progress: Progress,
 ) -> dict[str, Any]:
     """Carry out a recipe that has passed the preflight; see `pipeline.run`."""

@@ -17,6 +17,7 @@ from .progress import Progress, SilentProgress
 from .recipes.export import PushSettings
 from .recipes.loader import LoadedRecipe, load_recipe
 from .recipes.streamed import is_streamed
+from .recipes.workers import Workers, workers_for
 from .workdir import WorkDirectory
 
 RecipeSource = str | Path | Mapping[str, Any] | LoadedRecipe
@@ -80,7 +81,7 @@ def run(
     fresh: bool = False,
     overwrite: bool | None = None,
     strict: bool = False,
-    workers: int = 1,
+    workers: str | Workers = 1,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Carry out a recipe.
@@ -91,7 +92,8 @@ def run(
         fresh: redo every stage even where a finished one is kept.
         overwrite: replace output folders that compress wrote; None: as the recipe says.
         strict: turn warnings into failures before anything ships.
-        workers: processes that a stage may use; of no effect on the result.
+        workers: processes that a stage may use, or `ray` for a Ray cluster, see `read_workers`; of no
+            effect on the result.
         progress: told what is happening.
 
     Returns:
@@ -104,6 +106,7 @@ def run(
     """
     preflight.check_one_process()
     loaded = _as_loaded(recipe)
+    hands = workers_for((stage.settings for stage in loaded.recipe.stages), workers)
     exports = loaded.recipe.export
     preflight.check_targets(exports, Path(work_dir), overwrite=overwrite)
     preflight.check_writable(Path(work_dir))
@@ -118,7 +121,7 @@ def run(
 
     work = WorkDirectory(Path(work_dir))
     return execute(
-        loaded, work, fresh=fresh, overwrite=overwrite, strict=strict, workers=workers,
+        loaded, work, fresh=fresh, overwrite=overwrite, strict=strict, workers=hands,
         progress=progress or SilentProgress(),
     )  # fmt: skip
 

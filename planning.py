@@ -6,6 +6,7 @@ What cannot be reached, or does not fit on this machine, is refused here, before
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from .recipes.export import ExportSettings
 from .recipes.loader import LoadedRecipe
 from .recipes.placing import placed
 from .recipes.streamed import is_streamed
+from .recipes.workers import Workers
 from .report import describe_model
 
 # Room for what is neither weights nor statistics: the interpreter and the libraries.
@@ -76,14 +78,16 @@ def least_plans(spec: ModelSpec, loaded: LoadedRecipe, plans: Sequence[StagePlan
     return found
 
 
-def check_plan(loaded: LoadedRecipe, targets: Sequence[Path], work_root: Path, *, workers: int = 1) -> None:
+def check_plan(
+    loaded: LoadedRecipe, targets: Sequence[Path], work_root: Path, *, workers: Workers = 1
+) -> None:
     """Plan a recipe and refuse what cannot be reached or does not fit on this machine.
 
     Args:
         loaded: the recipe, that has passed the preflight.
         targets: where its exports are written, in their order.
         work_root: where a checkpoint per stage is kept.
-        workers: processes that a stage may use.
+        workers: processes that a stage may use, or a Ray cluster.
 
     Raises:
         PlanError: a stage, a format, a gate on size, memory or disk speaks against it.
@@ -139,16 +143,21 @@ def _check_disks(
             )
 
 
-def check_memory(plans: Sequence[StagePlan], workers: int) -> None:
-    """Refuse a stage whose processes together need more memory than the machine has."""
+def check_memory(plans: Sequence[StagePlan], workers: Workers) -> None:
+    """Refuse a stage whose processes together need more memory than the machine has.
+
+    Actors of a Ray cluster are not counted: the cluster gives them a place where there is room for them.
+    """
     total = preflight.total_memory_bytes()
     for item in plans:
         needed = item.peak_memory_bytes + _PROCESS_BYTES
-        several = workers > 1 and item.worker_memory_bytes > 0
+        most = item.most_workers or sys.maxsize
+        count = min(workers, most) if isinstance(workers, int) and item.worker_memory_bytes else 1
+        several = count > 1
         if several:
-            needed += workers * (item.worker_memory_bytes + _PROCESS_BYTES)
+            needed += count * (item.worker_memory_bytes + _PROCESS_BYTES)
         if total and needed > total:
-            among = f" with {workers} workers" if several else ""
+            among = f" with {count} workers" if several else ""
             raise PlanError(
                 f"{item.method}: needs about {needed:,} bytes of memory{among}, this machine has {total:,}",
                 hint=f"use fewer {'--workers' if several else 'calibration samples'}, or a larger machine",

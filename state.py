@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .progress import Progress
 from .recipes.loader import LoadedRecipe
 from .recipes.schema import Recipe
+from .recipes.workers import Workers
 from .report import Started
 from .workdir import WorkDirectory
 
@@ -41,7 +42,7 @@ class Run:
     Attributes:
         overwrite: replace output folders that compress wrote; None: as each export says.
         recorded_recipe: what the reports give as `recipe`; None: the recipe itself.
-        workers: processes that a stage may use.
+        workers: processes that a stage may use, or a Ray cluster.
         recorded_speed: what the report says of speed instead of measuring it: no time comes again, and
             everything else of a reproduced folder should; None: it is measured, if the recipe asks for it.
     """
@@ -53,7 +54,7 @@ class Run:
     overwrite: bool | None
     strict: bool
     recorded_recipe: dict[str, Any] | None = None
-    workers: int = 1
+    workers: Workers = 1
     recorded_speed: dict[str, Any] | None = None
     started: Started = field(default_factory=Started)
 

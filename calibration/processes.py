@@ -126,9 +126,19 @@ def _run(pipe: Connection, work: Work[Any, Any]) -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent is done, or gone
     except Exception as error:
-        known = isinstance(error, CompressError)
-        text = f"a process that {work.does} failed:\n{traceback.format_exc()}"
-        _send_last(pipe, error if known else RuntimeError(text))
+        _send_last(pipe, sent_error(error, f"a process that {work.does}"))
+
+
+def sent_error(error: Exception, who: str) -> Exception:
+    """Return what another process is to raise for an error that was just caught here.
+
+    Args:
+        error: of ours, which is returned as it is; or a defect, of which the traceback becomes the message.
+        who: failed, for the message.
+    """
+    if isinstance(error, CompressError):
+        return error
+    return RuntimeError(f"{who} failed:\n{traceback.format_exc()}")
 
 
 def _send_last(pipe: Connection, error: Exception) -> None:

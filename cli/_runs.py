@@ -20,6 +20,7 @@ from ._tables import Table
 
 if TYPE_CHECKING:
     from ..recipes.loader import LoadedRecipe
+    from ..recipes.workers import Workers
     from ._output import Output
     from ._tables import Section
 
@@ -36,7 +37,7 @@ class How:
     fresh: bool = False
     overwrite: bool | None = None
     strict: bool = False
-    workers: int = 1
+    workers: Workers = 1
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UsageError, VerifyError
+from ..recipes.workers import read_workers
 from . import _github, _options, _render, _runs
 from ._errors import Told
 from ._output import Output
@@ -26,9 +27,11 @@ _Overwrite = Annotated[
 ]
 _Strict = Annotated[bool, typer.Option("--strict", help="Turn warnings into a failure.")]
 _Workers = Annotated[
-    int,
+    str,
     typer.Option(
-        min=1, metavar="N", help="Processes that a stage may use, where it can; the result stays the same."
+        metavar="N|ray[:N]",
+        help="Processes that a stage may use, where it can; or actors of a Ray cluster, N at most: that of"
+        " RAY_ADDRESS, else one of this machine. The result stays the same.",
     ),
 ]
 _Push = Annotated[
@@ -64,7 +67,7 @@ def run(
     overwrite: _Overwrite = False,
     strict: _Strict = False,
     no_verify_remote: _NoVerifyRemote = False,
-    workers: _Workers = 1,
+    workers: _Workers = "1",
     reproduce: _Reproduce = None,
     as_json: _options.AsJson = False,
     quiet: _options.Quiet = False,
@@ -100,7 +103,7 @@ def run(
         _options.load, overrides=overrides, model=model, output=output, seed=seed, device=device, push=push,
         verify_remote=False if no_verify_remote else None,
     )  # fmt: skip
-    how = _runs.How(work_dir, fresh, overwrite or None, strict, workers)
+    how = _runs.How(work_dir, fresh, overwrite or None, strict, read_workers(workers))
     code = _runs.carry_out(sink, recipes, load, how)
     if code:
         raise Told(code)

@@ -11,6 +11,7 @@ from ..calibration.base import Calibration
 from ..models.base import ModelSpec, OpenModel, Size
 from ..progress import Progress
 from ..recipes.stages import StageSettings
+from ..recipes.workers import RaySettings
 
 S_contra = TypeVar("S_contra", bound=StageSettings, contravariant=True)
 
@@ -26,6 +27,7 @@ class StagePlan:
         layers: one row per linear: name, bits, bytes, rule that decided.
         disk_bytes: what the stage keeps in its workspace until it is finished.
         worker_memory_bytes: resident memory of each process that works for the stage, where several do.
+        most_workers: processes that have something to do; None: any number.
         least: the smallest model that the stage may leave, where data decide how large it is; `spec` is the
             largest then. None: there is one size.
     """
@@ -40,6 +42,7 @@ class StagePlan:
     disk_bytes: int = 0
     worker_memory_bytes: int = 0
     least: ModelSpec | None = None
+    most_workers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Workspace:
             stage has to do with one process.
         original: opens the model as it was before any stage: what recovery learns from. None: not at hand.
         fresh: measure anew what `shared` holds.
+        ray: a cluster that a stage may use in place of processes; of no effect on what comes out.
     """
 
     folder: Path
@@ -64,6 +68,7 @@ class Workspace:
     reopen: Callable[[], OpenModel] | None = None
     original: Callable[[], OpenModel] | None = None
     fresh: bool = False
+    ray: RaySettings | None = None
 
 
 class Compressor(Protocol[S_contra]):

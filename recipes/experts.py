@@ -179,6 +179,11 @@ class EepSettings(StageSettings):
     )
 
     @property
+    def uses_ray(self) -> bool:
+        """Whether anything is evaluated."""
+        return self.experts is None
+
+    @property
     def merges(self) -> bool:
         """Whether coefficients are searched, or only experts chosen."""
         return self.experts is None and (self.keep_experts is None or self.total_evals > self.prune_evals)

@@ -22,6 +22,11 @@ class StageSettings(BaseModel):
     hurts: ClassVar[bool] = True  # where it prunes: what is left needs training
     learns_from_data: ClassVar[bool] = False  # it trains a denoiser on calibration.data
 
+    @property
+    def uses_ray(self) -> bool:
+        """Whether the stage can hand its work to a Ray cluster."""
+        return False
+
     def changed(self, name: str) -> bool:
         """Tell whether a key has another value than it has anyway; a resolved recipe holds all keys."""
         return bool(getattr(self, name) != type(self).model_fields[name].get_default())

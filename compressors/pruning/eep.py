@@ -59,6 +59,7 @@ class Eep:
             peak_memory_bytes=memory,
             notes=notes,
             worker_memory_bytes=0 if settings.experts is not None else memory,
+            most_workers=settings.lag,
         )
 
     def apply(

@@ -26,6 +26,7 @@ from .evolution import Found, Search, Submit, choose, evolve, in_turn
 from .field import Field
 from .genome import Individual, given_choice
 from .judging import VERSION, Judge, JudgingJob
+from .needs import search_bytes
 from .skipping import skipping, thresholds
 from .told import told, write_down
 from .workers import idle_note, submitters
@@ -70,7 +71,7 @@ class Searching:
         archive = Archive(
             self.workspace.folder / "archive", search.key(self._fitness_key()), self.field.space
         )
-        idle = idle_note(self.workspace.workers, self.settings.lag)
+        idle = idle_note(self.workspace.ray or self.workspace.workers, self.settings.lag)
         if idle:
             self.progress.note(idle)
         with self._evaluations(train, self.splits.train) as submit:
@@ -132,7 +133,11 @@ class Searching:
         job = JudgingJob(
             workspace.reopen, self.weights, field.groups, field.active, items, self.settings.fitness
         )
-        return submitters(job, workspace.workers, lag=self.settings.lag, here=judge)
+        needed = self.model.size().bytes + search_bytes(self.model.spec, self.settings, field)
+        return submitters(
+            job, workspace.ray or workspace.workers, lag=self.settings.lag, here=judge,
+            device=str(next(self.model.module.parameters()).device), memory_bytes=needed,
+        )  # fmt: skip
 
     def _choose(self, search: Search, archive: Archive) -> Found:
         if not self.splits.dev:

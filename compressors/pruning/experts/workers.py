@@ -7,21 +7,21 @@ to find the same however many workers it has.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
+from threading import Thread
 from typing import Protocol
 
 from ....calibration.processes import Announce, Worker
-from ....errors import UsageError
 from ....recipes.workers import RaySettings, Workers
 from .evolution import Submit, in_turn
 from .genome import Individual
 
 Evaluate = Callable[[Individual], float]
+_Asked = tuple[Future[float], Individual]
 HINT = "the finished evaluations are kept: run again; take fewer workers if memory ran out"
 """What to do where a worker dies."""
 
@@ -54,7 +54,15 @@ class Evaluator(Protocol):
 
 
 @contextmanager
-def submitters(job: Job, workers: Workers, *, lag: int, here: Evaluate | None = None) -> Iterator[Submit]:
+def submitters(
+    job: Job,
+    workers: Workers,
+    *,
+    lag: int,
+    here: Evaluate | None = None,
+    device: str = "cpu",
+    memory_bytes: int = 0,
+) -> Iterator[Submit]:
     """Give what starts evaluations, for `evolve` and `choose`.
 
     However this ends - an error, Ctrl-C - no process is left, and no evaluation goes on.
@@ -65,9 +73,13 @@ def submitters(job: Job, workers: Workers, *, lag: int, here: Evaluate | None = 
             More than `lag` are not started: they would have nothing to do.
         lag: of the search.
         here: evaluates in this process; None: `job` is opened here as well, should that be needed.
+        device: that `job` opens the model on; an actor takes a GPU, or as many CPUs as it has threads.
+        memory_bytes: of a worker, which a cluster keeps free for it; 0: not known.
 
     Raises:
-        StageError: by a future: a worker died; what is finished is kept.
+        UsageError: no actor can have this device.
+        StageError: a worker died; what is finished is kept. By a future; or there is no cluster, or no
+            place on it.
         CompressError: by a future: what the evaluation, or opening the model, raised.
         RuntimeError: by a future: the same of a defect, with the traceback of the process.
     """
@@ -76,19 +88,17 @@ def submitters(job: Job, workers: Workers, *, lag: int, here: Evaluate | None = 
     threads = threads_of_each(lag)
     with ExitStack() as stack:
         if isinstance(workers, RaySettings):
-            raise UsageError(f"--workers {workers}: eep knows no Ray cluster yet")
-        count = min(workers, lag)
-        if count == 1:
+            from .ray_workers import Place, actors
+
+            place = Place(device, threads, memory_bytes)
+            evaluators = stack.enter_context(actors(job, workers, place, lag=lag))
+        elif min(workers, lag) == 1:
             stack.enter_context(computing_with(threads))
             yield in_turn(here or job.open())
             return
-        evaluators: list[Evaluator] = []
-        for _ in range(count):
-            process = _Process(job, threads)
-            stack.callback(process.close)
-            stack.callback(process.end)
-            evaluators.append(process)
-        yield stack.enter_context(asking(evaluators))
+        else:
+            evaluators = stack.enter_context(_processes(job, min(workers, lag), threads))
+        yield stack.enter_context(_asking(evaluators))
 
 
 def threads_of_each(lag: int) -> int:
@@ -115,29 +125,26 @@ def idle_note(workers: Workers, lag: int) -> str | None:
 
 
 @contextmanager
-def asking(evaluators: Sequence[Evaluator]) -> Iterator[Submit]:
+def _asking(evaluators: Sequence[Evaluator]) -> Iterator[Submit]:
     """Give what hands an individual to the first evaluator that is free; end them all afterwards."""
-    waiting: SimpleQueue[tuple[Future[float], Individual] | None] = SimpleQueue()
-    threads = [threading.Thread(target=_drive, args=(one, waiting), daemon=True) for one in evaluators]
+    waiting: SimpleQueue[_Asked | None] = SimpleQueue()
 
     def submit(individual: Individual) -> Future[float]:
         future: Future[float] = Future()
         waiting.put((future, individual))
         return future
 
-    try:
-        for thread in threads:
-            thread.start()
+    def started(evaluator: Evaluator) -> Thread:
+        thread = Thread(target=_drive, args=(evaluator, waiting), daemon=True)
+        thread.start()
+        return thread
+
+    with ExitStack() as last, ExitStack() as first:
+        for evaluator in evaluators:
+            last.callback(started(evaluator).join)
+            first.callback(waiting.put, None)
+            first.callback(evaluator.end)
         yield submit
-    finally:
-        for one in evaluators:
-            one.end()
-        for thread in threads:
-            if thread.ident is not None:
-                waiting.put(None)
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
 
 
 def _drive(evaluator: Evaluator, waiting: SimpleQueue[tuple[Future[float], Individual] | None]) -> None:
@@ -158,6 +165,19 @@ def _drive(evaluator: Evaluator, waiting: SimpleQueue[tuple[Future[float], Indiv
         except Exception as error:
             failure = error
             future.set_exception(error)
+
+
+@contextmanager
+def _processes(job: Job, count: int, threads: int) -> Iterator[list[Evaluator]]:
+    """Start processes of this machine, and end them."""
+    found: list[Evaluator] = []
+    with ExitStack() as stack:
+        for _ in range(count):
+            process = _Process(job, threads)
+            stack.callback(process.close)
+            stack.callback(process.end)
+            found.append(process)
+        yield found
 
 
 @dataclass(frozen=True)
