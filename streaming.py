@@ -28,11 +28,11 @@ from .history import entry_of, source_hash
 from .models.base import OpenModel
 from .models.checkpoint import Checkpoint, hash_files, locate
 from .models.open import open_outline
-from .progress import step
+from .progress import Progress, step
 from .recipes.experts import EepSettings
 from .recipes.export import ExportSettings
 from .recipes.gates import judge
-from .recipes.schema import Recipe
+from .recipes.schema import ModelRef, Recipe
 from .recipes.streamed import given_experts
 from .report import describe_model
 from .state import Run
@@ -74,18 +74,13 @@ def produce(state: Run, place: Callable[[ExportSettings], Path]) -> list[Variant
     checkpoint = locate(state.recipe.model)
     check_copies(checkpoint)
     cut = _apply(state, checkpoint)
-    return [_variant(state, checkpoint, cut, export, place(export)) for export in state.recipe.export]
+    return [_variant(state, cut, export, place(export)) for export in state.recipe.export]
 
 
 def _apply(state: Run, checkpoint: Checkpoint) -> _Cut:
     """Apply the stage to the model without its weights."""
     recipe, stage = state.recipe, state.recipe.stages[0]
-    with step(state.progress, f"checking {recipe.model.id}"):
-        hashes = hash_files(checkpoint)
-    model = open_outline(recipe.model)
-    model.source = replace(model.source, hashes=hashes)
-    model.spec = model.spec.evolve(source=model.source)
-    model.module = model.module.to(model.spec.dtype)
+    model = open_hashed(recipe.model, checkpoint, state.progress)
     described, before = describe_model(model.spec), model.spec.size().to_json()
     input_hash = source_hash(model.source, model.spec.dtype, model.config)
     workspace = Workspace(state.work.root, state.work.measured)
@@ -96,7 +91,43 @@ def _apply(state: Run, checkpoint: Checkpoint) -> _Cut:
     return _Cut(model, details, described, before)
 
 
-def _variant(state: Run, checkpoint: Checkpoint, cut: _Cut, export: ExportSettings, folder: Path) -> Variant:
+def open_hashed(ref: ModelRef, checkpoint: Checkpoint, progress: Progress) -> OpenModel:
+    """Return a model without its weights, whose files are read once for their hashes.
+
+    Args:
+        ref: of the recipe.
+        checkpoint: what `locate(ref)` returned.
+        progress: gets one step.
+    """
+    with step(progress, f"checking {ref.id}"):
+        hashes = hash_files(checkpoint)
+    model = open_outline(ref)
+    model.source = replace(model.source, hashes=hashes)
+    model.spec = model.spec.evolve(source=model.source)
+    model.module = model.module.to(model.spec.dtype)
+    return model
+
+
+def compare(
+    recipe: Recipe, model: OpenModel, folder: Path, size_bytes: int, progress: Progress
+) -> tuple[str | None, str]:
+    """Compare a written folder with its source; see `compare_in_fresh_process`.
+
+    Args:
+        recipe: that was carried out.
+        model: as it was opened, or after the stage.
+        folder: what was written.
+        size_bytes: of its tensors, for the progress.
+        progress: gets one step.
+    """
+    settings = settings_of(recipe)
+    return compare_in_fresh_process(
+        model.source.folder, folder, settings.experts or {}, active=settings.active_experts,
+        dtype=dtype_code(model.spec.dtype), size_bytes=size_bytes, progress=progress,
+    )  # fmt: skip
+
+
+def _variant(state: Run, cut: _Cut, export: ExportSettings, folder: Path) -> Variant:
     """Write, compare and describe one variant."""
     recipe, settings = state.recipe, settings_of(state.recipe)
     kept, method = settings.experts or {}, recipe.stages[0].method
@@ -109,10 +140,7 @@ def _variant(state: Run, checkpoint: Checkpoint, cut: _Cut, export: ExportSettin
             (folder / name).write_text(text, encoding="utf-8")
         put_beside(state, cut.model.source, folder)
     with step(state.progress, "verify"):
-        failure, note = compare_in_fresh_process(
-            checkpoint.folder, folder, kept, active=settings.active_experts,
-            dtype=dtype_code(cut.model.spec.dtype), size_bytes=info.tensor_bytes, progress=state.progress,
-        )  # fmt: skip
+        failure, note = compare(recipe, cut.model, folder, info.tensor_bytes, state.progress)
     stage = {
         "method": method,
         "seconds": cost.seconds,

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from . import report
+from . import report, streaming
 from .calibration.questions import questions_of
 from .errors import PlanError, RecipeError, SourceError
 from .evaluation.agreement import Agreement, compare_metrics
@@ -26,13 +26,15 @@ from .exporters.form import stored_surgery
 from .exporters.fresh_process import verify_export
 from .exporters.inspection import foreign_schemes
 from .exporters.recorded_recipe import recorded_recipe, with_copies
+from .exporters.tensors_seen import compared_tensors
 from .exporters.verify import FolderError, recorded_environment
 from .models.base import OpenModel
-from .models.checkpoint import BUILTIN_PREFIX
+from .models.checkpoint import BUILTIN_PREFIX, locate
 from .models.open import open_model
 from .progress import Progress
 from .recipes.gates import failures, judge
 from .recipes.schema import ModelRef, Recipe
+from .recipes.streamed import is_streamed
 from .resuming import take_depth
 from .runtime.load import load, read_checkpoint
 from .runtime.validate import open_folder
@@ -42,15 +44,16 @@ def evaluate_folder(recipe: Recipe | None, folder: Path, progress: Progress) -> 
     """Measure an exported folder against its original; see `pipeline.evaluate`."""
     exported = report.read_report(folder)
     recipe = recipe or _recorded_recipe(folder, exported)
-    model = open_model(recipe.model, device=resolve_device(recipe.device), progress=progress)
+    model = _original(recipe, recipe.model, resolve_device(recipe.device), progress)
     if _strangers(exported, model):
         raise SourceError(
             f"{folder}: was made from other weights than {recipe.model.id}",
             hint=f"it was made from {exported['model']['id']}; give a recipe with that model",
         )
     result = _measure(recipe, model, folder, exported, progress)
-    if exported["export"].get("max_abs_error") is not None:  # measured when the folder was verified
-        result.metrics["max_abs_error"] = exported["export"]["max_abs_error"]
+    recorded = exported["export"].get("max_abs_error")
+    if recorded is not None and not compared_tensors(exported["export"]):  # of outputs, when it was verified
+        result.metrics["max_abs_error"] = recorded
     return {
         "evaluation": {"metrics": result.metrics, **result.details},
         "gates": judge(recipe.require, result.metrics),
@@ -71,7 +74,8 @@ def verify_against(
 
     Returns:
         The result with the checks `base`, `outputs`, `figures` and `gates now`, and with `metrics`
-        and `gates` as they were measured.
+        and `gates` as they were measured. Of what went from disk to disk, `tensors now` is in the place of
+        `outputs`: no weights are opened then either.
 
     Raises:
         FolderError: a check failed.
@@ -84,7 +88,7 @@ def verify_against(
     if not exported["model"]["hashes"]:
         _add(result, "base", "the report records no SHA-256 of the weights it was made from", ok=False)
         raise FolderError(result)
-    model = open_model(_base(recipe, exported, against), device=_device(exported, device), progress=progress)
+    model = _original(recipe, _base(recipe, exported, against), _device(exported, device), progress)
     others = _strangers(exported, model)
     if others:
         _add(result, "base", f"{against} has other weights than the folder was made from: {others}", ok=False)
@@ -104,6 +108,13 @@ def verify_against(
     if not result["verified"]:
         raise FolderError(result, hint=_hint(exported))
     return result
+
+
+def _original(recipe: Recipe, ref: ModelRef, device: str, progress: Progress) -> OpenModel:
+    """Open the original; without its weights where the recipe was carried out from disk to disk."""
+    if is_streamed(recipe):
+        return streaming.open_hashed(ref, locate(ref), progress)
+    return open_model(ref, device=device, progress=progress)
 
 
 def _add(result: dict[str, Any], name: str, detail: str, *, ok: bool = True) -> None:
@@ -131,18 +142,26 @@ class _Loaded:
 
 def _load(folder: Path, format_: str, model: OpenModel) -> _Loaded:
     surgery = stored_surgery(folder, model.family, model.config)
-    stored = open_folder(folder).tensors
-    size_bytes = sum(entry.bytes for name, entry in stored.items() if name not in model.shared)
+    size_bytes = _stored_bytes(folder, model)
     if format_ == "compress":
         module, manifest = read_checkpoint(folder)
         return _Loaded(module, dict(manifest.quantization), surgery, size_bytes)
     return _Loaded(load(folder), foreign_schemes(folder), surgery, size_bytes)
 
 
+def _stored_bytes(folder: Path, model: OpenModel) -> int:
+    """Return the bytes of a folder's tensors, copies once."""
+    stored = open_folder(folder).tensors
+    return sum(entry.bytes for name, entry in stored.items() if name not in model.shared)
+
+
 def _measure(
     recipe: Recipe, model: OpenModel, folder: Path, exported: Mapping[str, Any], progress: Progress
 ) -> Evaluation:
     """Record the original, put the folder's module in its place, and measure that."""
+    if is_streamed(recipe):
+        take_depth(model, folder)
+        return Evaluation(metrics=size_metrics(model, _stored_bytes(folder, model)))
     device = next(model.module.parameters()).device
     questions = questions_of(recipe, model.source.folder)
     evaluator = evaluator_for(model, recipe.evaluate, recipe.seed, recipe.calibration, questions=questions)
@@ -169,6 +188,11 @@ def _check_outputs(
     progress: Progress,
 ) -> None:
     """Load the folder in a fresh process every way that it has, and compare with this one."""
+    if is_streamed(recipe):
+        size_bytes = _stored_bytes(folder, model)
+        failure, note = streaming.compare(recipe, model, folder, size_bytes, progress)
+        _add(result, "tensors now", failure or note, ok=failure is None)
+        return
     if exported["export"]["format"] == "sdnq":
         # These two compare with layers that were there before the export; the folder does not hold them.
         for name in ("max_abs_error", "linear_bytes_ratio"):

@@ -56,7 +56,7 @@ def compare_in_fresh_process(
         more = len(differences) - _MOST_TOLD
         told = "; ".join(differences[:_MOST_TOLD]) + (f"; and {more} more" if more > 0 else "")
         return f"compared with the source in a fresh process: {told}", ""
-    return None, f"{TENSORS_ALONE}: {answer['tensors']:,} tensors"
+    return None, f"{TENSORS_ALONE} ({answer['tensors']:,} tensors)"
 
 
 def _ask(request: Mapping[str, Any], progress: Progress) -> dict[str, Any] | str:

@@ -8,6 +8,7 @@ from .schema import EvaluateSettings, Recipe
 
 OUTPUTS = "max_abs_error"
 """A metric of outputs that is measured whatever `evaluate` says."""
+_ALONE = "layers"  # of evaluate: asks for nothing by itself
 
 
 def given_experts(recipe: Recipe) -> EepSettings | None:
@@ -41,8 +42,8 @@ def is_streamed(recipe: Recipe) -> bool:
 
 
 def _measured(evaluate: EvaluateSettings) -> str | None:
-    for name in ("fidelity", "quality", "speed"):
-        if getattr(evaluate, name) is not None:
+    for name in EvaluateSettings.model_fields:
+        if name != _ALONE and getattr(evaluate, name) is not None:
             return f"evaluate.{name}"
     return None
 
