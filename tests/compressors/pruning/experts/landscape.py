@@ -78,8 +78,8 @@ def slowly(individual) -> float:
 def main() -> None:
     """Run `landscape.py FOLDER WORKERS LAG [KILL_AT WHEN]`.
 
-    With the last two the process kills itself around the KILL_AT-th rename of a file: `before` it, or
-    `after` it.
+    With the last two the process kills itself, and those of its group, around the KILL_AT-th rename of a
+    file: `before` it, or `after` it. It is to lead a group.
     """
     folder, workers, lag = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     if len(sys.argv) > 4:
@@ -104,10 +104,10 @@ def _kill_at(count: int, when: str) -> None:
         nonlocal done
         done += 1
         if done == count and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.killpg(0, signal.SIGKILL)  # with the processes of its own, which would wait for ever
         result = replace(path, target)
         if done == count:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.killpg(0, signal.SIGKILL)  # with the processes of its own, which would wait for ever
         return result
 
     Path.replace = replace_or_die

@@ -131,7 +131,9 @@ def test_an_evaluation_of_another_search_is_refused(landscape, kept, name):
 def run(folder, *arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, str(PROGRAM), str(folder), *map(str, arguments)], env=environment
+        [sys.executable, str(PROGRAM), str(folder), *map(str, arguments)],
+        env=environment,
+        start_new_session=True,
     )
 
 
@@ -167,7 +169,7 @@ def test_a_search_that_is_killed_again_and_again_ends_with_the_same_archive(land
         while process.poll() is None and time.monotonic() < deadline:
             if len(list(folder.glob("[0-9]*.safetensors"))) >= wanted:
                 time.sleep(moments.random() * 0.01)
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
                 break
             time.sleep(0.002)
         if process.wait(timeout=60) == 0:
