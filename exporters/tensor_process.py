@@ -64,19 +64,21 @@ def _ask(request: Mapping[str, Any], progress: Progress) -> dict[str, Any] | str
     # It reads what may come from elsewhere and asks nobody for anything: it needs no token.
     environment = {name: value for name, value in os.environ.items() if name not in TOKEN_VARIABLES}
     environment |= {"HF_HUB_OFFLINE": "1"}
-    answer: dict[str, Any] | None = None
     with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as asked,
         tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
-        subprocess.Popen(
-            [sys.executable, "-P", "-m", _WORKER], env=environment, text=True, stdin=subprocess.PIPE,
+    ):
+        json.dump(request, asked)
+        asked.seek(0)
+        with subprocess.Popen(
+            [sys.executable, "-P", "-m", _WORKER], env=environment, text=True, stdin=asked,
             stdout=subprocess.PIPE, stderr=errors,
-        ) as process,
-    ):  # fmt: skip
-        try:
-            answer = _listen(process, request, progress)
-            process.wait()
-        finally:
-            process.kill()  # of no effect where it has ended
+        ) as process:  # fmt: skip
+            try:
+                answer = _listen(process, progress)
+                process.wait()
+            finally:
+                process.kill()  # of no effect where it has ended
         if process.returncode == 0 and answer is not None:
             return answer
         errors.seek(0)
@@ -84,14 +86,10 @@ def _ask(request: Mapping[str, Any], progress: Progress) -> dict[str, Any] | str
         return f"the process ended with {process.returncode}: {lines[-1]}"
 
 
-def _listen(
-    process: subprocess.Popen[str], request: Mapping[str, Any], progress: Progress
-) -> dict[str, Any] | None:
-    """Send the request, pass on how far the process is, and return its answer."""
-    if process.stdin is None or process.stdout is None:
-        raise ValueError("the process was started without pipes")
-    process.stdin.write(json.dumps(request))
-    process.stdin.close()
+def _listen(process: subprocess.Popen[str], progress: Progress) -> dict[str, Any] | None:
+    """Pass on how far the process is, and return its answer."""
+    if process.stdout is None:
+        raise ValueError("the process was started without a pipe")
     answer: dict[str, Any] | None = None
     for line in process.stdout:
         told: dict[str, Any] = json.loads(line)
