@@ -15,8 +15,10 @@ from ...calibration.base import Calibration
 from ...models.base import ModelSpec, OpenModel
 from ...models.expert_choice import checked_experts, mixture_shape
 from ...models.experts import fewer_experts_spec, keep_experts_of
+from ...models.mapped_experts import mapped_routers_spec
 from ...progress import Progress
 from ...recipes.experts import EepSettings
+from ...runtime.mapped_routing import check_mappable
 from ..base import StagePlan, Workspace
 from ..recovery.weights import refuse_quantized
 from .experts.field import Field
@@ -50,7 +52,11 @@ class Eep:
             kept = field.space.kept
             memory += search_bytes(spec, settings, field)
             notes = search_notes(spec, settings, field)
-        after = fewer_experts_spec(spec, kept, settings.active_experts)
+        after = least = fewer_experts_spec(spec, kept, settings.active_experts)
+        if settings.export == "custom":
+            after = mapped_routers_spec(spec, kept, settings.active_experts)
+        elif settings.router == "free":
+            check_mappable(spec.config)
         return StagePlan(
             method=settings.method,
             before=spec.size(),
@@ -60,6 +66,7 @@ class Eep:
             notes=notes,
             worker_memory_bytes=0 if settings.experts is not None else memory,
             most_workers=settings.lag,
+            least=None if least is after else least,
         )
 
     def apply(

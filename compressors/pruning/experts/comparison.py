@@ -18,6 +18,7 @@ from .judging import Judge
 ORIGINAL = "original"
 RANDOM = "random"
 PRUNED = "eep: experts chosen"
+FREE = "eep: router free, not shipped"
 FINAL = "eep"
 
 

@@ -13,20 +13,20 @@ from ....calibration.content import hash_weights
 from ....errors import StageError
 from ....models.base import OpenModel
 from ....models.expert_choice import mixture_shape
-from ....models.experts import keep_experts_of
 from ....progress import Progress
 from ....recipes.experts import EepSettings
 from ....runtime.hashes import digest
 from ...base import Workspace
 from .archive import Archive
 from .baselines import measure, random_choices
-from .candidate import Candidates, kept_of, mixing_of
-from .comparison import FINAL, ORIGINAL, PRUNED, RANDOM, Contender, compared, scored, spread
+from .candidate import Candidates
+from .comparison import FINAL, FREE, ORIGINAL, PRUNED, RANDOM, Contender, compared, scored, spread
 from .evolution import Found, Search, Submit, choose, evolve, in_turn
 from .field import Field
-from .genome import Individual, given_choice
+from .genome import Individual, given_choice, is_one_hot
 from .judging import VERSION, Judge, JudgingJob
 from .needs import search_bytes
+from .shipping import change, shipped, told_coefficients
 from .skipping import skipping, thresholds
 from .told import told, write_down
 from .workers import idle_note, submitters
@@ -82,12 +82,13 @@ class Searching:
                 f"none of {search.total_evals} models that were tried gives finite outputs",
                 hint="evaluate the original; float16 may be too narrow for it (`model: {dtype: bfloat16}`)",
             )
-        scores = self._scores(search, archive, found, rules, train)
+        result = shipped(found.best.individual, self.settings.export, search.space.pools)
+        scores = self._scores(search, archive, found, rules, train, result)
         skipped = self._skipped(train)
         before = mixture_shape(self.model.config).routing
-        kept = self._change(found.best.individual)
+        kept = change(self.model, result, self.field)
         write_down(
-            self.model, before, kept, found=found.best.individual, groups=self.field.groups,
+            self.model, before, kept, found=result, groups=self.field.groups,
             about={"method": self.settings.method, "evaluations": search.total_evals, "seed": self.seed},
         )  # fmt: skip
         return {
@@ -96,7 +97,9 @@ class Searching:
             "fitness": self._told_fitness(),
             "scores": scores,
             **({} if skipped is None else {"skipping": skipped}),
-            "merged": not found.best.individual.is_choice,
+            "merged": not result.is_choice,
+            "router": "onehot" if is_one_hot(result.router) else "free",
+            **told_coefficients(result, self.field),
             "seed": self.seed,
             "search": {
                 "evaluations": search.total_evals,
@@ -146,15 +149,20 @@ class Searching:
             return choose(search, archive, submit, progress=self.progress)
 
     def _scores(
-        self, search: Search, archive: Archive, found: Found, rules: Mapping[str, Individual], train: Judge
-    ) -> list[dict[str, Any]]:
+        self, search: Search, archive: Archive, found: Found, rules: Mapping[str, Individual], train: Judge,
+        result: Individual,
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """Return the rows of the table: the original, the rules, random choices, and what was found."""
         judge = self._judge(self.splits.test)
         original = Contender(ORIGINAL, None, train.scorer.score().points)
         contenders = [original, *self._ruled(rules, found, train)]
         if found.pruned is not None and found.pruned.index != found.best.index:
             contenders.append(Contender(PRUNED, found.pruned.individual, found.pruned.fitness))
-        contenders.append(Contender(FINAL, found.best.individual, found.best.fitness))
+        fitness = found.best.fitness
+        if result is not found.best.individual:
+            contenders.append(Contender(FREE, found.best.individual, fitness))
+            fitness = train(result)
+        contenders.append(Contender(FINAL, result, fitness))
         rows = compared(judge, judge.scorer, contenders, self.progress)
         count = 0 if search.merges_only else self.settings.random_draws
         draws = [Contender(RANDOM, one) for one in random_choices(search.space, count, self.seed)]
@@ -184,13 +192,6 @@ class Searching:
         with skipping(self.model, medians) as skipped:
             score = scorer.score()
         return {"experts_per_token": round(skipped.experts_per_token, 4), **scored(score)}
-
-    def _change(self, individual: Individual) -> dict[int, tuple[int, ...]]:
-        """Leave of the model what an individual says; return the experts that stay."""
-        kept = kept_of(individual, self.field.groups)
-        mixing = None if individual.is_choice else mixing_of(individual, self.field.groups)
-        keep_experts_of(self.model, kept, active=self.field.active, mixing=mixing)
-        return kept
 
     def _told_fitness(self) -> dict[str, Any]:
         fitness = self.settings.fitness

@@ -163,3 +163,50 @@ def test_uneven_groups_of_a_router_are_refused(tmp_path) -> None:
 def test_too_few_items_are_refused(folder, tmp_path) -> None:
     with pytest.raises(SourceError, match="different items to draw from"):
         applied(folder, tmp_path, settings(splits={"train": 41, "test": 5}))
+
+
+def free(export: str) -> EepSettings:
+    # With this noise a free router soon is better than the best choice on so few items.
+    return settings(
+        router="free", export=export, groups=1, total_evals=60, mut_sigma=0.5, mut_entry=1.0, norm_prob=0.0
+    )
+
+
+def test_a_free_router_is_shipped_as_it_was_scored(folder, tmp_path) -> None:
+    from compress.calibration.answer_scores import Scorer
+    from compress.runtime.mapped_routing import is_mapped
+
+    asked = free("custom")
+    model, details = applied(folder, tmp_path, asked)
+    rows = {row["name"]: row for row in details["scores"]}
+    assert details["router"] == "free" and is_mapped(model.config)
+    train = splits_of(asked, folder, 0).train
+    points = Scorer(model, train, asked.fitness).score().points
+    assert points == pytest.approx(rows["eep"]["train"], abs=2e-3)
+    assert set(details["mapping"]) == set(details["mixing"]) == {"0", "1", "2"}
+
+
+def test_a_rounded_router_is_stock_and_scored_again(folder, tmp_path) -> None:
+    from compress.calibration.answer_scores import Scorer
+    from compress.runtime.mapped_routing import is_mapped
+
+    asked = free("stock-projected")
+    model, details = applied(folder, tmp_path, asked)
+    rows = {row["name"]: row for row in details["scores"]}
+    assert details["router"] == "onehot" and not is_mapped(model.config)
+    history = details["search"]["history"]
+    free_row = rows["eep: router free, not shipped"]
+    assert free_row["train"] == pytest.approx(history[details["search"]["best"]]["fitness"], abs=1e-3)
+    train = splits_of(asked, folder, 0).train
+    points = Scorer(model, train, asked.fitness).score().points
+    assert points == pytest.approx(rows["eep"]["train"], abs=2e-3)
+    assert "mapping" not in details and details["merged"]
+    assert len(model.module.model.layers[0].mlp.gate.weight) == 4
+
+
+def test_a_router_that_cannot_be_mapped_is_refused_by_the_plan(tmp_path) -> None:
+    folder = make_asked_moe(tmp_path, "PhimoeForCausalLM")
+    with pytest.raises(PlanError, match="router: free"):
+        Eep().plan(read_spec(ModelRef(id=str(folder))), free("custom"))
+    with pytest.raises(PlanError, match="router: free"):
+        Eep().plan(read_spec(ModelRef(id=str(folder))), free("stock-projected"))
