@@ -12,8 +12,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from ..exporters.depth_table import removals
+from ..exporters.experts_table import expert_stages
 from ..exporters.pruning_table import prunings, recoveries
-from . import _depth, _pruning
+from . import _depth, _experts, _pruning
 from ._tables import Section, Table
 from ._units import amount, plain, size
 
@@ -39,6 +40,8 @@ def sections(document: Document) -> Iterator[Section]:
     history = {"stages": document["history"]}
     for stage in removals(history):
         yield textwrap.fill(_depth.short(stage), _WIDTH, subsequent_indent="  ")
+    for stage in expert_stages(history):
+        yield textwrap.fill(_experts.short(stage), _WIDTH, subsequent_indent="  ")
     for stage in prunings(history):
         yield _pruning.removed(stage)
         yield _pruning.costs(stage)
@@ -65,6 +68,7 @@ def _head(document: Document) -> Table:
         ("parameters", amount(once)),
         ("parameters, copies counted", amount(stored) if stored != once else None),
         ("depth", _depth.of_original(document["depth"]) if document["depth"] else None),
+        ("experts", _experts.of_original(document["experts"]) if document["experts"] else None),
         ("bits per weight, everything counted", document["bits_per_weight"]),
         ("bits of the quantized weights", document["quantized_bits"]),
         ("copies that are not stored", shared or None),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..exporters.tensors_seen import compared_tensors
-from . import _allocation, _pruning
+from . import _allocation, _experts, _pruning
 from ._tables import Section, Table
 from ._units import amount, duration, plain, size
 
@@ -14,6 +14,7 @@ Document = Mapping[str, Any]
 
 _SIZES = (
     ("parameters", "parameters", amount),
+    ("active_parameters", "parameters a token meets", amount),
     ("macs", "multiply-accumulates", amount),
     ("bytes", "bytes", size),
     ("bits_per_weight", "bits per weight", plain),
@@ -79,6 +80,7 @@ def report(document: Document) -> list[Section]:
         ]
         sections.append(Table("stages", ["stage", "time", "peak memory", "bytes after"], rows))
         sections += [line for stage in stages for line in _allocation.lines(stage)]
+        sections += _experts.sections(document)
         sections += _pruning.sections(document)
         sections += _pruning.advice(document)
         sections.append(before_after(stages[0]["before"], stages[-1]["after"]))
@@ -97,6 +99,7 @@ def judgement(document: Document) -> list[Section]:
         seen = "compared with its source in a fresh process: equal tensors; no outputs were computed"
     return [
         *metrics(document["evaluation"].get("metrics", {})),
+        *_experts.answered(document["evaluation"]),
         *gates(document["gates"]),
         f"{export['path']}  ({export['format']}, {size(export['bytes'])}; {seen})",
         *pushed(export.get("push")),

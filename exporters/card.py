@@ -13,6 +13,7 @@ from typing import Any
 
 from ..runtime.hashes import file_sha256
 from .card_allocation import allocation
+from .card_experts import experts
 from .card_figures import gates, measured
 from .card_layers import export_notes, layers, limits
 from .card_loading import loading
@@ -76,6 +77,7 @@ def render_card(
         export_notes(subject),
         measured(subject, figures),
         gates(subject),
+        experts(subject),
         pruning(subject),
         allocation(subject),
         layers(subject),

@@ -21,11 +21,14 @@ _CAPTIONS = {
     "error_over_bytes.png": "Measured error over bytes: this checkpoint, other budgets, and equal bits.",
     "blocks.png": "Blocks that stay, counted from 0.",
     "choices.png": "How the search settled: the probability of every group's choice over its steps.",
+    "experts.png": "Experts of every layer: which stay, or how much of each went into those that stay.",
+    "fitness.png": "Fitness of every evaluation of the search on the train items, and the best so far.",
     "widths.png": "Width of every layer before and after pruning.",
     "scores.png": "Scores of the channels that competed with each other: kept and removed."
     " A head goes as a whole.",
     "training_loss.png": "Loss of the training after pruning.",
 }
+_COUNTED = ("blocks.png", "experts.png")  # whose places are those of the model before
 _METRIC_ROWS = (
     ("sqnr_db", "denoiser SQNR, all steps", "{:.2f} dB"),
     ("sqnr_db_worst_step", "denoiser SQNR, worst step", "{:.2f} dB"),
@@ -57,7 +60,7 @@ def _picture(name: str, subject: Subject) -> Iterator[str]:
     if later and f"{later[1]}.png" in _CAPTIONS:
         first, number = f"{later[1]}.png", int(later[2])
         caption = f"{_CAPTIONS[first]} Stage {number} of this kind."
-        caption += " They are counted in the model before it." if first == "blocks.png" else ""
+        caption += " They are counted in the model before it." if first in _COUNTED else ""
     if name == "samples.png" and _between(subject):
         caption += " Between them, samples of the model as it was after the stages that are named."
     if name == "layer_error.png" and removals(subject.document):
@@ -103,6 +106,7 @@ def _rows(subject: Subject) -> list[tuple[str, str, str]]:
         before, after = f"{metrics['perplexity_original']:.4f}", f"{metrics['perplexity']:.4f}"
         rows.append(("perplexity on text that was not calibrated on", before, after))
         rows.append(("divergence of the next token's distribution, nats", "0", f"{metrics['kl']:.5f}"))
+    rows += _answer_rows(subject.document["evaluation"])
     if "class_agreement" in metrics:
         before, after = f"{metrics['class_agreement_original']:.1%}", f"{metrics['class_agreement']:.1%}"
         rows.append(("class agreement", before, after))
@@ -114,6 +118,20 @@ def _speed_row(speed: Mapping[str, Any]) -> tuple[str, str, str]:
     text = f"one forward of {speed['batch_size']}, shortest of {speed['rounds']}, milliseconds"
     before, after = (f"{1000 * speed[name]:.4g}" for name in ("original_seconds", "seconds"))
     return text, before, f"{after} ({speed['speedup']:.2f} times as fast)"
+
+
+def _answer_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    found, metrics = evaluation.get("answers"), evaluation["metrics"]
+    if not found:
+        return []
+    pairs = (
+        (metrics["answers_original"], found["original_standard_error"]),
+        (metrics["answers"], found["standard_error"]),
+    )
+    before, after = (
+        f"{share:.1%}" + ("" if error is None else f" ± {100 * error:.1f}") for share, error in pairs
+    )
+    return [(f"questions answered rightly, of {found['items']:,}, ± standard error in points", before, after)]
 
 
 def _classifier_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from .card_subject import Subject
 from .depth_table import removals
+from .experts_table import expert_stages, removes
 from .fresh_process import NOT_EXECUTED
 from .layer_table import grouped, has_quantizer
 from .markdown import code, sentence, table
@@ -67,6 +69,7 @@ def limits(subject: Subject) -> Iterator[str]:
     if removals(subject.document):
         yield "- Fewer blocks have fewer multiply-accumulates, by the share stated above. What lies before"
         yield "  and after the blocks takes its time as it did."
+    yield from _experts(expert_stages(subject.document))
     products = "- Attention products, softmax, normalisation and the layers listed as floating point run"
     if linears and prunings(subject.document):
         yield from (products, "  in floating point.")
@@ -74,6 +77,17 @@ def limits(subject: Subject) -> Iterator[str]:
         yield from (f"{products} as in the", "  original.")
     yield from _speed(subject)
     yield ""
+
+
+def _experts(stages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if not stages:
+        return
+    first, last = stages[0]["details"]["active_before"], stages[-1]["details"]["active_after"]
+    if first != last:
+        yield f"- A token meets {last} instead of {first} experts; everything else takes its time as it did."
+    elif any(removes(stage["details"]) for stage in stages):
+        yield "- Fewer experts take less memory; a token meets as many of them as before, so its products are"
+        yield "  as many."
 
 
 def _speed(subject: Subject) -> Iterator[str]:

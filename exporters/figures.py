@@ -19,8 +19,10 @@ from ..calibration.similarity import PERFECT_DB
 from ..evaluation.evaluator import Evaluation
 from .depth_table import is_learned, removals
 from .drawing import BLUE, INK, MUTED, ORANGE, new_figure, plain_defaults, save, tidy
+from .experts_table import expert_stages
 from .figures_bits import draw_bits, draw_points, draw_sensitivity
 from .figures_depth import draw_choices, draw_kept
+from .figures_experts import chooses_experts, draw_experts, draw_fitness, searches
 from .figures_pruning import draw_scores, draw_training, draw_widths
 from .layer_table import allocation_of, has_quantizer, label_of, mixed_label_of
 from .pruning_table import numbered, prunings, recoveries, widths_of
@@ -29,7 +31,11 @@ SAMPLES, TIMESTEPS, LAYERS, BITS = "samples.png", "sqnr_per_timestep.png", "laye
 SENSITIVITY, POINTS = "sensitivity.png", "error_over_bytes.png"
 SCORES, WIDTHS, TRAINING = "scores.png", "widths.png", "training_loss.png"
 KEPT, CHOICES = "blocks.png", "choices.png"
-ORDER = (SAMPLES, TIMESTEPS, LAYERS, BITS, SENSITIVITY, POINTS, KEPT, CHOICES, WIDTHS, SCORES, TRAINING)
+EXPERTS, FITNESS = "experts.png", "fitness.png"
+ORDER = (
+    SAMPLES, TIMESTEPS, LAYERS, BITS, SENSITIVITY, POINTS, KEPT, CHOICES, EXPERTS, FITNESS, WIDTHS, SCORES,
+    TRAINING,
+)  # fmt: skip
 """In which a card shows the pictures."""
 
 _COLUMNS = 8  # samples side by side
@@ -171,6 +177,11 @@ def _of_pruning(document: Mapping[str, Any]) -> Iterator[Drawing]:
     learned = [stage["details"] for stage in removals(document) if is_learned(stage["details"])]
     for number, details in enumerate(learned, 1):
         yield numbered(CHOICES, number), True, partial(draw_choices, details)
+    for number, stage in enumerate(expert_stages(document), 1):
+        details = stage["details"]
+        drawn = partial(draw_experts, details, again=number > 1)
+        yield numbered(EXPERTS, number), chooses_experts(details), drawn
+        yield numbered(FITNESS, number), searches(details), partial(draw_fitness, details)
     for number, stage in enumerate(recoveries(document), 1):
         yield numbered(TRAINING, number), True, partial(draw_training, stage["details"])
 
@@ -192,7 +203,7 @@ def made_of(document: Mapping[str, Any]) -> str:
     scheme = f"{mixed} mixed" if mixed else label_of(document["evaluation"].get("linears", ()))
     if scheme is None and has_quantizer(document):
         scheme = "quantized"
-    cut = "pruned" if prunings(document) or removals(document) else None
+    cut = "pruned" if prunings(document) or removals(document) or expert_stages(document) else None
     trained = "trained" if recoveries(document) else None
     return "\n".join(filter(None, (cut, trained, scheme))) or "compressed"
 

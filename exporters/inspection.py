@@ -22,6 +22,7 @@ from ..runtime.validate import (
     open_folder,
 )
 from .attachments import read_attachments
+from .experts_stored import experts_stored
 
 _TORCHAO_PART = "._weight_"
 
@@ -31,11 +32,12 @@ def inspect(path: str | Path, *, revision: str | None = None, subfolder: str | N
 
     Returns:
         A JSON value: `path, class, format, dtype, files, bytes, tensor_bytes, parameters,
-        parameters_stored, bits_per_weight, quantized_bits, shared, cut, depth, layers, history`. Bytes are on
-        disk; `bits_per_weight` is 8 * tensor_bytes / parameters; `quantized_bits` is the average
-        over the weights of the quantized layers, scales not counted, None without any; `cut` is how
-        many modules have other sizes than the stock class builds from the config; `depth`, where blocks were
-        removed, list of blocks -> `of` (the original's number) and `kept` (their places there). A layer:
+        parameters_stored, bits_per_weight, quantized_bits, shared, cut, depth, experts, layers,
+        history`. Bytes are on disk; `bits_per_weight` is 8 * tensor_bytes / parameters; `quantized_bits`
+        is the average over the weights of the quantized layers, scales not counted, None without any;
+        `cut` is how many modules have other sizes than the stock class builds from the config; `depth`,
+        where blocks were removed, list of blocks -> `of` (the original's number) and `kept` (their
+        places there); `experts` as `experts_stored` has it, None of other models. A layer:
         `name, shape, bits, bytes` (all its tensors), `dtype` (of the stored weight),
         `activation_bits` (None: floating point), `activation_scope` (what shares a scale: `token`,
         `sample`, or `tensor`, which is static), `first_token_stored` (its output, in floating point),
@@ -65,6 +67,7 @@ def inspect(path: str | Path, *, revision: str | None = None, subfolder: str | N
         "shared": len(stored.manifest.shared),
         "cut": len(stored.manifest.surgery),
         "depth": _depth(stored),
+        "experts": experts_stored(stored),
         "layers": layers,
         "history": [entry.model_dump(mode="json") for entry in stored.manifest.history],
     }
