@@ -46,7 +46,7 @@ def generated(module: Any, texts: Texts, batch: Padded, stops: Stops, new_tokens
         texts: its tokenizer.
         batch: prompts, padded at the left.
         stops: what ends a text.
-        new_tokens: at most; fewer where the model takes no more.
+        new_tokens: at most; fewer where the model has no more positions behind a prompt.
 
     Returns:
         A text per row, or None where the model gives something else than numbers.
@@ -54,9 +54,11 @@ def generated(module: Any, texts: Texts, batch: Padded, stops: Stops, new_tokens
     import transformers
 
     width = batch.ids.shape[1]
+    # What fills up at the left takes no position, so a short prompt's text can be longer.
+    room = [texts.positions - length for length in batch.mask.sum(dim=1).tolist()]
     watch = _Watch()
     settings = transformers.GenerationConfig(
-        max_new_tokens=min(new_tokens, texts.positions - width),
+        max_new_tokens=min(new_tokens, max(room)),
         min_new_tokens=0, do_sample=False, num_beams=1, num_return_sequences=1, use_cache=True,
         eos_token_id=list(stops.ids) or None, pad_token_id=stops.filling,
         return_dict_in_generate=False, output_scores=False, output_logits=False,
@@ -69,7 +71,8 @@ def generated(module: Any, texts: Texts, batch: Padded, stops: Stops, new_tokens
     )
     if watch.failed():
         return None
-    return [texts.text_of(_until(row, stops.ids)) for row in ids[:, width:].tolist()]
+    rows = zip(ids[:, width:].tolist(), room, strict=True)
+    return [texts.text_of(_until(row[:most], stops.ids)) for row, most in rows]
 
 
 class _Watch:
