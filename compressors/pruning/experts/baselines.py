@@ -122,9 +122,9 @@ def closest(errors: Sequence[Tensor], choices: Sequence[Subsets]) -> Chosen:
 
 
 def measuring_bytes(shape: MoeShape, groups: int, kept: int) -> int:
-    """Return how many bytes `measure` needs at most beside the model and one forward of a batch.
+    """Return how many bytes `measure` needs at most beside the model and a forward of one batch.
 
-    They do not depend on how many items there are.
+    Of the batch it holds a copy of what goes into one layer. Nothing depends on how many items there are.
 
     Args:
         shape: of the model.
@@ -135,7 +135,7 @@ def measuring_bytes(shape: MoeShape, groups: int, kept: int) -> int:
     number, layers = compared(space), len(shape.sparse)
     sums = layers * 2 * space.experts * 8
     errors = number * 8 * (layers + groups * kept)
-    return sums + errors + work_bytes(space.experts, shape.width, kept)
+    return sums + errors + work_bytes(space, shape.width, shape.expert_inner)
 
 
 def _per_group(values: Mapping[int, Tensor], groups: Sequence[LayerGroup]) -> list[Tensor]:

@@ -29,7 +29,11 @@ DRAWN, DRAWN_OF_MANY = 5_000, 2_000
 MANY = 60
 SAMPLES = 64
 """Items of the calibration batch."""
-_WORK = 32 * 2**20  # bytes of the largest tensors of a chunk
+_OUTPUTS = 32 * 2**20  # bytes of the outputs of all experts for one chunk of tokens
+_WEIGHTS = 4 * 2**20  # bytes of the weights of some subsets for it: smaller than a cache
+_TOKENS = 1024
+_OF_EXPERTS, _OF_KEPT = 4, 12  # float32 numbers for each weight, and for each logit of an expert that stays
+_OF_CHANNELS = 6  # and for each channel of a token while an expert computes
 _CORRECTION = "e_score_correction_bias"
 
 Subsets = NDArray[np.int64]
@@ -95,17 +99,20 @@ class SubsetErrors:
     def update(self, mixture: Mixture, routed: Routed) -> None:
         """Take one batch of the layer."""
         routed = routed.of_first(self._samples)
-        rows, columns = _chunk(mixture.count, routed.hidden.shape[-1], self._choices.shape[1])
-        for start in range(0, len(routed.hidden), rows):
-            part = slice(start, start + rows)
-            products = _products(mixture, routed.hidden[part])
-            full = dense_weights(routed.weights[part], routed.indices[part], mixture.count)
-            for first in range(0, len(self._choices), columns):
-                block = slice(first, first + columns)
-                weights = self._weights(mixture, routed.logits[part], self._choices[block].to(full.device))
-                change = weights - full[:, None]
-                errors = (torch.bmm(change, products) * change).sum(dim=-1).clamp_min(0.0)
-                self.total[block] += errors.sum(dim=0, dtype=torch.float64).cpu()
+        rows, columns = _chunk(mixture.count, routed.hidden.shape[-1])
+        for part in routed.split(rows):
+            self._add(mixture, part, columns)
+
+    def _add(self, mixture: Mixture, part: Routed, columns: int) -> None:
+        """Take some tokens, so many subsets at a time."""
+        products = _products(mixture, part.hidden)
+        full = dense_weights(part.weights, part.indices, mixture.count)
+        for first in range(0, len(self._choices), columns):
+            block = slice(first, first + columns)
+            change = self._weights(mixture, part.logits, self._choices[block].to(full.device))
+            change -= full[:, None]
+            errors = torch.bmm(change, products).mul_(change).sum(dim=-1).clamp_min_(0.0)
+            self.total[block] += errors.sum(dim=0, dtype=torch.float64).cpu()
 
     def _weights(self, mixture: Mixture, logits: Tensor, choices: Tensor) -> Tensor:
         """Return [tokens, choices, experts]: the weights that the router of every cut layer gives."""
@@ -123,27 +130,26 @@ class SubsetErrors:
         return dense.view(shape[0], shape[1], -1)
 
 
-def work_bytes(experts: int, width: int, kept: int) -> int:
-    """Return how many bytes `SubsetErrors.update` needs beside the model and the batch, at most.
+def work_bytes(space: Space, width: int, inner: int) -> int:
+    """Return how many bytes `SubsetErrors.update` needs at most beside the model and the batch.
 
     Args:
-        experts: of a layer.
+        space: of the individuals.
         width: of the residual stream.
-        kept: experts of a subset.
+        inner: channels inside an expert.
     """
-    rows, columns = _chunk(experts, width, kept)
-    outputs = rows * experts * (width + experts)
-    combined = rows * columns * (_OF_EXPERTS * experts + _OF_KEPT * kept)
+    rows, columns = _chunk(space.experts, width)
+    outputs = rows * (
+        space.experts * (width + space.experts) + _OF_CHANNELS * (width + inner + space.experts)
+    )
+    combined = rows * min(columns, compared(space)) * (_OF_EXPERTS * space.experts + _OF_KEPT * space.kept)
     return 4 * (outputs + combined)
 
 
-_OF_EXPERTS, _OF_KEPT = 4, 12
-
-
-def _chunk(experts: int, width: int, kept: int) -> tuple[int, int]:
+def _chunk(experts: int, width: int) -> tuple[int, int]:
     """Return how many tokens, and how many subsets, are computed together."""
-    rows = max(1, _WORK // (4 * experts * max(width, experts)))
-    return min(rows, 1024), max(1, _WORK // (4 * min(rows, 1024) * experts))
+    rows = min(_TOKENS, max(1, _OUTPUTS // (4 * experts * max(width, experts))))
+    return rows, max(1, _WEIGHTS // (4 * rows * experts))
 
 
 def _products(mixture: Mixture, hidden: Tensor) -> Tensor:

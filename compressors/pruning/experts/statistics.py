@@ -43,12 +43,17 @@ class Routed:
     def of_first(self, samples: int) -> Routed:
         """Return what belongs to so many of the first items."""
         inside = self.samples < samples
-        if bool(inside.all()):
-            return self
+        return self if bool(inside.all()) else self._part(inside)
+
+    def split(self, tokens: int) -> Iterator[Routed]:
+        """Yield parts of so many tokens, which share memory with this."""
+        for start in range(0, len(self.hidden), tokens):
+            yield self._part(slice(start, start + tokens))
+
+    def _part(self, rows: Tensor | slice) -> Routed:
         return Routed(
-            self.hidden[inside], self.logits[inside], self.weights[inside], self.indices[inside],
-            self.samples[inside],
-        )  # fmt: skip
+            self.hidden[rows], self.logits[rows], self.weights[rows], self.indices[rows], self.samples[rows]
+        )
 
 
 See = Callable[[Mixture, Routed], None]
