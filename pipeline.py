@@ -113,9 +113,7 @@ def run(
     preflight.check_calibration(loaded)
     preflight.check_stages(loaded, checkpoints.locate(loaded.recipe.model, weights=False))
     preflight.check_access(exports, strict=strict)
-    if is_streamed(loaded.recipe):  # it is read in order, and what is not finite is found then
-        checkpoints.locate(loaded.recipe.model)
-    else:
+    if not is_streamed(loaded.recipe):  # that way finds what is not finite while it reads
         checkpoints.preflight(loaded.recipe.model)
     from .execution import execute
 
