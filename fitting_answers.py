@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .calibration.answers import splits_of
+from .calibration.answers import own_answers, own_files, splits_of
+from .calibration.inputs import condition_files
 from .calibration.questions import questions_of
+from .errors import SourceError
+from .recipes.answer_files import answer_files
 from .recipes.experts import EepSettings
 
 if TYPE_CHECKING:
@@ -15,14 +18,24 @@ if TYPE_CHECKING:
     from .recipes.schema import Recipe
 
 
-def check_answers(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
+def check_answers(loaded: LoadedRecipe, checkpoint: Checkpoint, *, planned: bool = False) -> None:
     """Read the items of every search and of the evaluation, before a weight is read.
 
+    Args:
+        loaded: the recipe.
+        checkpoint: of the model, which may bring items of its own.
+        planned: nothing is run, so items that are not there are not missed.
+
     Raises:
-        SourceError: a file is missing, empty or malformed, with the line; or holds too few items.
+        SourceError: a file is missing, empty or malformed, with the line; or holds too few items; or two
+            files have one name.
     """
-    answer_keys(loaded.recipe, checkpoint.folder)
-    questions_of(loaded.recipe, checkpoint.folder)
+    recipe, folder = loaded.recipe, checkpoint.folder
+    _check_names(recipe)
+    if planned and not all(path.is_file() for path in _files(recipe, folder)):
+        return
+    answer_keys(recipe, folder)
+    questions_of(recipe, folder)
 
 
 def answer_keys(recipe: Recipe, folder: Path) -> dict[int, str]:
@@ -35,9 +48,36 @@ def answer_keys(recipe: Recipe, folder: Path) -> dict[int, str]:
     Raises:
         SourceError: as `check_answers`.
     """
-    searches = {
+    searches = _searches(recipe)
+    return {index: splits_of(settings, folder, recipe.seed).key for index, settings in searches.items()}
+
+
+def _searches(recipe: Recipe) -> dict[int, EepSettings]:
+    return {
         index: stage.settings
         for index, stage in enumerate(recipe.stages)
         if isinstance(stage.settings, EepSettings) and stage.settings.experts is None
     }
-    return {index: splits_of(settings, folder, recipe.seed).key for index, settings in searches.items()}
+
+
+def _files(recipe: Recipe, folder: Path) -> list[Path]:
+    """Return every file that items are read from."""
+    files, searches = [*answer_files(recipe).values()], _searches(recipe)
+    for settings in searches.values():
+        files += own_files(settings, folder)
+    asked = recipe.evaluate.answers
+    if asked is not None and asked.data is None and not searches:
+        files.append(own_answers(folder)[1])
+    return files
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Refuse two files of one name: a result keeps a copy of each, side by side."""
+    seen: dict[str, Path] = {}
+    for path in [*condition_files(recipe.calibration), *answer_files(recipe).values()]:
+        other = seen.setdefault(path.name, path)
+        if other.resolve() != path.resolve():
+            raise SourceError(
+                f"{other} and {path}: a result keeps a copy of both, and they have one name",
+                hint="rename one of them",
+            )

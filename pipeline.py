@@ -43,7 +43,8 @@ def plan(recipe: RecipeSource, *, progress: Progress | None = None) -> dict[str,
         RecipeError, PlanError, SourceError: as `run` would.
     """
     loaded = _as_loaded(recipe)
-    preflight.check_stages(loaded, checkpoints.locate(loaded.recipe.model, weights=False))
+    checkpoint = checkpoints.locate(loaded.recipe.model, weights=False)
+    preflight.check_stages(loaded, checkpoint, planned=True)
     from .planning import plan_document
 
     return plan_document(loaded, progress or SilentProgress())

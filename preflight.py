@@ -241,8 +241,13 @@ def linear_names(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def check_stages(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
+def check_stages(loaded: LoadedRecipe, checkpoint: Checkpoint, *, planned: bool = False) -> None:
     """Hold every stage against the family and the layers of the checkpoint.
+
+    Args:
+        loaded: the recipe.
+        checkpoint: of its model.
+        planned: nothing is run, so questions and answers that are not there are not missed.
 
     Raises:
         PlanError: a stage does not fit the model's family.
@@ -266,7 +271,7 @@ def check_stages(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
             _check_patterns(loaded, (*location, "keep"), stage.settings.keep, checkpoint)
     check_images(loaded, checkpoint)
     check_data(loaded, checkpoint)
-    check_answers(loaded, checkpoint)
+    check_answers(loaded, checkpoint, planned=planned)
 
 
 def _check_patterns(

@@ -126,7 +126,7 @@ def splits_of(settings: EepSettings, folder: Path, seed: int) -> Splits:
     """
     fitness, wanted = settings.fitness, settings.splits
     files = {name: split for name in _PATHS if isinstance(split := getattr(wanted, name), Path)}
-    counts = {name: split for name in _PATHS if isinstance(split := getattr(wanted, name), int)}
+    counts = _counts(settings)
     _check_apart(files, fitness.data)
     found = {name: tuple(read_items(path, fitness.by, fitness.task)) for name, path in files.items()}
     seed = seed if settings.seed is None else settings.seed
@@ -153,21 +153,37 @@ def in_order(items: Sequence[Item], seed: int, given: frozenset[str] = frozenset
     return [distinct[sha256] for sha256 in sorted(distinct, key=lambda sha256: digest([seed, sha256]))]
 
 
+def own_files(settings: EepSettings, folder: Path) -> list[Path]:
+    """Return the files of the model's own that splits are drawn from; they need not be there."""
+    if settings.fitness.data is not None:
+        return []
+    return [pool.path for pool in _own_pools(_counts(settings), folder)]
+
+
 def own_answers(folder: Path) -> tuple[Path, Path]:
     """Return where a model's own items are, to learn from and to report on; they need not be there."""
     return folder / OWN_ANSWERS / "train.jsonl", folder / OWN_ANSWERS / "test.jsonl"
 
 
-def _pools(fitness: FitnessSettings, counts: Mapping[str, int], folder: Path) -> list[_Pool]:
-    """Return what is drawn from; the report's items first, where they have a file of their own."""
-    if not counts:
-        return []
-    if fitness.data is not None:
-        return [_Pool(fitness.data, tuple(counts))]
+def _counts(settings: EepSettings) -> dict[str, int]:
+    """Return split -> how many items are drawn for it, of those that are drawn."""
+    splits = settings.splits
+    return {name: count for name in _PATHS if isinstance(count := getattr(splits, name), int)}
+
+
+def _own_pools(counts: Mapping[str, int], folder: Path) -> list[_Pool]:
+    """Return what is drawn from where the model brings items, the report's first."""
     train, test = own_answers(folder)
     others = tuple(name for name in counts if name != "test")
     pools = [_Pool(test, ("test",))] if "test" in counts else []
-    pools += [_Pool(train, others)] if others else []
+    return pools + ([_Pool(train, others)] if others else [])
+
+
+def _pools(fitness: FitnessSettings, counts: Mapping[str, int], folder: Path) -> list[_Pool]:
+    """Return what is drawn from, which has to be there."""
+    if fitness.data is not None:
+        return [_Pool(fitness.data, tuple(counts))] if counts else []
+    pools = _own_pools(counts, folder)
     for pool in pools:
         if not pool.path.is_file():
             raise SourceError(
@@ -275,4 +291,7 @@ def _read(path: Path) -> bytes:
             )
         return path.read_bytes()
     except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise SourceError(
+            f"{path}: cannot be read: {error.strerror or error}",
+            hint="a relative path is looked up in the current directory, then beside the recipe",
+        ) from None
