@@ -19,6 +19,10 @@ NAMES = (f"{CONFIGURATION}.py", f"{MODELING}.py")
 _NORMALISE: Mapping[str, str] = {
     "MixtralForCausalLM": "True", "GptOssForCausalLM": "True", "DeepseekV2ForCausalLM": "False",
 }  # fmt: skip
+_WEIGHTS: Mapping[str, str] = {
+    "MixtralForCausalLM": "weights", "DeepseekV2ForCausalLM": "weights * self.routed_scaling_factor",
+}  # fmt: skip
+_ROUTERS: Mapping[str, str] = {"DeepseekV2ForCausalLM": "DeepseekV2TopkRouter"}
 _LICENCE = """\
 # Written by compress, which is under the Apache License, Version 2.0; so is this file.
 # http://www.apache.org/licenses/LICENSE-2.0
@@ -52,41 +56,40 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import $stock
+from transformers.models.$kind.modeling_$kind import $stock_router
 
 from .$configuration import $own_config
 
 
-class MappedRouter(nn.Module):
-    """Returns logits, weights and indices per token, as the stock router does."""
+class MappedRouter($stock_router):
+    """Returns, per token, logarithms of the mapped weights, and weights and indices of the chosen experts."""
 
-    def __init__(self, config, left):
-        super().__init__()
+    def __init__(self, config):
+        super().__init__(config)
         weighed = config.$key
-        self.top_k = config.num_experts_per_tok
-        self.num_experts = left
-        self.weight = nn.Parameter(torch.zeros(weighed, config.hidden_size))
-$bias        self.mapping = nn.Parameter(torch.eye(left, weighed, dtype=torch.float32), requires_grad=False)
-        self.normalise = $normalise
-        self.scale = $scale
+        # By its first axis no stock class can take the weight for one of its own.
+        self.weight = nn.Parameter(torch.zeros(1, weighed, config.hidden_size))
+$bias        mapping = torch.eye(self.num_experts, weighed, dtype=torch.float32)
+        self.mapping = nn.Parameter(mapping, requires_grad=False)
 
     def forward(self, hidden_states):
         states = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits = $logits
         weights = functional.softmax(logits, dim=-1, dtype=torch.float32)
         weights = functional.linear(weights, self.mapping.float())
+        recorded = weights.clamp_min(torch.finfo(torch.float32).tiny).log().to(logits.dtype)
         weights, indices = torch.topk(weights, self.top_k, dim=-1)
-        if self.normalise:
+        if $normalise:
             # Entries of the mapping may be negative: the sum is kept away from zero, and keeps its sign.
             total = weights.sum(dim=-1, keepdim=True)
             least = $least * weights.abs().sum(dim=-1, keepdim=True)
             least = least.clamp_min(torch.finfo(torch.float32).tiny)
             weights = weights / torch.where(total.abs() < least, torch.copysign(least, total), total)
-        weights = weights * self.scale
-        return logits, $weights, indices
+        return recorded, $weights, indices
 
 
 class $own_class($stock):
-    """The stock class with such routers; the logits of its routers are not recorded."""
+    """The stock class with such routers."""
 
     config_class = $own_config
     _keep_in_fp32_modules_strict = ["$router.mapping"]
@@ -95,7 +98,7 @@ class $own_class($stock):
         super().__init__(config)
         for layer in self.model.layers:
             if hasattr(layer.mlp, "experts"):
-                layer.mlp.$router = MappedRouter(config, layer.mlp.experts.num_experts)
+                layer.mlp.$router = MappedRouter(config)
 
     # The library looks at the source of a class's module for what the class can do; this is the stock one's.
     @classmethod
@@ -137,13 +140,14 @@ def code_files(class_name: str) -> dict[str, str]:
     known = MOE_CLASSES[class_name]
     own_config, own_class = _names(class_name)
     in_float32 = class_name == "DeepseekV2ForCausalLM"
-    keeps_float32 = class_name in ("MixtralForCausalLM", "DeepseekV2ForCausalLM")
     has_bias = class_name == "GptOssForCausalLM"
-    linear = "functional.linear(states.float(), self.weight.float())" if in_float32 else (
-        f"functional.linear(states, self.weight{', self.bias' if has_bias else ''})"
+    linear = "functional.linear(states.float(), self.weight[0].float())" if in_float32 else (
+        f"functional.linear(states, self.weight[0]{', self.bias' if has_bias else ''})"
     )  # fmt: skip
     words = {
         "stock": class_name,
+        "stock_router": _ROUTERS.get(class_name, class_name.replace("ForCausalLM", "TopKRouter")),
+        "kind": known.model_type,
         "config": class_name.replace("ForCausalLM", "Config"),
         "own_class": own_class,
         "own_config": own_config,
@@ -152,11 +156,10 @@ def code_files(class_name: str) -> dict[str, str]:
         "key": KEY,
         "router": known.router,
         "bias": "        self.bias = nn.Parameter(torch.zeros(weighed))\n" if has_bias else "",
-        "normalise": _NORMALISE.get(class_name, "config.norm_topk_prob"),
-        "scale": "config.routed_scaling_factor" if in_float32 else "1.0",
+        "normalise": _NORMALISE.get(class_name, "self.norm_topk_prob"),
         "logits": linear,
         "least": repr(LEAST_SHARE),
-        "weights": "weights" if keeps_float32 else "weights.to(logits.dtype)",
+        "weights": _WEIGHTS.get(class_name, "weights.to(logits.dtype)"),
     }
     return {
         f"{CONFIGURATION}.py": _CONFIGURATION.substitute(words),

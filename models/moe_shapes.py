@@ -84,7 +84,9 @@ def _mixture(name: str, shape: MoeShape) -> Named:
 
 def _router(name: str, shape: MoeShape) -> Named:
     experts, weighed = shape.routing.experts, shape.routing.mapped_from
-    yield from linear(name, weighed or experts, shape.width, shape.expert_bias)
+    for tensor, sizes in linear(name, weighed or experts, shape.width, shape.expert_bias):
+        mapped = weighed is not None and len(sizes) == 2
+        yield tensor, (1, *sizes) if mapped else sizes
     if weighed is not None:
         yield f"{name}.{MAPPING}", (experts, weighed)
     if shape.corrected:

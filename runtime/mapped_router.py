@@ -9,9 +9,15 @@ entries may be negative, and so a sum by which chosen weights are divided may co
 negative. The divisor keeps its sign and is held to at least `LEAST_SHARE` of the sum of the absolute
 weights: where no weight is negative that changes nothing, and no token's weights can add up to more than
 1 / `LEAST_SHARE`. If all chosen weights are zero they stay zero. The published code divides as it comes.
+
+What stock routers return as logits, and stock models record and take a loss of where they are told to
+(`output_router_logits`), is the logarithm of p' here: its softmax is p' again where nothing is negative.
 """
 
 from __future__ import annotations
+
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +36,13 @@ _IN_FLOAT32 = frozenset({"MixtralForCausalLM", "DeepseekV2ForCausalLM"})
 class MappedRouter(nn.Module):
     """Called with [..., width] it returns, per token, logits, weights and indices, as stock routers do.
 
+    Instances are of a class that derives from this one and from the stock router's, by which stock models
+    know whose logits to record.
+
     Attributes:
-        weight: [router's experts, width], with `bias` [router's experts] or None.
+        weight: [1, router's experts, width]; by its first axis no stock class can take a checkpoint of it for
+            one of its own, also where all experts are left.
+        bias: [router's experts], or None.
         mapping: [experts, router's experts] float32.
         top_k: experts per token.
         num_experts: among which it chooses.
@@ -46,13 +57,13 @@ class MappedRouter(nn.Module):
 
         Args:
             router: of the stock class.
-            weight, bias: of the new router; the same object where that is a parameter.
+            weight, bias: of the new router, [router's experts, width] and [router's experts]; not copied.
             mapping: [experts, router's experts].
             name: of the stock class.
         """
-        super().__init__()
+        nn.Module.__init__(self)  # not the stock router's, which makes parameters of its own
         self.class_name = name
-        self.weight = _parameter(weight)
+        self.weight = _parameter(weight[None])
         self.bias = None if bias is None else _parameter(bias)
         self.mapping = _parameter(mapping)
         self.top_k = int(router.top_k)  # type: ignore[arg-type]
@@ -61,23 +72,24 @@ class MappedRouter(nn.Module):
         self.scale = float(getattr(router, "routed_scaling_factor", 1.0))
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits [tokens, router's experts], weights and indices [tokens, top_k].
+        """Return logarithms of the mapped weights [tokens, experts], weights and indices [tokens, top_k].
 
         Args:
             hidden_states: [..., width].
         """
         states = hidden_states.reshape(-1, hidden_states.shape[-1])
-        weight: Tensor = self.weight
+        weight = self.weight[0]
         if self.class_name == "DeepseekV2ForCausalLM":  # the stock router multiplies in float32
             states, weight = states.float(), weight.float()
         logits = functional.linear(states, weight, self.bias)
         weights = functional.softmax(logits, dim=-1, dtype=torch.float32)
         weights = functional.linear(weights, self.mapping.float())
+        recorded = weights.clamp_min(_TINY).log().to(logits.dtype)
         weights, indices = torch.topk(weights, self.top_k, dim=-1)
         if self.normalise:
             weights = weights / divisor(weights)
         weights = weights * self.scale
-        return logits, weights if self.class_name in _IN_FLOAT32 else weights.to(logits.dtype), indices
+        return recorded, weights if self.class_name in _IN_FLOAT32 else weights.to(logits.dtype), indices
 
 
 def divisor(weights: Tensor) -> Tensor:
@@ -90,7 +102,7 @@ def divisor(weights: Tensor) -> Tensor:
 def mapped(router: nn.Module, mapping: Tensor, class_name: str, *, active: int | None = None) -> MappedRouter:
     """Return a router that computes with `mapping` what the stock router would, without changing that one.
 
-    Weight and bias are the stock router's own parameters, not copies.
+    Weight and bias are those of the stock router, in the same memory.
 
     Args:
         router: of the stock class, with a row for every column of `mapping`.
@@ -112,7 +124,7 @@ def mapped(router: nn.Module, mapping: Tensor, class_name: str, *, active: int |
     if not bool(torch.isfinite(mapping).all()):
         raise PlanError("a mapping of the router's weights that is not finite")
     values = mapping.detach().to(device=weight.device, dtype=torch.float32).clone()
-    made = MappedRouter(router, weight, bias, values, class_name)
+    made = _class_of(type(router))(router, weight, bias, values, class_name)
     if active is not None:
         made.top_k = active
     if not 1 <= made.top_k <= made.num_experts:
@@ -135,7 +147,7 @@ def put_mapped_routers(module: nn.Module, class_name: str, router_experts: int) 
             continue
         router = block.get_submodule(attribute)
         weight, bias = router.get_parameter("weight"), getattr(router, "bias", None)
-        made = MappedRouter(
+        made = _class_of(type(router))(
             router,
             weight.new_zeros(router_experts, weight.shape[1]),
             None if bias is None else bias.new_zeros(router_experts),
@@ -156,7 +168,10 @@ def check_router(router: nn.Module, class_name: str) -> None:
     check_mappable({"_class_name": class_name, "topk_method": getattr(router, "topk_method", "greedy")})
 
 
+@cache
+def _class_of(stock: Any) -> type[MappedRouter]:
+    return type(f"Mapped{stock.__name__}", (MappedRouter, stock), {})
+
+
 def _parameter(tensor: Tensor) -> nn.Parameter:
-    if isinstance(tensor, nn.Parameter):
-        return tensor
-    return nn.Parameter(tensor, requires_grad=False)
+    return nn.Parameter(tensor.detach(), requires_grad=False)

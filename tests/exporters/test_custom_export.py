@@ -42,7 +42,8 @@ def _rows(model: OpenModel, seed: int, kept: int = _KEPT) -> dict[int, torch.Ten
     """Return coefficients near a choice of experts, some of them negative, for every layer."""
     shape, generator = moe_shape(model.config), torch.Generator().manual_seed(seed)
     noise = {layer: torch.randn(kept, shape.routing.experts, generator=generator) for layer in shape.sparse}
-    return {layer: torch.eye(shape.routing.experts)[1 : kept + 1] + 0.3 * noise[layer] for layer in noise}
+    chosen = torch.eye(shape.routing.experts).roll(1, 0)[:kept]
+    return {layer: chosen + 0.3 * noise[layer] for layer in noise}
 
 
 def _mapped(folder: Path, class_name: str, **changes: Any) -> OpenModel:
@@ -109,15 +110,18 @@ def test_transformers_opens_it_with_trust_alone_and_gives_the_same_bits(tmp_path
         assert mappings == {"torch.float32"} and "torch.bfloat16" in state.values()
 
 
-def test_it_is_no_stock_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [_KEPT, 6])
+def test_it_is_no_stock_model(tmp_path: Path, kept: int) -> None:
     from transformers import MixtralForCausalLM
 
-    folder = _written(_mapped(tmp_path / "m", "MixtralForCausalLM"), tmp_path / "out")
+    model = _open(make_moe(tmp_path / "m", "MixtralForCausalLM"))
+    map_routers_of(model, _rows(model, 1, kept), _rows(model, 2, kept))
+    folder = _written(model, tmp_path / "out")
     with pytest.raises(RuntimeError, match="mismatch"):
         MixtralForCausalLM.from_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "eep_mixtral" and config["architectures"] == ["EepMixtralForCausalLM"]
-    assert config[KEY] == 6 and config["num_local_experts"] == _KEPT
+    assert config[KEY] == 6 and config["num_local_experts"] == kept
 
 
 def test_our_own_loader_runs_none_of_the_code(tmp_path: Path) -> None:
