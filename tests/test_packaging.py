@@ -96,8 +96,10 @@ def test_recipes_and_schema_are_in_the_wheel(tracked_files, names):
 
 
 def test_built_in_models_are_in_the_wheel(tracked_files, names):
-    models = _expected(tracked_files, ".json", ".safetensors", ".md", ".png", under=("models", "builtin"))
+    suffixes = (".json", ".jsonl", ".safetensors", ".md", ".png")
+    models = _expected(tracked_files, *suffixes, under=("models", "builtin"))
     assert "compress/models/builtin/dit/diffusion_pytorch_model.safetensors" in models
+    assert "compress/models/builtin/moe/answers/test.jsonl" in models
     assert models <= names, sorted(models - names)
 
 
