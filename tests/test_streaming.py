@@ -213,7 +213,7 @@ def test_a_changed_tensor_does_not_verify_against_the_source(source, tmp_path):
     ],
 )
 def test_what_does_not_fit_is_refused_before_weights_are_read(source, tmp_path, stage, message, monkeypatch):
-    for name in ("locate", "hash_files", "cut_on_disk"):
+    for name in ("locate", "file_sha256", "cut_on_disk"):
         monkeypatch.setattr(streaming, name, None)
     with pytest.raises(PlanError, match=message):
         run(_recipe(source, tmp_path / "out", stage=stage), work_dir=tmp_path / "work")
