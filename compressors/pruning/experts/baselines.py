@@ -20,7 +20,7 @@ from ....progress import Progress
 from ....runtime.moe_config import MoeShape
 from .genome import Individual, Space, random_choice
 from .layer_groups import LayerGroup, assign
-from .reconstruction import SubsetErrors, Subsets, compared, subsets, work_bytes
+from .reconstruction import SubsetErrors, Subsets, calibration_items, compared, subsets, work_bytes
 from .statistics import Routed, RoutingSums, observe
 
 Chosen = tuple[tuple[int, ...], ...]
@@ -36,12 +36,13 @@ def measure(
     active: int | None,
     seed: int,
     progress: Progress,
+    items: int | None = None,
 ) -> dict[str, Chosen]:
     """Run the model once over the items and return what each rule keeps.
 
     `frequency` keeps the experts that most tokens were sent to, `soft_activation` those with the largest sum
-    of routing weights over these tokens, `naee` the subset with which the outputs of the first 64 items
-    change least. Of equal experts the first ones stay.
+    of routing weights over these tokens, `naee` the subset with which the outputs of 64 items change
+    least. Of equal experts the first ones stay.
 
     Args:
         model: the original; not changed.
@@ -49,8 +50,9 @@ def measure(
         groups: of layers.
         kept: experts of a layer that stay.
         active: experts per token of what is left; None: as many as before.
-        seed: of the subsets that are compared, where there are too many to compare all.
+        seed: of the subsets that are compared, where there are too many to compare all, and of the 64 items.
         progress: told after every batch.
+        items: how many there are in all calls, for the 64 to be drawn; None: they are the first.
 
     Returns:
         name of the rule -> its choice.
@@ -64,6 +66,7 @@ def measure(
     found = mixtures(model.module)
     places = assign(groups, [mixture.name for mixture in found])
     space = Space(len(groups), kept, shape.routing.experts, shape.routing.groups)
+    wanted = calibration_items(items, seed)
     sums = RoutingSums(space.experts, [mixture.layer for mixture in found])
     choices = [subsets(space, seed, group) for group in range(space.groups)]
     errors = {
@@ -71,7 +74,7 @@ def measure(
     }
 
     def compare(mixture: Mixture, routed: Routed) -> None:
-        errors[mixture.layer].update(mixture, routed)
+        errors[mixture.layer].update(mixture, routed.of(wanted))
 
     observe(model.module, calls, [sums.update, compare], label="measuring experts", progress=progress)
     totals = {layer: error.total for layer, error in errors.items()}

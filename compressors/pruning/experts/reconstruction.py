@@ -28,7 +28,7 @@ DRAWN, DRAWN_OF_MANY = 5_000, 2_000
 """Subsets that are drawn where there are more; the smaller number for layers of more than `MANY` experts."""
 MANY = 60
 SAMPLES = 64
-"""Items of the calibration batch."""
+"""Items of the calibration batch, at most."""
 _OUTPUTS = 32 * 2**20  # bytes of the outputs of all experts for one chunk of tokens
 _WEIGHTS = 4 * 2**20  # bytes of the weights of some subsets for it: smaller than a cache
 _TOKENS = 1024
@@ -44,6 +44,19 @@ def compared(space: Space) -> int:
     """Return how many subsets of a layer are compared."""
     every = Space(1, space.kept, space.experts, space.pools).choices
     return every if every <= ALL else (DRAWN_OF_MANY if space.experts > MANY else DRAWN)
+
+
+def calibration_items(items: int | None, seed: int) -> Tensor:
+    """Return the numbers of the items whose outputs are compared, ascending.
+
+    Args:
+        items: how many there are, of which 64 are drawn at most; None: unknown, so the first 64.
+        seed: of the draw.
+    """
+    if items is None:
+        return torch.arange(SAMPLES)
+    drawn = np.random.default_rng(seed).permutation(items)[:SAMPLES]
+    return torch.from_numpy(np.sort(drawn))
 
 
 def subsets(space: Space, seed: int, group: int) -> Subsets:
@@ -81,24 +94,19 @@ class SubsetErrors:
         mixture: not changed.
         choices: subsets to compare.
         active: experts per token of the cut layer; None: as many as before.
-        samples: items that count; what comes behind them is not looked at.
 
     Attributes:
         total: [subsets] float64.
     """
 
-    def __init__(
-        self, mixture: Mixture, choices: Subsets, active: int | None, samples: int = SAMPLES
-    ) -> None:
+    def __init__(self, mixture: Mixture, choices: Subsets, active: int | None) -> None:
         self.total = torch.zeros(len(choices), dtype=torch.float64)
         self._choices = torch.from_numpy(choices)
-        self._samples = samples
         self._router = _plain_router(mixture, choices.shape[1], active)
 
     @torch.no_grad()
     def update(self, mixture: Mixture, routed: Routed) -> None:
         """Take one batch of the layer."""
-        routed = routed.of_first(self._samples)
         rows, columns = _chunk(mixture.count, routed.hidden.shape[-1])
         for part in routed.split(rows):
             self._add(mixture, part, columns)

@@ -40,9 +40,9 @@ class Routed:
     indices: Tensor
     samples: Tensor
 
-    def of_first(self, samples: int) -> Routed:
-        """Return what belongs to so many of the first items."""
-        inside = self.samples < samples
+    def of(self, items: Tensor) -> Routed:
+        """Return what belongs to items of these numbers."""
+        inside = torch.isin(self.samples, items.to(self.samples.device))
         return self if bool(inside.all()) else self._part(inside)
 
     def split(self, tokens: int) -> Iterator[Routed]:

@@ -8,7 +8,7 @@ import torch
 from compress.compressors.pruning.experts.baselines import closest, highest, measure, random_choices
 from compress.compressors.pruning.experts.genome import Space, chosen, given_choice
 from compress.compressors.pruning.experts.layer_groups import layer_groups
-from compress.compressors.pruning.experts.reconstruction import SubsetErrors, subsets
+from compress.compressors.pruning.experts.reconstruction import SubsetErrors, calibration_items, subsets
 from compress.compressors.pruning.experts.statistics import observe
 from compress.errors import PlanError, StageError
 from compress.models.mixtures import mixtures
@@ -117,6 +117,21 @@ def test_drawn_subsets_follow_the_seed():
     first, same = (_measured(model, calls, kept=8, seed=3)["naee"] for _ in range(2))
     assert first == same
     assert any(_measured(model, calls, kept=8, seed=seed)["naee"] != first for seed in (4, 5))
+
+
+def test_naee_looks_at_64_items_and_the_counts_at_all():
+    model, calls = opened("MixtralForCausalLM"), batches(items=90, tokens=6, size=30)
+    groups = per_layer(model)
+
+    def measured(some, items=None):
+        return measure(model, some, groups, 3, active=None, seed=0, progress=QUIET, items=items)
+
+    whole, some = measured(calls), calibration_items(90, 0)
+    first = {name: values[:4] for name, values in calls[2].items()}
+    assert whole["naee"] == measured([*calls[:2], first])["naee"]
+    one = {name: torch.cat([call[name] for call in calls])[some] for name in calls[0]}
+    assert measured(calls, items=90)["naee"] == measured([one])["naee"]
+    assert measured(calls, items=90)["frequency"] == whole["frequency"]
 
 
 def test_the_measured_model_may_route_to_fewer_experts_later():

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 import torch
 from compress.compressors.pruning.experts.genome import Space
-from compress.compressors.pruning.experts.reconstruction import SubsetErrors, compared, subsets
+from compress.compressors.pruning.experts.reconstruction import (
+    SubsetErrors,
+    calibration_items,
+    compared,
+    subsets,
+)
 from compress.compressors.pruning.experts.statistics import observe
 from compress.models.experts import keep_experts
 from compress.models.mixtures import mixtures
@@ -19,13 +24,15 @@ from ....tiny_moe import CLASSES
 from .opened_moe import QUIET, batches, hooks, opened, routed_plainly
 
 
-def _errors(model, calls, kept, active=None, **changes):
+def _errors(model, calls, kept, active=None, items=8):
     found = mixtures(model.module)
     routing = moe_shape(model.config).routing
     choices = subsets(Space(1, kept, routing.experts, routing.groups), 0, 0)
-    errors = {mixture.layer: SubsetErrors(mixture, choices, active, **changes) for mixture in found}
+    errors = {mixture.layer: SubsetErrors(mixture, choices, active) for mixture in found}
+    wanted = torch.arange(items)
     observe(
-        model.module, calls, [lambda mixture, routed: errors[mixture.layer].update(mixture, routed)],
+        model.module, calls,
+        [lambda mixture, routed: errors[mixture.layer].update(mixture, routed.of(wanted))],
         label="comparing", progress=QUIET,
     )  # fmt: skip
     return choices, {layer: error.total for layer, error in errors.items()}
@@ -93,10 +100,10 @@ def test_in_a_block_of_pairs_the_subsets_with_one_of_each_pair_lose_nothing():
 
 def test_many_batches_are_as_one_and_later_items_do_not_count():
     model = opened("Qwen3MoeForCausalLM")
-    _, one = _errors(model, batches(items=12, size=12), 3, samples=10)
-    _, many = _errors(model, batches(items=12, size=3), 3, samples=10)
-    _, again = _errors(model, batches(items=12, size=12), 3, samples=10)
-    _, every = _errors(model, batches(items=12, size=12), 3)
+    _, one = _errors(model, batches(items=12, size=12), 3, items=10)
+    _, many = _errors(model, batches(items=12, size=3), 3, items=10)
+    _, again = _errors(model, batches(items=12, size=12), 3, items=10)
+    _, every = _errors(model, batches(items=12, size=12), 3, items=12)
     for layer, values in one.items():
         torch.testing.assert_close(values, many[layer], rtol=1e-5, atol=1e-6)
         assert torch.equal(values, again[layer])
@@ -139,6 +146,15 @@ def test_how_many_subsets_are_compared(experts, kept, pools, count):
         assert ((found // size == pool).sum(axis=1) == kept // pools).all()
     if count == math.comb(experts, kept):
         assert found.tolist() == sorted(found.tolist())
+
+
+def test_64_items_are_compared_and_drawn_where_their_number_is_known():
+    assert calibration_items(None, 1).tolist() == list(range(64))
+    assert calibration_items(20, 1).tolist() == list(range(20))
+    drawn = calibration_items(200, 1).tolist()
+    assert drawn == sorted(set(drawn)) == calibration_items(200, 1).tolist()
+    assert (len(drawn), max(drawn) < 200, max(drawn) > 64) == (64, True, True)
+    assert drawn != calibration_items(200, 2).tolist()
 
 
 def test_draws_follow_the_seed_and_the_group():

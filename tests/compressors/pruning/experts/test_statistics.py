@@ -60,7 +60,9 @@ def test_items_are_numbered_over_all_batches():
     def see(mixture, routed):
         if mixture.layer == 0:
             seen.extend(routed.samples.tolist())
-            assert len(routed.of_first(3).hidden) == sum(sample < 3 for sample in routed.samples.tolist())
+            part = routed.of(torch.tensor([0, 3]))
+            assert part.samples.tolist() == [item for item in routed.samples.tolist() if item in (0, 3)]
+            assert len(part.hidden) == len(part.logits) == len(part.weights) == len(part.samples)
 
     observe(model.module, iter(calls), [see], label="routing", progress=QUIET)
     lengths = torch.cat([call["attention_mask"].sum(dim=1) for call in calls]).tolist()
