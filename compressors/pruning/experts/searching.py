@@ -125,6 +125,7 @@ class Searching:
         choices = measure(
             self.model, train.scorer.prompts(), self.field.groups, space.kept,
             active=self.field.active, seed=self.seed, progress=self.progress,
+            items=len(self.splits.train),
         )  # fmt: skip
         return {name: given_choice(space, kept, name) for name, kept in choices.items()}
 
