@@ -16,9 +16,6 @@ What stock routers return as logits, and stock models record and take a loss of 
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -124,7 +121,7 @@ def mapped(router: nn.Module, mapping: Tensor, class_name: str, *, active: int |
     if not bool(torch.isfinite(mapping).all()):
         raise PlanError("a mapping of the router's weights that is not finite")
     values = mapping.detach().to(device=weight.device, dtype=torch.float32).clone()
-    made = _class_of(type(router))(router, weight, bias, values, class_name)
+    made = _class_of(router)(router, weight, bias, values, class_name)
     if active is not None:
         made.top_k = active
     if not 1 <= made.top_k <= made.num_experts:
@@ -147,7 +144,7 @@ def put_mapped_routers(module: nn.Module, class_name: str, router_experts: int) 
             continue
         router = block.get_submodule(attribute)
         weight, bias = router.get_parameter("weight"), getattr(router, "bias", None)
-        made = _class_of(type(router))(
+        made = _class_of(router)(
             router,
             weight.new_zeros(router_experts, weight.shape[1]),
             None if bias is None else bias.new_zeros(router_experts),
@@ -168,8 +165,8 @@ def check_router(router: nn.Module, class_name: str) -> None:
     check_mappable({"_class_name": class_name, "topk_method": getattr(router, "topk_method", "greedy")})
 
 
-@cache
-def _class_of(stock: Any) -> type[MappedRouter]:
+def _class_of(router: nn.Module) -> type[MappedRouter]:
+    stock = type(router)
     return type(f"Mapped{stock.__name__}", (MappedRouter, stock), {})
 
 
