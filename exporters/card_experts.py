@@ -84,6 +84,10 @@ def _kept(details: Document, before: str) -> Iterator[str]:
             yield f"Experts that stay, numbered from 0 as in {before}:"
             yield ""
             yield from table(("layers", "experts"), rows)
+    if details.get("router") == "free":
+        yield "The router weighs all experts that there were; a matrix maps these weights to the experts"
+        yield "that stay, which are named above by what weighs most in them."
+        yield ""
     if details.get("merged"):
         groups = details["groups"]
         several = len(groups) < len(details["experts"])
@@ -108,6 +112,7 @@ def _answers(details: Document) -> Iterator[str]:
     yield ""
     header = ("experts", "test", "standard error, points", f"points on the {fitness['train']:,} train items")
     yield from table(header, (_row(row) for row in rows))
+    yield "Experts were chosen for items of this kind alone: what else the model could do may be lost."
     yield "The search picks the best of many by the train items, so these flatter its own rows."
     yield from _sureness(rows, items)
     yield ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ..runtime.moe_classes import is_moe_class
 from .card_subject import Subject
 from .depth_table import removals
 from .experts_table import expert_stages, removes
@@ -42,7 +43,8 @@ def layers(subject: Subject) -> Iterator[str]:
         yield "size of the file above."
     else:
         rest = subject.metrics["bytes"] - sum(row["bytes"] for row in subject.linears)
-        yield "Bytes count weights, scales, zero points and biases; all other tensors together have"
+        others = "tensors, experts among them," if is_moe_class(subject.model["class"]) else "tensors"
+        yield f"Bytes count weights, scales, zero points and biases; all other {others} together have"
         yield f"{rest:,}. Copies, which some formats store as well, are counted once."
     yield ""
 

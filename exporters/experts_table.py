@@ -11,12 +11,15 @@ Document = Mapping[str, Any]
 
 ORIGINAL, RANDOM, RESULT = "original", "random", "eep"
 """Names of rows of `scores` that are no rule."""
+SKIPPING = "skipping"
+"""Name of the row of dynamic skipping, which removes nothing."""
 _NAMES = {
     ORIGINAL: "the original, all experts",
     "frequency": "those that most tokens meet (frequency)",
     "soft_activation": "those with most routing weight (soft activation)",
     "naee": "those with which the outputs change least (NAEE)",
     "eep: experts chosen": "chosen by the search, before merging",
+    "eep: router free, not shipped": "result of the search before its router was rounded; not shipped",
     RESULT: "result of the search",
 }
 _MEASURES = {
@@ -104,31 +107,23 @@ class Contender:
 
     Attributes:
         key: its name in the report.
+        name: as people read it.
         train: fitness on the train items, in points; None where it was not measured.
         accuracy: 0 to 1; None where the model is judged by its loss.
         points: the same with ties broken by the loss, 0 to 100, or minus a loss times 100; None: it failed.
         error: standard error of the accuracy over the items, 0 to 1; None where it is not known.
         draws: how many random choices are behind the row; 0: it is one choice.
-        failed: how many of these gave no finite outputs and do not count.
         deviation: standard deviation of the draws, of the accuracy (0 to 1), or else of the points.
     """
 
     key: str
+    name: str
     train: float | None
     accuracy: float | None
     points: float | None
     error: float | None
     draws: int
-    failed: int
     deviation: float | None
-
-    @property
-    def name(self) -> str:
-        """As people read it."""
-        if not self.draws:
-            return _NAMES.get(self.key, self.key)
-        failed = f" ({self.failed} more gave no finite outputs)" if self.failed else ""
-        return f"random ones, mean of {self.draws - self.failed}{failed}"
 
     @property
     def shown(self) -> str:
@@ -153,24 +148,37 @@ class Contender:
 
 
 def contenders(details: Document) -> list[Contender]:
-    """Return the rows of the comparison, in its order.
+    """Return the rows of the comparison, in its order; dynamic skipping stands below the original.
 
     Args:
         details: of a stage that searched.
     """
-    return [_contender(row) for row in details["scores"]]
+    rows = [_contender(row, _name(row)) for row in details["scores"]]
+    found = details.get(SKIPPING)
+    if found:
+        mean = f"{found['experts_per_token']:.2f} experts for a token on average"
+        name = f"the original, of which tokens skip a second expert that weighs little ({mean})"
+        rows.insert(1, _contender({**found, "name": SKIPPING}, name))
+    return rows
 
 
-def _contender(row: Document) -> Contender:
+def _name(row: Document) -> str:
+    if not row.get("draws"):
+        return _NAMES.get(row["name"], str(row["name"]))
+    failed = f" ({row['failed']} more gave no finite outputs)" if row.get("failed") else ""
+    return f"random ones, mean of {row['draws'] - row.get('failed', 0)}{failed}"
+
+
+def _contender(row: Document, name: str) -> Contender:
     accuracy = row.get("accuracy")
     return Contender(
         key=row["name"],
+        name=name,
         train=row.get("train"),
         accuracy=accuracy,
         points=row["score"],
         error=row.get("standard_error"),
         draws=row.get("draws", 0),
-        failed=row.get("failed", 0),
         deviation=row.get("score_deviation" if accuracy is None else "deviation"),
     )
 

@@ -182,7 +182,7 @@ def draw_experts(details: Mapping[str, Any], *, again: bool = False) -> Figure:
         bar.outline.set_visible(False)
         keys, names = (
             [Rectangle((0, 0), 1, 1, fill=False, edgecolor=INK, linewidth=1.3)],
-            ["stays in the router"],
+            ["weighs most in the router" if details.get("router") == "free" else "stays in the router"],
         )
     figure.legend(
         keys, names, loc="outside lower left", ncols=2, frameon=False, fontsize=8, handlelength=1.0,

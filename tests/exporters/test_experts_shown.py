@@ -251,6 +251,29 @@ def test_close_rows_are_not_told_apart_and_random_ones_are_not_asked():
     assert [one.key for one in not_told_apart(contenders({"scores": wider}), 400)] == ["frequency"]
 
 
+def test_dynamic_skipping_stands_below_the_original_with_its_mean_of_experts(fewer):
+    skipped = {"experts_per_token": 1.5123, "score": 58.0, "accuracy": 0.58, "standard_error": 0.02}
+    section = section_of(with_details(fewer, searched(skipping=skipped)))
+    name = (
+        "the original, of which tokens skip a second expert that weighs little (1.51 experts for a token on"
+        " average)"
+    )
+    assert f"| {name} | 58.0% | 2.0 |  |\n| random ones" in section
+    assert "skip a second" not in section_of(fewer)
+
+
+def test_a_free_router_is_told_as_one_and_what_is_not_shipped_is_named(fewer):
+    free = section_of(with_details(fewer, searched(router="free")))
+    assert "a matrix maps these weights to the experts\nthat stay" in free
+    rounded = [*scores()[:-1], row("eep: router free, not shipped", 0.7, 0.02), scores()[-1]]
+    section = section_of(with_details(fewer, searched(router="onehot", scores=rounded)))
+    assert "before its router was rounded; not shipped | 70.0% |" in section
+    assert "a matrix maps" not in section
+    mixing = {layer: [[0.5] * 4] * 2 for layer in ("0", "1", "2")}
+    figure = drawn(draw_experts, searched(router="free", mixing=mixing))
+    assert figure.legends[0].get_texts()[0].get_text() == "weighs most in the router"
+
+
 def test_an_error_of_zero_counts_as_one_item():
     alike = [row("original", 1.0, 0.0), row("eep", 0.99, 0.0)]
     # 2 * sqrt(2) / 100 = 0.028; / 400 = 0.007
@@ -275,6 +298,7 @@ def test_the_card_tells_which_experts_stay_what_it_saves_and_how_it_was_found(fe
     assert "numbered from 0 as in the original" in section
     assert "| 0, 1 | 0, 3 |" in section and "| 2 | 1, 2 |" in section
     assert "are shared by the layers of each of 2 groups" in section
+    assert "what else the model could do may be lost" in section
     assert "20 evaluations with seed 7 (10 choose experts, 10 merge)" in section
 
 
