@@ -10,6 +10,7 @@ import signal
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -61,6 +62,8 @@ class Worker(Generic[J, R]):
         self.pipe, other = context.Pipe()
         self.at, self._work = at, work
         self._process = context.Process(target=_run, args=(other, work), daemon=True)
+        # What it starts first lets Ctrl-C through again, and would do so behind the mask below.
+        resource_tracker.ensure_running()
         # Ctrl-C reaches every process of the terminal. The mask is inherited: only the parent hears it,
         # also while the others are still starting, and ends them.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

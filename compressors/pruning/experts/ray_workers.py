@@ -26,6 +26,9 @@ from .workers import HINT, Evaluate, Evaluator, Job
 _PLACED_SECONDS = 300.0
 """How long a cluster may take to find a place for the first actor."""
 _STORE_BYTES = 100 * 2**20  # of a cluster that is started here: what is passed are coefficients
+# Skipped are messages about actors that died, which it prints to stdout; they are errors of ours anyway. It
+# reads this when it is imported.
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}
 _OF_RAY = ("RAY_", "PYTHONBREAKPOINT")
 _PACKAGES = ("numpy", "torch", "transformers")
 
@@ -83,12 +86,12 @@ def actors(job: Job, settings: RaySettings, place: Place, *, lag: int) -> Iterat
         UsageError: there is no such device.
         StageError: the cluster cannot be reached, or no actor can be placed.
     """
-    import ray
-
     place.check()
     wanted = lag if settings.workers is None else min(lag, settings.workers)
     asked = 0 if settings.workers is None else wanted * place.threads
     with _cluster(asked), ExitStack() as stack:
+        import ray
+
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         needs = place.needs(max(resources.get("CPU", 0) for resources in nodes))
         count = min(wanted, sum(_room(resources, needs) for resources in nodes))
@@ -144,19 +147,20 @@ def _cluster(cpus: int) -> Iterator[None]:
     Raises:
         StageError: it cannot be reached.
     """
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
     with _surroundings_kept():
+        import ray
+
+        if ray.is_initialized():
+            yield
+            return
         try:
             _connect(max(cpus, len(os.sched_getaffinity(0))))
         except (ConnectionError, TimeoutError, RuntimeError, ImportError) as error:
             where = os.environ.get("RAY_ADDRESS") or "of this machine"
             raise StageError(
                 f"the Ray cluster {where} cannot be reached: {error}",
-                hint="RAY_ADDRESS says which one is meant; `ray stop` ends what is left of one that is gone",
+                hint="RAY_ADDRESS says which one is meant, RAY_AUTH_MODE=token that it wants Ray's token; "
+                "`ray stop` ends what is left of one that is gone",
             ) from None
         try:
             yield
@@ -185,9 +189,10 @@ def _connect(cpus: int) -> None:
 
 @contextmanager
 def _surroundings_kept() -> Iterator[None]:
-    """Undo what Ray writes into the environment; keep it from telling that it is used."""
+    """Undo what Ray writes into the environment; let it tell nobody that it is used, and print nothing."""
     before = dict(os.environ)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         yield
     finally:

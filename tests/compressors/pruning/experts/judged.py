@@ -1,7 +1,4 @@
-"""A program that searches the landscape with workers: `judged.py FOLDER WORKERS LAG [WHAT]`.
-
-WHAT a worker does at the individual it is to fail at, or at all of them: see `Landscape`.
-"""
+"""A program that searches the landscape with workers: `judged.py FOLDER WORKERS LAG WHAT`; see `Landscape`."""
 
 from __future__ import annotations
 
@@ -26,8 +23,8 @@ class Landscape:
     """What the workers open.
 
     Attributes:
-        what: `plain`; `slow`; or what happens in a worker after some evaluations, or when it opens: `known`
-            is an error of the model, `defect` one of the program, `killed` a signal.
+        what: `plain`; `slow`; `closed`, it cannot be opened; or what happens in a worker after some
+            evaluations: `defect` of the program, `killed` by a signal.
         log: file that every worker adds its process to.
     """
 
@@ -54,8 +51,6 @@ class Landscape:
         return evaluate
 
     def _fail(self) -> None:
-        if self.what == "known":
-            raise SourceError("the folder is gone", hint="look where it went")
         if self.what == "defect":
             raise ZeroDivisionError("a defect")
         os.kill(os.getpid(), signal.SIGKILL)
@@ -63,7 +58,7 @@ class Landscape:
 
 def main() -> None:
     folder, workers, lag = Path(sys.argv[1]), read_workers(sys.argv[2]), int(sys.argv[3])
-    job = Landscape(sys.argv[4] if len(sys.argv) > 4 else "plain", folder.with_suffix(".log"))
+    job = Landscape(sys.argv[4], folder.with_suffix(".log"))
     found = landscape.search(lag=lag)
     try:
         with submitters(job, workers, lag=lag) as submit:

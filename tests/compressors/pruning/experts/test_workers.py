@@ -1,4 +1,4 @@
-"""Evaluations in processes: the same archive as in one, and no process left however it ends."""
+"""Evaluations in processes and on Ray: the same archive as in one, and no process left however it ends."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,15 +19,15 @@ PROGRAM = Path(__file__).with_name("judged.py")
 
 @pytest.fixture
 def start(tmp_path):
-    """Return `start(workers, lag, what="plain", name=...)`: a search, leader of a group of processes."""
+    """Return `start(workers, lag, what="plain", **environment)`: a search, with a session of its own."""
     started = []
 
-    def begin(workers, lag, what="plain", name="archive"):
-        (tmp_path / name).mkdir(exist_ok=True)
-        command = [sys.executable, PROGRAM, tmp_path / name, workers, lag, what]
+    def begin(workers, lag, what="plain", **environment):
+        (tmp_path / "archive").mkdir(exist_ok=True)
+        command = [sys.executable, PROGRAM, tmp_path / "archive", workers, lag, what]
         process = subprocess.Popen(
             list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "2"},
+            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "2", **environment},
             # What starts the tests may ignore Ctrl-C, and children inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
@@ -69,14 +70,12 @@ def _done(process) -> str:
     return err
 
 
-def _until_kept(process, folder: Path, count: int) -> None:
+def _until(happened, process) -> None:
     end = time.monotonic() + 60
-    while time.monotonic() < end:
+    while not happened():
         assert process.poll() is None, process.communicate()[1]
-        if len(list(folder.iterdir())) >= count:
-            return
+        assert time.monotonic() < end, "nothing happens"
         time.sleep(0.02)
-    raise AssertionError("nothing is kept")
 
 
 @pytest.mark.parametrize(("lag", "workers"), [(2, 2), (4, 3)])
@@ -93,7 +92,6 @@ def test_processes_find_what_one_finds_bit_for_bit(landscape, start, tmp_path, l
     ("what", "message"),
     [
         ("closed", "SourceError: the folder is gone (look where it went)"),
-        ("known", "SourceError: the folder is gone (look where it went)"),
         ("defect", "ZeroDivisionError: a defect"),
         ("killed", "was killed by signal 9, at individual "),
     ],
@@ -112,7 +110,7 @@ def test_what_a_process_fails_of_is_said_and_what_is_finished_is_kept(start, tmp
 
 def test_ctrl_c_ends_all_and_the_next_run_goes_on(landscape, start, tmp_path):
     process = start(2, 2, "slow")
-    _until_kept(process, tmp_path / "archive", 5)
+    _until(lambda: len(list((tmp_path / "archive").iterdir())) >= 5, process)
     os.killpg(process.pid, signal.SIGINT)
     _, text = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGINT
@@ -124,3 +122,49 @@ def test_ctrl_c_ends_all_and_the_next_run_goes_on(landscape, start, tmp_path):
     found = landscape.files(tmp_path / "archive")
     assert found == landscape.files(tmp_path / "here")
     assert all(found[name] == content for name, content in kept.items()) and len(kept) < len(found)
+
+
+@pytest.fixture
+def of_ray():
+    """Yield the environment of a Ray that knows nothing but a folder of its own, with a short name."""
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+        assert "RAY_ADDRESS" not in before, "a cluster is there, and the tests would use it"
+        yield {"RAY_TMPDIR": folder, "HOME": folder, "HF_HUB_OFFLINE": "1"}
+
+
+def test_actors_of_a_local_cluster_find_what_one_process_finds(landscape, start, tmp_path, of_ray):
+    landscape.finished(tmp_path / "here", landscape.search(lag=3), landscape.coarse)
+    process = start("ray:2", 3, **of_ray)
+    assert _done(process) == "" and process.returncode == 0
+    assert landscape.files(tmp_path / "archive") == landscape.files(tmp_path / "here")
+    opened = (tmp_path / "archive.log").read_text().split()
+    assert len(set(opened)) == 2 and str(process.pid) not in opened
+    logs = Path(of_ray["RAY_TMPDIR"], "ray", "session_latest", "logs")
+    assert "Usage reporting is disabled" in (logs / "dashboard.log").read_text()
+    assert _gone(process.pid), "the cluster that it started is left"
+
+
+def test_a_cluster_that_is_there_is_joined_and_stays(start, tmp_path, of_ray):
+    options = ["--head", "--block", "--port=0", "--num-cpus=2", "--include-dashboard=false"]
+    cluster = subprocess.Popen(
+        [Path(sys.executable).with_name("ray"), "start", *options], start_new_session=True,
+        env={**os.environ, **of_ray, "RAY_USAGE_STATS_ENABLED": "0"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    folder = Path(of_ray["RAY_TMPDIR"], "ray")
+    try:
+        _until(lambda: (folder / "ray_current_cluster").is_file(), cluster)
+        there = set(_members(cluster.pid))
+        process = start("ray", 2, "killed", **of_ray)
+        text = _done(process)
+        assert process.returncode == 1
+        assert text.startswith("StageError: a Ray actor that measures a landscape died, at individual ")
+        assert 20 <= len(list((tmp_path / "archive").glob("*.safetensors"))) < 70
+        assert _gone(process.pid)
+        assert cluster.poll() is None and there <= set(_members(cluster.pid))
+        assert len(list(folder.glob("session_2*"))) == 1  # none was started beside it
+    finally:
+        cluster.terminate()
+        cluster.wait(timeout=60)
+    assert _gone(cluster.pid)
