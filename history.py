@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import report
+from .recipes.answer_files import with_plain_names
 from .recipes.schema import Stage
 from .runtime.manifest import HistoryEntry
 from .workdir import digest
@@ -37,14 +38,14 @@ def entry_of(stage: Stage, seed: int, input_hash: str, details: Mapping[str, Any
     """Return the entry of a finished stage.
 
     Args:
-        stage: of the recipe.
+        stage: of the recipe; files of questions and answers are written down by their names alone.
         seed: of the recipe.
         input_hash: of the model before the stage.
         details: of the report.
     """
     return HistoryEntry(
         method=stage.method,
-        settings=stage.settings.model_dump(mode="json"),
+        settings=with_plain_names(stage.settings).model_dump(mode="json"),
         seed=seed,
         input_hash=input_hash,
         versions=report.versions(),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .experts import EepSettings
+from .stage_base import StageSettings
 from .tree import Location
 
 if TYPE_CHECKING:
@@ -40,6 +41,16 @@ def with_answer_files(recipe: Recipe, moved: Mapping[Location, Path]) -> Recipe:
 def answer_copies(recipe: Recipe, folder: Path) -> dict[Location, Path]:
     """Return the same places -> the copies of the files in an exported folder."""
     return {place: folder / path.name for place, path in answer_files(recipe).items()}
+
+
+def with_plain_names(settings: StageSettings) -> StageSettings:
+    """Return a stage's settings with the mere names of such files: the same wherever copies of them lie."""
+    changed: Any = settings
+    for part, key in _OF_SEARCH if isinstance(settings, EepSettings) else ():
+        path = getattr(getattr(changed, part), key)
+        if isinstance(path, Path):
+            changed = _changed(changed, (part, key), Path(path.name))
+    return changed  # type: ignore[no-any-return]
 
 
 def _value(recipe: Recipe, place: Location) -> Any:
