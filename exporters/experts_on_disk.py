@@ -2,8 +2,8 @@
 
 What stays is read where it lies and written at once, a tensor at a time; of tensors that hold all experts
 only the slices that stay are read. So a checkpoint of any size can be cut on a machine that could not hold
-it: memory is that of the two largest tensors written. The files are those that opening the model, removing
-the experts and exporting it would give, byte for byte.
+it: memory is that of the largest tensor written. The files are those that opening the model, removing the
+experts and exporting it would give, byte for byte.
 """
 
 from __future__ import annotations
