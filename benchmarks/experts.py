@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from _common import parser, say, start, table
-from compress.calibration.text import TextCalibration, record_text
+from compress.calibration.text import NoText
 from compress.compressors import registry
 from compress.compressors.base import Workspace
 from compress.models.open import open_model
 from compress.progress import SilentProgress
 from compress.recipes.experts import HEURISTICS, EepSettings
-from compress.recipes.schema import CalibrationSettings, ModelRef
+from compress.recipes.schema import ModelRef
 
 MODEL = "builtin:moe"
 TASKS = ("sort", "prefix_sum")
@@ -101,16 +101,13 @@ class Result:
         return (self.chosen["accuracy"] - chance["accuracy"]) / max(chance["deviation"], 1e-9)
 
 
-def searched(
-    task: str, kept: int, name: str, calibration: TextCalibration, arguments: argparse.Namespace
-) -> Result:
+def searched(task: str, kept: int, name: str, arguments: argparse.Namespace) -> Result:
     """Search once and return its scores.
 
     Args:
         task: whose accuracy counts.
         kept: experts of a layer that stay.
         name: of `SEARCHES`.
-        calibration: for its seed alone.
         arguments: the command line.
     """
     budget = {"prune_evals": 40, "total_evals": 60, "random_draws": 8} if arguments.quick else {}
@@ -121,7 +118,7 @@ def searched(
     with tempfile.TemporaryDirectory() as folder:
         model = open_model(ModelRef(id=MODEL), progress=SilentProgress())
         workspace = Workspace(Path(folder), Path(folder))
-        told = registry.get(settings.method).apply(model, settings, calibration, workspace, watch)
+        told = registry.get(settings.method).apply(model, settings, NoText(arguments.seed), workspace, watch)
     return Result({row["name"]: row for row in told["scores"]}, watch.seconds)
 
 
@@ -154,9 +151,7 @@ def problems(settings: Mapping[str, Mapping[str, Result]], quick: bool) -> list[
                 found.append(f"{setting}, {name}: merging ended worse than choosing did")
             best = max(rows[rule]["train"] for rule in HEURISTICS)
             if name != "random start" and chosen["train"] < best:
-                found.append(
-                    f"{setting}, {name}: worse on the train strings than a rule that it started from"
-                )
+                found.append(f"{setting}, {name}: worse than a rule that it started from")
         near += results["with the rules"].deviations < DEVIATIONS
     if near > 1 and not quick:
         found.append(f"{near} of {len(settings)} settings: less than {DEVIATIONS:g} deviations above random")
@@ -193,16 +188,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = options().parse_args(argv)
     quick = arguments.quick
     start("EEP on the built-in mixture of experts: right tokens on unseen strings, %", arguments)
-    model = open_model(ModelRef(id=MODEL), progress=SilentProgress())
-    calibration = record_text(
-        model, CalibrationSettings(samples=1), seed=arguments.seed, cache=None, progress=SilentProgress()
-    )
     settings: dict[str, dict[str, Result]] = {}
     for task in arguments.tasks or (TASKS[:1] if quick else TASKS):
         for kept in arguments.kept or (KEPT[:1] if quick else KEPT):
             results = settings.setdefault(f"{task}, {kept}", {})
             for name in ("with the rules",) if quick else SEARCHES:
-                results[name] = searched(task, kept, name, calibration, arguments)
+                results[name] = searched(task, kept, name, arguments)
                 told = f"{percent(results[name].chosen)} -> {percent(results[name].found)}"
                 say(f"{task}, {kept}, {name}: {told} in {results[name].seconds:.0f} s")
     say()
