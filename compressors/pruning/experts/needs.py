@@ -7,6 +7,7 @@ from ....models.expert_choice import mixture_shape
 from ....models.llm import REFERENCE_TOKENS
 from ....models.moe_shapes import expert_parameters
 from ....recipes.experts import EepSettings
+from .baselines import measuring_bytes
 from .field import Field
 
 _FLOAT32 = 4
@@ -17,14 +18,16 @@ _STREAMS = 8  # tensors as wide as the model that a layer holds at a time
 def search_bytes(spec: ModelSpec, settings: EepSettings, field: Field) -> int:
     """Return the bytes that a search needs beside the model.
 
-    Merged experts lie beside the original ones. A batch is taken to be as long as the reference input; items
+    Merged experts lie beside the original ones; before that, the rules are measured. A batch is taken to be as long as the reference input; items
     are mostly shorter.
     """
     shape = mixture_shape(spec.config)
     merged = field.space.kept * len(shape.sparse) * expert_parameters(shape) * spec.dtype.itemsize
     tokens = settings.fitness.batch_size * min(REFERENCE_TOKENS, shape.positions)
     width = _LOGITS * shape.vocabulary + _STREAMS * max(shape.width, shape.expert_inner)
-    return (merged if settings.merges else 0) + tokens * width * _FLOAT32
+    chooses = field.space.kept < field.space.experts
+    measuring = measuring_bytes(shape, field.space.groups, field.space.kept) if chooses else 0
+    return max(merged if settings.merges else 0, measuring) + tokens * width * _FLOAT32
 
 
 def search_notes(spec: ModelSpec, settings: EepSettings, field: Field) -> list[str]:

@@ -14,6 +14,7 @@ from compress.recipes.experts import EepSettings
 from compress.recipes.schema import ModelRef
 
 from ...tiny_items import make_asked_moe
+from ...tiny_moe import moe_config
 
 SMALL = {
     "keep_experts": 4, "init_random": 6, "prune_evals": 20, "total_evals": 40, "random_draws": 4,
@@ -134,8 +135,18 @@ def test_the_plan_knows_sizes_and_counts(folder) -> None:
     assert plan.before.parameters - plan.after.parameters == 3 * 2 * one
     notes = " ".join(plan.notes)
     assert "20 evaluations choose 4 of 6 experts in 3 groups" in notes and "20 evaluations merge" in notes
-    only = Eep().plan(spec, settings(total_evals=20))
-    assert only.peak_memory_bytes < plan.peak_memory_bytes and "merge" not in " ".join(only.notes)
+    assert "merge" not in " ".join(Eep().plan(spec, settings(total_evals=20)).notes)
+
+
+def test_merged_experts_need_memory_beside_the_original_ones(tmp_path) -> None:
+    wide = moe_config("MixtralForCausalLM", hidden_size=1024, intermediate_size=16384)
+    (tmp_path / "config.json").write_text(json.dumps(wide))
+    spec = read_spec(ModelRef(id=str(tmp_path), dtype="float32"))
+    merging, choosing = (
+        Eep().plan(spec, settings(total_evals=total)).peak_memory_bytes for total in (40, 20)
+    )
+    merged = 3 * 4 * 3 * 1024 * 16384 * 4
+    assert spec.size().bytes < choosing < merging and merging - spec.size().bytes > merged
 
 
 @pytest.mark.parametrize(
