@@ -45,12 +45,12 @@ def answer_copies(recipe: Recipe, folder: Path) -> dict[Location, Path]:
 
 def with_plain_names(settings: StageSettings) -> StageSettings:
     """Return a stage's settings with the mere names of such files: the same wherever copies of them lie."""
-    changed: Any = settings
+    changed = settings
     for part, key in _OF_SEARCH if isinstance(settings, EepSettings) else ():
         path = getattr(getattr(changed, part), key)
         if isinstance(path, Path):
             changed = _changed(changed, (part, key), Path(path.name))
-    return changed  # type: ignore[no-any-return]
+    return changed
 
 
 def _value(recipe: Recipe, place: Location) -> Any:

@@ -17,6 +17,7 @@ from compress.compressors.pruning.experts.genome import (
 from compress.compressors.pruning.experts.layer_groups import layer_groups
 from compress.errors import PlanError, StageError
 from compress.models.experts import keep_experts_of
+from compress.models.mapped_experts import map_routers_of
 from compress.models.mixtures import mixtures
 from compress.models.open import open_model
 from compress.progress import SilentProgress
@@ -315,14 +316,12 @@ def test_a_free_router_weighs_all_rows_and_mixes_them(class_name, active):
     with Candidates(model, groups, active).shown(individual):
         shown = _logits(model.module)
     _assert_same(model, before)
-    for place, mixture in enumerate(mixtures(other.module)):
-        mapping, rows = (torch.tensor(part[place]) for part in (individual.router, individual.experts))
-        router = mapped(mixture.router, mapping, class_name, active=active)
-        for name, tensor in mixture.expert_tensors().items():
-            new = torch.einsum("je,e...->j...", rows, tensor)
-            setattr(mixture.experts, name, torch.nn.Parameter(new, requires_grad=False))
-        mixture.experts.num_experts = KEPT
-        setattr(mixture.block, mixture.router_name, router)
+    layers = {layer: place for place, group in enumerate(groups) for layer in group.layers}
+    mapping, rows = (
+        {layer: torch.tensor(values[place]) for layer, place in layers.items()}
+        for values in (individual.router, individual.experts)
+    )
+    map_routers_of(other, mapping, rows, active=active)
     assert (shown - _logits(other.module)).abs().max() <= 1e-5
     assert (shown - original).abs().max() > 1e-3
     with pytest.raises(StageError, match="weights are mixed"):
