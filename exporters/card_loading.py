@@ -89,8 +89,9 @@ def _verified(export: Mapping[str, Any]) -> str:
     error = export["max_abs_error"]
     tried = [way for way in export["loads_with"] if _TRUSTING not in way]
     ways = "in each of these ways" if len(tried) > 1 else "in this way"
+    code = ""
     if len(tried) < len(export["loads_with"]):
-        ways = "with compress, which does not run that code,"
+        ways, code = "with compress", " The code beside the weights was not run."
     if export["verified"] and compared_tensors(export):
         return (
             "Before it was published a fresh process compared it with its source, tensor by tensor: config,"
@@ -107,4 +108,4 @@ def _verified(export: Mapping[str, Any]) -> str:
         return (
             f"{done} to our own integer runtime was {error:.3g}, because the arithmetic of sdnq is its own."
         )
-    return f"{done} to the outputs of the same layers in memory was {error:g}."
+    return f"{done} to the outputs of the same layers in memory was {error:g}.{code}"
