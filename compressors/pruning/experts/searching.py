@@ -86,6 +86,7 @@ class Searching:
         scores = self._scores(search, archive, found, rules, train, result)
         skipped = self._skipped(train)
         before = mixture_shape(self.model.config).routing
+        self.candidates.forget()  # or its merged experts would lie beside those that ship
         kept = change(self.model, result, self.field)
         write_down(
             self.model, before, kept, found=result, groups=self.field.groups,
