@@ -12,6 +12,7 @@ from ..exporters.experts_table import (
     expert_stages,
     is_searched,
     layers_told,
+    measure_told,
     removes,
     search_told,
 )
@@ -84,7 +85,8 @@ def answered(evaluation: Document) -> Iterator[str]:
     metrics = evaluation["metrics"]
     before = _share(metrics["answers_original"], found["original_standard_error"])
     after = _share(metrics["answers"], found["standard_error"])
-    yield f"answers: {after} of {found['items']:,} items right, of the original {before}"
+    what = f"{measure_told(found)}, of {found['items']:,} items"
+    yield f"answers: {after}, of the original {before}: {what}"
 
 
 def _share(value: float, error: float | None) -> str:

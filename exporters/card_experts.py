@@ -8,6 +8,7 @@ from .card_subject import Subject
 from .experts_table import (
     ORIGINAL,
     RESULT,
+    SKIPPING,
     Contender,
     Document,
     above_random,
@@ -105,13 +106,18 @@ def _answers(details: Document) -> Iterator[str]:
     rows, fitness = contenders(details), details["fitness"]
     items, of_loss = fitness["test"], result_of(rows).accuracy is None
     what = (
-        "points: minus 100 times the mean loss of a token" if of_loss else f"share of {measure_told(fitness)}"
+        "points: minus 100 times the mean loss of a token, in nats"
+        if of_loss
+        else f"share of {measure_told(fitness)}"
     )
     yield f"On {items:,} test items, on which nothing was chosen; {what}."
     yield "All rows answer the same items, as the models would be shipped:"
     yield ""
     header = ("experts", "test", "standard error, points", f"points on the {fitness['train']:,} train items")
     yield from table(header, (_row(row) for row in rows))
+    if any(row.key == SKIPPING for row in rows):
+        yield "Skipping removes nothing: a token leaves out its second expert where that weighs little beside"
+        yield "the first, less than for half of all tokens of the train items."
     yield "Experts were chosen for items of this kind alone: what else the model could do may be lost."
     yield "The search picks the best of many by the train items, so these flatter its own rows."
     yield from _sureness(rows, items)

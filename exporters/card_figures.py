@@ -8,6 +8,7 @@ from typing import Any
 
 from .card_subject import Subject
 from .depth_table import removals
+from .experts_table import measure_told
 from .markdown import code, sentence, table
 from .pruning_table import prunings, steps_of
 
@@ -131,7 +132,8 @@ def _answer_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     before, after = (
         f"{share:.1%}" + ("" if error is None else f" ± {100 * error:.1f}") for share, error in pairs
     )
-    return [(f"questions answered rightly, of {found['items']:,}, ± standard error in points", before, after)]
+    title = f"{measure_told(found)}, of {found['items']:,} items, ± standard error in points"
+    return [(title, before, after)]
 
 
 def _classifier_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:

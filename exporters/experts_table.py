@@ -19,7 +19,7 @@ _NAMES = {
     "soft_activation": "those with most routing weight (soft activation)",
     "naee": "those with which the outputs change least (NAEE)",
     "eep: experts chosen": "chosen by the search, before merging",
-    "eep: router free, not shipped": "result of the search before its router was rounded; not shipped",
+    "eep: router free, not shipped": "the result before its router was rounded, not shipped",
     RESULT: "result of the search",
 }
 _MEASURES = {
@@ -130,12 +130,12 @@ class Contender:
         """The accuracy, or the points where there is none."""
         if self.accuracy is not None:
             return f"{self.accuracy:.1%}"
-        return "no finite outputs" if self.points is None else f"{self.points:.2f}"
+        return "no finite outputs" if self.points is None else f"{self.points:.4g}"
 
     @property
     def trained(self) -> str:
         """The fitness on the train items; empty where it was not measured."""
-        return "" if self.train is None else f"{self.train:.2f}"
+        return "" if self.train is None else f"{self.train:.4g}"
 
     @property
     def spread(self) -> str:
@@ -143,7 +143,7 @@ class Contender:
         value = self.deviation if self.draws else self.error
         if value is None:
             return ""
-        told = f"{100 * value:.1f}" if self.accuracy is not None else f"{value:.2f}"
+        told = f"{100 * value:.1f}" if self.accuracy is not None else f"{value:.2g}"
         return f"{told}, deviation of the choices" if self.draws else told
 
 
@@ -156,8 +156,7 @@ def contenders(details: Document) -> list[Contender]:
     rows = [_contender(row, _name(row)) for row in details["scores"]]
     found = details.get(SKIPPING)
     if found:
-        mean = f"{found['experts_per_token']:.2f} experts for a token on average"
-        name = f"the original, of which tokens skip a second expert that weighs little ({mean})"
+        name = f"the original, skipping experts: {found['experts_per_token']:.2f} a token"
         rows.insert(1, _contender({**found, "name": SKIPPING}, name))
     return rows
 

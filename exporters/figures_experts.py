@@ -59,6 +59,8 @@ def draw_fitness(details: Mapping[str, Any]) -> Figure:
     places = np.arange(1, len(history) + 1)
     for kind, label, marker, colour in _KINDS:
         mine = np.array([row["kind"] == kind for row in history])
+        if kind == "given" and not any(row.get("name") in _RULES for row in history):
+            label = "experts as they were"  # nothing is removed, and the search begins with the model itself
         if mine.any():
             axes.plot(
                 places[mine & (values >= floor)], values[mine & (values >= floor)], linestyle="none",
@@ -135,7 +137,7 @@ def _mark_levels(axes: Axes, lines: Sequence[tuple[str, float]]) -> None:
         colour = INK if name == ORIGINAL else ORANGE if name in _RULES.values() else MUTED
         axes.axhline(level, color=colour, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate(
-            f"{name} {level:.1f}", (1, (level - low) / (high - low)), xycoords="axes fraction",
+            f"{name} {level:.3g}", (1, (level - low) / (high - low)), xycoords="axes fraction",
             xytext=(1.03, place), textcoords="axes fraction", fontsize=8, color=colour, va="center",
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 0},
         )  # fmt: skip
@@ -177,7 +179,7 @@ def draw_experts(details: Mapping[str, Any], *, again: bool = False) -> Figure:
     if mixing:
         _write(axes, kept, values)
         bar = figure.colorbar(mesh, ax=axes, pad=0.02)
-        bar.set_label("what went into others", fontsize=8)
+        bar.set_label("sum of its coefficients", fontsize=8)
         bar.ax.tick_params(labelsize=7.5)
         bar.outline.set_visible(False)
         keys, names = (

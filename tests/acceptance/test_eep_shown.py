@@ -85,9 +85,7 @@ def test_the_result_answers_the_test_items_as_the_search_says(run):
     assert metrics["answers"] == pytest.approx(shown["eep"], abs=1e-6)
     assert f"answers: {shown['eep']:.1%} (standard error " in terminal
     card = (folder / "out" / "README.md").read_text()
-    assert (
-        f"| questions answered rightly, of 20, ± standard error in points | {shown['original']:.1%} ±" in card
-    )
+    assert f"first choice, of 20 items, ± standard error in points | {shown['original']:.1%} ±" in card
 
 
 def test_pictures_lie_beside_the_card_which_shows_them(run):

@@ -45,10 +45,10 @@ def test_a_search_is_a_line_the_layers_and_a_table_of_what_it_is_held_against(re
     start = lines.index("eep: exact_match on 400 test items")
     assert lines[start + 1 : start + 4] == [
         "experts test standard error, points points on train",
-        "the original, all experts 100.0% 0.0 99.50",
+        "the original, all experts 100.0% 0.0 99.5",
         "random ones, mean of 30 40.0% 12.5, deviation of the choices 38.25",
     ]
-    assert lines[start + 8] == "result of the search 65.0% 2.4 71.00"
+    assert lines[start + 8] == "result of the search 65.0% 2.4 71"
     assert "eep: the result is 2.0 deviations of the random choices above their mean" in lines
 
 
@@ -88,16 +88,14 @@ def test_the_job_summary_has_the_table_and_how_questions_were_answered(report, m
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     report["evaluation"]["metrics"] |= {"answers": 0.925, "answers_original": 1.0, "answers_drop": 0.075}
     report["evaluation"]["answers"] = {
-        "items": 512, "original_standard_error": 0.0, "standard_error": 0.01164,
+        "by": "exact_match", "items": 512, "original_standard_error": 0.0, "standard_error": 0.01164,
     }  # fmt: skip
     assert _github.summarise("compress: moe", rendered(report, searched())) is None
     text = (tmp_path / "summary.md").read_text()
     assert "### eep: exact_match on 400 test items\n\n| experts | test | standard error, points |" in text
-    assert "| result of the search | 65.0% | 2.4 | 71.00 |" in text
-    assert (
-        "answers: 92.5% (standard error 1.2) of 512 items right, of the original 100.0% (standard error 0.0)"
-        in text
-    )
+    assert "| result of the search | 65.0% | 2.4 | 71 |" in text
+    shares = "92.5% (standard error 1.2), of the original 100.0% (standard error 0.0)"
+    assert f"answers: {shares}: items whose generated text is the answer, of 512 items" in text
 
 
 def test_inspect_tells_experts_before_and_after(tmp_path):

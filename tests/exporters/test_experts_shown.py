@@ -83,6 +83,9 @@ def test_every_evaluation_is_a_point_of_its_kind():
     best = points(axes, "best so far")
     assert best[:3] == [[1, 30], [2, 34], [3, 38]] and best[9] == [10, 60] and best[-1] == [20, 71]
     assert axes.get_ylabel() == "points on 128 train items"
+    details["search"]["history"] = [{**details["search"]["history"][5], "index": 0, "name": "identity"}]
+    (axes,) = drawn(draw_fitness, details).axes
+    assert points(axes, "experts as they were") == [[1, 40]]
 
 
 def test_merging_begins_between_two_evaluations_and_nowhere_without_it():
@@ -108,7 +111,7 @@ def test_rules_and_original_are_lines_with_their_train_scores():
     assert levels == {99.5, 60.0, 50.0, 40.0, 38.25}
     said = [text.get_text() for text in axes.texts if text.get_text() != "merging begins"]
     assert said == [
-        "original 99.5", "NAEE 60.0", "soft activation 50.0", "frequency 40.0", "random, mean 38.2",
+        "original 99.5", "NAEE 60", "soft activation 50", "frequency 40", "random, mean 38.2",
     ]  # fmt: skip
 
 
@@ -254,12 +257,9 @@ def test_close_rows_are_not_told_apart_and_random_ones_are_not_asked():
 def test_dynamic_skipping_stands_below_the_original_with_its_mean_of_experts(fewer):
     skipped = {"experts_per_token": 1.5123, "score": 58.0, "accuracy": 0.58, "standard_error": 0.02}
     section = section_of(with_details(fewer, searched(skipping=skipped)))
-    name = (
-        "the original, of which tokens skip a second expert that weighs little (1.51 experts for a token on"
-        " average)"
-    )
-    assert f"| {name} | 58.0% | 2.0 |  |\n| random ones" in section
-    assert "skip a second" not in section_of(fewer)
+    line = "| the original, skipping experts: 1.51 a token | 58.0% | 2.0 |  |"
+    assert f"{line}\n| random ones" in section and "Skipping removes nothing" in section
+    assert "kipping" not in section_of(fewer)
 
 
 def test_a_free_router_is_told_as_one_and_what_is_not_shipped_is_named(fewer):
@@ -267,7 +267,7 @@ def test_a_free_router_is_told_as_one_and_what_is_not_shipped_is_named(fewer):
     assert "a matrix maps these weights to the experts\nthat stay" in free
     rounded = [*scores()[:-1], row("eep: router free, not shipped", 0.7, 0.02), scores()[-1]]
     section = section_of(with_details(fewer, searched(router="onehot", scores=rounded)))
-    assert "before its router was rounded; not shipped | 70.0% |" in section
+    assert "before its router was rounded, not shipped | 70.0% |" in section
     assert "a matrix maps" not in section
     mixing = {layer: [[0.5] * 4] * 2 for layer in ("0", "1", "2")}
     figure = drawn(draw_experts, searched(router="free", mixing=mixing))
@@ -306,13 +306,13 @@ def test_the_card_holds_the_result_against_every_rule_and_says_how_sure_it_is(fe
     section = section_of(fewer)
     assert "On 400 test items, on which nothing was chosen; share of items whose generated text" in section
     rows = (
-        "| the original, all experts | 100.0% | 0.0 | 99.50 |",
+        "| the original, all experts | 100.0% | 0.0 | 99.5 |",
         "| random ones, mean of 30 | 40.0% | 12.5, deviation of the choices | 38.25 |",
-        "| those that most tokens meet (frequency) | 45.0% | 2.5 | 40.00 |",
-        "| those with most routing weight (soft activation) | 55.0% | 2.5 | 50.00 |",
-        "| those with which the outputs change least (NAEE) | 60.0% | 2.5 | 60.00 |",
-        "| chosen by the search, before merging | 64.0% | 2.4 | 62.00 |",
-        "| **result of the search** | **65.0%** | 2.4 | 71.00 |",
+        "| those that most tokens meet (frequency) | 45.0% | 2.5 | 40 |",
+        "| those with most routing weight (soft activation) | 55.0% | 2.5 | 50 |",
+        "| those with which the outputs change least (NAEE) | 60.0% | 2.5 | 60 |",
+        "| chosen by the search, before merging | 64.0% | 2.4 | 62 |",
+        "| **result of the search** | **65.0%** | 2.4 | 71 |",
     )
     places = [section.index(line) for line in rows]
     assert places == sorted(places)
@@ -330,7 +330,7 @@ def test_the_card_says_where_the_result_is_worse_than_chance_or_failed(fewer):
     rows[1]["failed"] = 2
     section = section_of(with_details(fewer, searched(scores=rows)))
     assert "The result is 0.8 such deviations below the mean of the random choices." in section
-    assert "(frequency) | no finite outputs |  | 40.00 |" in section
+    assert "(frequency) | no finite outputs |  | 40 |" in section
     assert "random ones, mean of 28 (2 more gave no finite outputs)" in section
     assert "do not tell it apart" not in section
 
@@ -345,14 +345,14 @@ def test_a_result_as_good_as_the_original_is_said_to_be_no_more_than_that(fewer)
 def test_a_loss_is_told_in_points_without_errors(fewer):
     rows = [
         {"name": name, "score": score, "accuracy": None, "standard_error": None, "loss": -score / 100}
-        for name, score in (("original", -120.5), ("eep", -150.25))
+        for name, score in (("original", -0.0421), ("eep", -150.25))
     ]
     rows.insert(1, {"name": "random", "score": -300.0, "score_deviation": 50.0, "draws": 5, "failed": 0})
     fitness = {"by": "loss", "task": None, "train": 10, "dev": 0, "test": 20}
     section = section_of(with_details(fewer, searched(scores=rows, fitness=fitness)))
-    assert "nothing was chosen; points: minus 100 times the mean loss of a token." in section
-    assert "| random ones, mean of 5 | -300.00 | 50.00, deviation of the choices |  |" in section
-    assert "| **result of the search** | **-150.25** |  |  |" in section
+    assert "nothing was chosen; points: minus 100 times the mean loss of a token, in nats." in section
+    assert "| random ones, mean of 5 | -300 | 50, deviation of the choices |  |" in section
+    assert "| **result of the search** | **-150.2** |  |  |" in section and "| -0.0421 |" in section
     assert "No standard error is known of a loss." in section
     assert "The result is 3.0 such deviations above" in section
 
@@ -395,9 +395,14 @@ def test_other_cards_say_nothing_of_experts(document):
 def test_questions_of_the_evaluation_stand_in_the_table_with_their_errors(fewer):
     metrics = {"answers": 0.925, "answers_original": 1.0, "answers_drop": 0.075}
     fewer["evaluation"]["metrics"] |= metrics
-    fewer["evaluation"]["answers"] = {"items": 512, "original_standard_error": 0.0, "standard_error": 0.01164}
+    fewer["evaluation"]["answers"] = {
+        "by": "tokens",
+        "items": 512,
+        "original_standard_error": 0.0,
+        "standard_error": 0.01164,
+    }
     card = render_card(fewer, [], "")
-    assert (
-        "| questions answered rightly, of 512, ± standard error in points | 100.0% ± 0.0 | 92.5% ± 1.2 |"
-        in card
+    title = (
+        "tokens of the answers that are the model's first choice, of 512 items, ± standard error in points"
     )
+    assert f"| {title} | 100.0% ± 0.0 | 92.5% ± 1.2 |" in card
