@@ -202,14 +202,14 @@ def test_the_model_takes_no_more_than_it_has_positions(mixture):
 def test_a_short_prompt_keeps_its_room_beside_a_long_one(mixture, tokenizer):
     model = mixture()
     short, long = "The", "One day a cat saw the big red ball and was very happy"
-    count = 32 - len(tokenizer(short)["input_ids"])
-    assert len(tokenizer(long)["input_ids"]) > 16
-    items = [Item(long, "x", place="x:1"), Item(short, "x", place="x:2")]
+    items = [Item(text, "x", place="x:1") for text in (long, short)]
     scorer = Scorer(model, items, _settings("exact_match", new_tokens=100))
-    wanted = [_continued(model, tokenizer, short, count), _continued(model, tokenizer, long, 32)]
-    texts = generated(model.module, Texts(model), scorer._questions[0], scorer._stops, 100)
-    assert texts is not None and texts[1] == wanted[0]
-    assert wanted[1].startswith(texts[0]) and len(texts[0]) < len(wanted[1])
+    room = [32 - len(tokenizer(text)["input_ids"]) for text in (long, short)]
+    assert room[0] < 16 < room[1]
+    wanted = [
+        _continued(model, tokenizer, text, count) for text, count in zip((long, short), room, strict=True)
+    ]
+    assert generated(model.module, Texts(model), scorer._questions[0], scorer._stops, 100) == wanted
 
 
 @pytest.mark.parametrize("by", ["exact_match", "tokens", "loss", "choices"])
