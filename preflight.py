@@ -20,6 +20,7 @@ from .errors import PlanError, SourceError, UsageError, VerifyError
 from .fitting import check_kind
 from .fitting_answers import check_answers
 from .fitting_data import check_data
+from .fitting_experts import check_experts
 from .fitting_images import check_images
 from .models.registry import FAMILY_NAMES
 from .models.shapes import expected_shapes
@@ -250,7 +251,7 @@ def check_stages(loaded: LoadedRecipe, checkpoint: Checkpoint, *, planned: bool 
         planned: nothing is run, so questions and answers that are not there are not missed.
 
     Raises:
-        PlanError: a stage does not fit the model's family.
+        PlanError: a stage does not fit the model's family, or its experts; see `fitting_experts.check_experts`.
         RecipeError: a pattern matches no layer, or a key is of no use for this kind of model; with its
             place in the file.
         SourceError: see `fitting.check_kind`, `fitting_images.check_images`, `fitting_data.check_data`,
@@ -269,6 +270,7 @@ def check_stages(loaded: LoadedRecipe, checkpoint: Checkpoint, *, planned: bool 
             )
         if isinstance(stage.settings, GridSettings):
             _check_patterns(loaded, (*location, "keep"), stage.settings.keep, checkpoint)
+    check_experts(loaded, checkpoint)
     check_images(loaded, checkpoint)
     check_data(loaded, checkpoint)
     check_answers(loaded, checkpoint, planned=planned)

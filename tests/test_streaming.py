@@ -220,6 +220,29 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(source, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"experts": dict.fromkeys("0123", [0, 1])}, "layer 3 has no experts"),
+        ({"keep_experts": 0.25}, "0.25 of 6 experts is 1.5, no whole number"),
+        ({"keep_experts": 7}, "7 are to stay, but a layer has 6 experts"),
+        ({"active_experts": 3}, "3 experts per token; the model was trained with 2"),
+    ],
+)
+def test_the_way_through_memory_refuses_before_weights_are_read_as_well(
+    source, tmp_path, stage, message, monkeypatch
+):
+    monkeypatch.setattr("compress.models.checkpoint.scan_finite", None)
+    text = tmp_path / "text.txt"
+    text.write_text("one two three " * 50)
+    recipe = _recipe(
+        source, tmp_path / "out", stage=stage, evaluate={"fidelity": {"samples": 1}},
+        calibration={"text": str(text), "length": 16},
+    )  # fmt: skip
+    with pytest.raises(PlanError, match=rf"stages\[0\]\.eep.*{message}"):
+        run(recipe, work_dir=tmp_path / "work")
+
+
 def test_uneven_groups_of_a_router_are_refused_by_the_config_alone(tmp_path):
     folder = make_moe(tmp_path / "m", "DeepseekV3ForCausalLM")
     (folder / "model.safetensors").unlink()
