@@ -251,7 +251,7 @@ def check_stages(loaded: LoadedRecipe, checkpoint: Checkpoint, *, planned: bool 
         planned: nothing is run, so questions and answers that are not there are not missed.
 
     Raises:
-        PlanError: a stage does not fit the model's family, or its experts; see `fitting_experts.check_experts`.
+        PlanError: a stage does not fit the family; or see `fitting_experts.check_experts`.
         RecipeError: a pattern matches no layer, or a key is of no use for this kind of model; with its
             place in the file.
         SourceError: see `fitting.check_kind`, `fitting_images.check_images`, `fitting_data.check_data`,
