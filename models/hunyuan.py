@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .base import AS_CONFIGURED, FoldGroup, Shapes
-from .hunyuan_shapes import extra_width, inner_width, output_channels
+from .hunyuan_shapes import WIDER, extra_width, inner_width, output_channels
 from .shapes import TIMESTEP_CHANNELS
 from .transformer import (
     TEXT_BLOCK_ROLES,
@@ -27,9 +27,6 @@ from .transformer import (
     stock_arguments,
     width_of,
 )
-
-_WIDER = 4
-"""How much wider the two text embedders are inside."""
 
 
 class HunyuanFamily(DiffusionTransformer):
@@ -120,8 +117,8 @@ class HunyuanFamily(DiffusionTransformer):
         total += t5 * (t5 * (1 + 2 * (length + 1)) + int(config["pooled_projection_dim"]))
         if attention_products:
             total += product_macs(1, length + 1, t5)
-        total += _WIDER * width * (extra_width(config) + width)
-        total += length * _WIDER * t5 * (t5 + text)
+        total += WIDER * width * (extra_width(config) + width)
+        total += length * WIDER * t5 * (t5 + text)
         layers = int(config["num_layers"])
         total += layers * _block_macs(config, attention_products)
         return total + (layers - 1 - layers // 2) * image * 2 * width * width  # after a skip

@@ -9,7 +9,8 @@ from .tensor_names import TIMESTEP_CHANNELS, Named, affine, linear
 
 _SIZES = 6
 """Numbers that tell the size of an image: of the original, of the crop, and where that lies."""
-_EXTRA = 4
+WIDER = 4
+"""How much wider the two text embedders are inside."""
 
 
 def inner_width(config: Mapping[str, Any]) -> int:
@@ -39,8 +40,8 @@ def hunyuan_tensors(config: Mapping[str, Any]) -> Named:
     width, patch = int(config["hidden_size"]), int(config["patch_size"])
     text, t5 = int(config["cross_attention_dim"]), int(config["cross_attention_dim_t5"])
     yield "text_embedding_padding", (config["text_len"] + config["text_len_t5"], text)
-    yield from linear("text_embedder.linear_1", _EXTRA * t5, t5)
-    yield from linear("text_embedder.linear_2", text, _EXTRA * t5)
+    yield from linear("text_embedder.linear_1", WIDER * t5, t5)
+    yield from linear("text_embedder.linear_2", text, WIDER * t5)
     yield "pos_embed.proj.weight", (width, config["in_channels"], patch, patch)
     yield "pos_embed.proj.bias", (width,)
     yield from _conditions(config, "time_extra_emb", width, t5)
@@ -60,8 +61,8 @@ def _conditions(config: Mapping[str, Any], name: str, width: int, t5: int) -> Na
     yield from linear(f"{name}.pooler.c_proj", config["pooled_projection_dim"], t5)
     if config["use_style_cond_and_image_meta_size"]:
         yield f"{name}.style_embedder.weight", (1, width)
-    yield from linear(f"{name}.extra_embedder.linear_1", _EXTRA * width, extra_width(config))
-    yield from linear(f"{name}.extra_embedder.linear_2", width, _EXTRA * width)
+    yield from linear(f"{name}.extra_embedder.linear_1", WIDER * width, extra_width(config))
+    yield from linear(f"{name}.extra_embedder.linear_2", width, WIDER * width)
 
 
 def _block(config: Mapping[str, Any], block: str, *, skip: bool) -> Named:

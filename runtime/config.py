@@ -11,12 +11,18 @@ from typing import Any
 
 from ..errors import SourceError
 from . import config_flux, config_hunyuan, config_unet
-from .config_values import check_integer, check_number, check_numbers, is_integer
+from .config_values import (
+    MAX_LAYERS,
+    MAX_WIDTH,
+    check_flag,
+    check_integer,
+    check_number,
+    check_numbers,
+    is_integer,
+)
 from .language_config import class_name_of
 from .transformers_config import complete_transformers_config, is_transformers_class
 
-MAX_WIDTH = 2**20
-MAX_LAYERS = 2**12
 MAX_TOKENS = 2**18
 SPARE_TABLE_BYTES = 16 * 2**20
 
@@ -142,8 +148,8 @@ def _check_value(class_name: str, key: str, value: Any, where: str) -> None:
         if not isinstance(value, list | tuple) or not all(is_integer(item, 0, MAX_LAYERS) for item in value):
             raise SourceError(f"{where}: {key}: {value!r} is not a list of block indices")
     elif isinstance(default, bool) or key == "use_additional_conditions":
-        if not isinstance(value, bool) and not (value is None and default is None):
-            raise SourceError(f"{where}: {key}: {value!r} is not true or false")
+        if value is not None or default is not None:
+            check_flag(key, value, where)
     elif isinstance(default, int) or key in _OPTIONAL_WIDTHS:
         _check_width(key, value, where)
     else:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import SourceError
-from .config_values import check_integer, is_integer
+from .config_values import MAX_LAYERS, MAX_WIDTH, check_flag, check_integer, is_integer
 
 CLASS_NAME = "FluxTransformer2DModel"
 DEFAULTS: Mapping[str, Any] = {
@@ -17,8 +17,6 @@ DEFAULTS: Mapping[str, Any] = {
 PACKED = 4
 """Pixels of a latent that make a token: two by two."""
 
-_MAX_WIDTH = 2**20
-_MAX_LAYERS = 2**12
 _AXES = 3
 
 
@@ -31,10 +29,8 @@ def check_flux(config: Mapping[str, Any], where: str) -> None:
     for key in DEFAULTS:
         _check_value(key, config[key], where)
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    if width > _MAX_WIDTH:
-        raise SourceError(
-            f"{where}: num_attention_heads * attention_head_dim = {width}; at most {_MAX_WIDTH}"
-        )
+    if width > MAX_WIDTH:
+        raise SourceError(f"{where}: num_attention_heads * attention_head_dim = {width}; at most {MAX_WIDTH}")
     if sum(config["axes_dims_rope"]) != config["attention_head_dim"]:
         raise SourceError(
             f"{where}: axes_dims_rope {list(config['axes_dims_rope'])} does not add up to attention_head_dim"
@@ -54,11 +50,10 @@ def check_flux(config: Mapping[str, Any], where: str) -> None:
 
 def _check_value(key: str, value: Any, where: str) -> None:
     if key == "guidance_embeds":
-        if not isinstance(value, bool):
-            raise SourceError(f"{where}: {key}: {value!r} is not true or false")
+        check_flag(key, value, where)
     elif key == "axes_dims_rope":
         even = isinstance(value, list | tuple) and all(
-            is_integer(item, 2, _MAX_WIDTH) and item % 2 == 0 for item in value
+            is_integer(item, 2, MAX_WIDTH) and item % 2 == 0 for item in value
         )
         if not even or len(value) != _AXES:
             raise SourceError(f"{where}: {key}: {value!r} is not a list of {_AXES} even numbers")
@@ -66,7 +61,7 @@ def _check_value(key: str, value: Any, where: str) -> None:
         if value != 1 or isinstance(value, bool):
             raise SourceError(f"{where}: {key}: {value!r} is not supported; supported: 1")
     elif key == "num_single_layers":
-        if not is_integer(value, 0, _MAX_LAYERS):
-            raise SourceError(f"{where}: {key}: {value!r} is not an integer from 0 to {_MAX_LAYERS}")
+        if not is_integer(value, 0, MAX_LAYERS):
+            raise SourceError(f"{where}: {key}: {value!r} is not an integer from 0 to {MAX_LAYERS}")
     elif not (key == "out_channels" and value is None):
-        check_integer(key, value, _MAX_LAYERS if key == "num_layers" else _MAX_WIDTH, where)
+        check_integer(key, value, MAX_LAYERS if key == "num_layers" else MAX_WIDTH, where)

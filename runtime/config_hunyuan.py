@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import SourceError
-from .config_values import check_integer, check_number
+from .config_values import MAX_LAYERS, MAX_WIDTH, check_flag, check_integer, check_number
 
 CLASS_NAME = "HunyuanDiT2DModel"
 DEFAULTS: Mapping[str, Any] = {
@@ -21,8 +21,6 @@ POOLER_HEADS = 8
 
 _ACTIVATIONS = ("gelu", "gelu-approximate", "geglu")
 _FLAGS = ("learn_sigma", "use_style_cond_and_image_meta_size")
-_MAX_WIDTH = 2**20
-_MAX_LAYERS = 2**12
 _MAX_TOKENS = 2**18
 _MAX_RATIO = 64.0
 _ROPE = 4
@@ -67,9 +65,8 @@ def _check_value(key: str, value: Any, where: str) -> None:
         if value != DEFAULTS[key]:
             raise SourceError(f"{where}: {key}: {value!r} is not {DEFAULTS[key]!r}, which {CLASS_NAME} needs")
     elif key in _FLAGS:
-        if not isinstance(value, bool):
-            raise SourceError(f"{where}: {key}: {value!r} is not true or false")
+        check_flag(key, value, where)
     elif key == "mlp_ratio":
         check_number(key, value, 1e-3, _MAX_RATIO, where)
     else:
-        check_integer(key, value, _MAX_LAYERS if key == "num_layers" else _MAX_WIDTH, where)
+        check_integer(key, value, MAX_LAYERS if key == "num_layers" else MAX_WIDTH, where)

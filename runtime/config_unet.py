@@ -11,7 +11,7 @@ from math import isfinite
 from typing import Any
 
 from ..errors import SourceError
-from .config_values import check_integer, is_integer
+from .config_values import MAX_LAYERS, check_flag, check_integer, is_integer
 
 CLASS_NAME = "UNet2DConditionModel"
 TIME_IDS = 6
@@ -66,7 +66,6 @@ _MAX_WIDTH = 2**16
 _MAX_SIDE = 2**12
 _MAX_KERNEL = 31
 _MAX_STAGES = 16
-_MAX_LAYERS = 2**12
 _INTEGERS: Mapping[str, int] = {
     "sample_size": _MAX_SIDE, "in_channels": _MAX_WIDTH, "out_channels": _MAX_WIDTH,
     "norm_num_groups": _MAX_WIDTH, "conv_in_kernel": _MAX_KERNEL, "conv_out_kernel": _MAX_KERNEL,
@@ -86,8 +85,7 @@ def check_unet(config: Mapping[str, Any], where: str) -> None:
             shown = " or ".join(repr(value) for value in allowed)
             raise SourceError(f"{where}: {key}: {config[key]!r} is not supported; supported: {shown}")
     for key in _FLAGS:
-        if not isinstance(config[key], bool):
-            raise SourceError(f"{where}: {key}: {config[key]!r} is not true or false")
+        check_flag(key, config[key], where)
     for key in _NUMBERS:
         if isinstance(config[key], bool) or not isinstance(config[key], int | float):
             raise SourceError(f"{where}: {key}: {config[key]!r} is not a number")
@@ -154,7 +152,7 @@ def _check_stages(config: Mapping[str, Any], where: str) -> None:
         elif key == "block_out_channels":
             raise SourceError(f"{where}: {key}: {value!r} is not a list")
         for item in per_stage(config, key):
-            check_integer(key, item, _MAX_LAYERS if key == "layers_per_block" else _MAX_WIDTH, where)
+            check_integer(key, item, MAX_LAYERS if key == "layers_per_block" else _MAX_WIDTH, where)
 
 
 def _check_kinds(key: str, kinds: Any, known: Sequence[str], where: str) -> None:
@@ -206,13 +204,13 @@ def _check_layers(config: Mapping[str, Any], where: str) -> None:
         reverse = [count + 1 for count in reversed(layers)]
         _check_counts("reverse_transformer_layers_per_block", up, reverse, where)
     total = layer_count(config)
-    if total > _MAX_LAYERS:
+    if total > MAX_LAYERS:
         raise SourceError(f"{where}: layers_per_block and transformer_layers_per_block make {total} layers;"
-                          f" at most {_MAX_LAYERS}")  # fmt: skip
+                          f" at most {MAX_LAYERS}")  # fmt: skip
 
 
 def _check_counts(key: str, value: Any, counts: Sequence[int], where: str) -> None:
-    if is_integer(value, 1, _MAX_LAYERS) and key == "transformer_layers_per_block":
+    if is_integer(value, 1, MAX_LAYERS) and key == "transformer_layers_per_block":
         return
     if not isinstance(value, list | tuple) or len(value) != len(counts):
         raise SourceError(f"{where}: {key}: {value!r} is not a list with one entry for each stage")
@@ -221,9 +219,9 @@ def _check_counts(key: str, value: Any, counts: Sequence[int], where: str) -> No
             if len(item) != count:
                 raise SourceError(f"{where}: {key}: {item!r} is not a list of {count} numbers of blocks")
             for number in item:
-                check_integer(key, number, _MAX_LAYERS, where)
+                check_integer(key, number, MAX_LAYERS, where)
         else:
-            check_integer(key, item, _MAX_LAYERS, where)
+            check_integer(key, item, MAX_LAYERS, where)
 
 
 def _check_additions(config: Mapping[str, Any], where: str) -> None:

@@ -7,10 +7,24 @@ from typing import Any
 
 from ..errors import SourceError
 
+MAX_WIDTH = 2**20
+"""Channels, of all heads together as well."""
+MAX_LAYERS = 2**12
+
 
 def is_integer(value: Any, low: int, high: int) -> bool:
     """Tell whether a value is an integer from `low` to `high`; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def check_flag(key: str, value: Any, where: str) -> None:
+    """Refuse what is neither true nor false.
+
+    Raises:
+        SourceError: naming `where` and the key.
+    """
+    if not isinstance(value, bool):
+        raise SourceError(f"{where}: {key}: {value!r} is not true or false")
 
 
 def check_integer(key: str, value: Any, limit: int, where: str) -> None:

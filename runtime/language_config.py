@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SourceError
-from .config_values import check_integer, check_shared_keys
+from .config_values import MAX_LAYERS, MAX_WIDTH, check_flag, check_integer, check_shared_keys
 from .mapped_routing import STOCK_CLASSES
 from .moe_classes import is_moe_class
 
-MAX_WIDTH = 2**20
-MAX_LAYERS = 2**12
 MAX_POSITIONS = 2**24
 MAX_NUMBER = 2.0**40  # bases of rotary positions, ids, windows
 
@@ -110,8 +108,7 @@ def complete_language_config(class_name: str, config: Mapping[str, Any], where: 
     check_integer("max_position_embeddings", shape_keys["max_position_embeddings"], MAX_POSITIONS, where)
     check_padding(config, where)
     for key in _FLAGS:
-        if not isinstance(shape_keys[key], bool):
-            raise SourceError(f"{where}: {key}: {shape_keys[key]!r} is not true or false")
+        check_flag(key, shape_keys[key], where)
     full = {"_class_name": class_name, **config}
     _check_relations(language_shape(full), where)
     return full

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SourceError
-from .config_values import check_integer, check_shared_keys, is_integer
-from .language_config import MAX_LAYERS, MAX_NUMBER, MAX_POSITIONS, MAX_WIDTH, check_padding, class_name_of
+from .config_values import MAX_LAYERS, MAX_WIDTH, check_flag, check_integer, check_shared_keys, is_integer
+from .language_config import MAX_NUMBER, MAX_POSITIONS, check_padding, class_name_of
 from .mapped_routing import KEY, is_mapped, mapping_problem, model_type_of
 from .moe_classes import MOE_CLASSES
 
@@ -160,8 +160,8 @@ def complete_moe_config(class_name: str, config: Mapping[str, Any], where: str) 
             limit = MAX_POSITIONS if key == "max_position_embeddings" else MAX_WIDTH
             check_integer(key, keys[key], limit, where)
     for key in _FLAGS:
-        if key in keys and not isinstance(keys[key], bool):
-            raise SourceError(f"{where}: {key}: {keys[key]!r} is not true or false")
+        if key in keys:
+            check_flag(key, keys[key], where)
     _check_counts(class_name, config, keys, where)
     _check_layers(keys, where)
     full = {"_class_name": class_name, **config}

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import SourceError
-from .config_values import check_integer, check_shared_keys, is_integer
+from .config_values import MAX_LAYERS, MAX_WIDTH, check_flag, check_integer, check_shared_keys, is_integer
 from .vision_sizes import (
     VISION_CLASSES,
     VISION_KINDS,
@@ -24,8 +24,6 @@ from .vision_sizes import (
     vit_shape,
 )
 
-MAX_WIDTH = 2**20
-MAX_LAYERS = 2**12
 MAX_STAGES = 16
 MAX_LABELS = 2**20
 MAX_CHANNELS = 2**12
@@ -99,8 +97,7 @@ def _check_value(key: str, value: Any, where: str) -> None:
     elif key in _LISTS:
         _check_list(key, value, where)
     elif key in _FLAGS:
-        if not isinstance(value, bool):
-            raise SourceError(f"{where}: {key}: {value!r} is not true or false")
+        check_flag(key, value, where)
     elif key in _PAIRS:
         sides = value if isinstance(value, list | tuple) else (value, value)
         if len(sides) != 2 or not all(is_integer(side, 1, MAX_SIDE) for side in sides):
