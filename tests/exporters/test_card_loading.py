@@ -53,6 +53,17 @@ def test_code_for_every_format(document, ways, format, place):
         ]  # fmt: skip
 
 
+def test_code_beside_the_weights_is_announced_and_was_not_run(document):
+    trusting = "transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)"
+    document["export"] |= {"format": "compress", "loads_with": ["compress.load(path)", trusting]}
+    document["model"] |= {"class": "MixtralForCausalLM", "family": "moe"}
+    card = render_card(document, [], "")
+    assert "With stock transformers, which runs the code that lies beside the weights; read it first:" in card
+    assert "reopened in a fresh process with compress: the largest difference" in card
+    assert "The code beside the weights was not run." in card
+    assert [block.count("trust_remote_code") for block in blocks_of(card)] == [0, 1]
+
+
 def test_a_revision_is_part_of_the_code_and_of_the_commands(document):
     card = render_card(document, [], "", place="org/name", revision="v1.0")
     assert 'compress.load("org/name", revision="v1.0")' in card
