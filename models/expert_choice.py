@@ -62,6 +62,12 @@ def check_counts(config: Mapping[str, Any], count: int, active: int | None = Non
     wanted = routing.active if active is None else active
     if not 1 <= wanted <= routing.active:
         raise PlanError(f"{wanted} experts per token; the model was trained with {routing.active}")
+    if count % routing.groups:
+        raise PlanError(
+            f"{config['_class_name']}: {count} of {routing.experts} experts to stay, but the router has"
+            f" {routing.groups} groups of experts, which all keep equally many",
+            hint=f"keep a multiple of {routing.groups}",
+        )
     problem = routing_problem(replace(routing, experts=count, active=wanted))
     if problem:
         raise PlanError(

@@ -315,7 +315,7 @@ def test_choices_that_no_stock_class_builds_are_refused():
 def test_groups_of_experts_keep_equally_many():
     v3 = "DeepseekV3ForCausalLM"
     _refused(v3, dict.fromkeys((1, 2), (0, 1, 2, 4)), r"layer 1 keeps \[3, 1\] experts of its 2 groups")
-    _refused(v3, dict.fromkeys((1, 2), (0, 1, 4)), "3 experts do not stand in 2 groups")
+    _refused(v3, dict.fromkeys((1, 2), (0, 1, 4)), "3 of 8 experts to stay, but the router has 2 groups")
     _refused(v3, dict.fromkeys((1, 2), (0, 4)), "1 expert in each of 2 groups; the router needs 2")
     v2 = {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 1}
     _refused("DeepseekV2ForCausalLM", dict.fromkeys((1, 2), (0, 2, 4)), "of the 1 in the 1 groups", **v2)
