@@ -279,6 +279,10 @@ def test_an_error_of_zero_counts_as_one_item():
     # 2 * sqrt(2) / 100 = 0.028; / 400 = 0.007
     assert [one.key for one in not_told_apart(contenders({"scores": alike}), 100)] == ["original"]
     assert not_told_apart(contenders({"scores": alike}), 400) == []
+    # 2 * sqrt(0.01^2 + 0.0075^2) = 0.025, and 0.015 without that of the one item
+    for first, last in (((1.0, 0.0), (0.98, 0.0075)), ((0.98, 0.0075), (1.0, 0.0))):
+        rows = contenders({"scores": [row("original", *first), row("eep", *last)]})
+        assert len(not_told_apart(rows, 100)) == 1
 
 
 def test_the_distance_from_random_choices_is_in_their_deviations():
