@@ -179,7 +179,7 @@ def draw_experts(details: Mapping[str, Any], *, again: bool = False) -> Figure:
     if mixing:
         _write(axes, kept, values)
         bar = figure.colorbar(mesh, ax=axes, pad=0.02)
-        bar.set_label("sum of its coefficients", fontsize=8)
+        bar.set_label("sum of |coefficients|", fontsize=8)
         bar.ax.tick_params(labelsize=7.5)
         bar.outline.set_visible(False)
         keys, names = (
@@ -196,7 +196,7 @@ def draw_experts(details: Mapping[str, Any], *, again: bool = False) -> Figure:
 def _amounts(
     kept: Mapping[int, Sequence[int]], of: int, mixing: Mapping[str, Sequence[Sequence[float]]] | None
 ) -> Floats:
-    """Return [layers, experts]: 1 for those that stay; of merged ones what their coefficients add up to."""
+    """Return [layers, experts]: 1 for those that stay; of merged ones the sum of their |coefficients|."""
     if mixing:
         return np.stack([np.abs(np.asarray(mixing[str(layer)], dtype=float)).sum(axis=0) for layer in kept])
     values: Floats = np.zeros((len(kept), of))
