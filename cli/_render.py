@@ -177,7 +177,7 @@ def _predicted(export: Document) -> str:
     """Say what an export will take; of a padded one also what padding costs."""
     least, unpadded = export["bytes"], export.get("bytes_unpadded")
     if "bytes_at_least" in export:
-        return f"{size(export['bytes_at_least'])} to {size(least)}, by which blocks stay"
+        return f"{size(export['bytes_at_least'])} to {size(least)}, depending on the data"
     if unpadded is None:
         return size(least)
     if export["bytes_at_most"] == least:

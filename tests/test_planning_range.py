@@ -128,7 +128,7 @@ def test_a_terminal_shows_the_range(planned):
         section for section in shown if isinstance(section, Table) and section.title == "planned stages"
     )
     assert " to " in table.rows[0][2] and " to " not in table.rows[0][1]
-    assert "by which blocks stay" in shown[-1]
+    assert "depending on the data" in shown[-1]
     document = planned({"depth": {"by": "oracle"}})
     assert not any(
         isinstance(part, Table) and "at the least" in part.title for part in _render.plan(document)
