@@ -18,8 +18,8 @@ _STREAMS = 8  # tensors as wide as the model that a layer holds at a time
 def search_bytes(spec: ModelSpec, settings: EepSettings, field: Field) -> int:
     """Return the bytes that a search needs beside the model.
 
-    Merged experts lie beside the original ones; before that, the rules are measured. A batch is taken to be as long as the reference input; items
-    are mostly shorter.
+    Merged experts lie beside the original ones; before that, the rules are measured. A batch is taken to be
+    as long as the reference input; items are mostly shorter.
     """
     shape = mixture_shape(spec.config)
     merged = field.space.kept * len(shape.sparse) * expert_parameters(shape) * spec.dtype.itemsize

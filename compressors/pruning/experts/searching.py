@@ -82,8 +82,8 @@ class Searching:
                 f"none of {search.total_evals} models that were tried gives finite outputs",
                 hint="evaluate the original; float16 may be too narrow for it (`model: {dtype: bfloat16}`)",
             )
-        result = shipped(found.best.individual, self.settings.export, search.space.pools)
-        scores = self._scores(search, archive, found, rules, train, result)
+        result, fitness = self._result(found, train)
+        scores = self._scores(search, archive, found, rules, train, Contender(FINAL, result, fitness))
         skipped = self._skipped(train)
         before = mixture_shape(self.model.config).routing
         self.candidates.forget()  # or its merged experts would lie beside those that ship
@@ -150,9 +150,23 @@ class Searching:
         with self._evaluations(self._judge(self.splits.dev), self.splits.dev) as submit:
             return choose(search, archive, submit, progress=self.progress)
 
+    def _result(self, found: Found, train: Judge) -> tuple[Individual, float]:
+        """Return what ships, and its fitness: the best, or the best that is left where that is rounded."""
+        result = shipped(found.best.individual, self.settings.export, self.field.space.pools)
+        if result is found.best.individual:
+            return result, found.best.fitness
+        fitness = train(result)
+        if found.pruned is None or found.pruned.fitness <= fitness:
+            return result, fitness
+        self.progress.note(
+            f"the free router scores {found.best.fitness:.2f} on the train items, and {fitness:.2f} rounded;"
+            f" experts that are only chosen score {found.pruned.fitness:.2f}, and ship"
+        )
+        return found.pruned.individual, found.pruned.fitness
+
     def _scores(
         self, search: Search, archive: Archive, found: Found, rules: Mapping[str, Individual], train: Judge,
-        result: Individual,
+        result: Contender,
     ) -> list[dict[str, Any]]:  # fmt: skip
         """Return the rows of the table: the original, the rules, random choices, and what was found."""
         judge = self._judge(self.splits.test)
@@ -160,11 +174,9 @@ class Searching:
         contenders = [original, *self._ruled(rules, found, train)]
         if found.pruned is not None and found.pruned.index != found.best.index:
             contenders.append(Contender(PRUNED, found.pruned.individual, found.pruned.fitness))
-        fitness = found.best.fitness
-        if result is not found.best.individual:
-            contenders.append(Contender(FREE, found.best.individual, fitness))
-            fitness = train(result)
-        contenders.append(Contender(FINAL, result, fitness))
+        if result.individual is not found.best.individual:
+            contenders.append(Contender(FREE, found.best.individual, found.best.fitness))
+        contenders.append(result)
         rows = compared(judge, judge.scorer, contenders, self.progress)
         count = 0 if search.merges_only else self.settings.random_draws
         draws = [Contender(RANDOM, one) for one in random_choices(search.space, count, self.seed)]

@@ -7,6 +7,9 @@ from compress.calibration.answers import splits_of
 from compress.calibration.text import NoText
 from compress.compressors.base import Workspace
 from compress.compressors.pruning.eep import Eep
+from compress.compressors.pruning.experts import searching
+from compress.compressors.pruning.experts.judging import Judge
+from compress.compressors.pruning.experts.shipping import shipped
 from compress.errors import PlanError, SourceError
 from compress.models.open import open_model, read_spec
 from compress.progress import SilentProgress
@@ -206,13 +209,31 @@ def test_a_rounded_router_is_stock_and_scored_again(folder, tmp_path) -> None:
     rows = {row["name"]: row for row in details["scores"]}
     assert details["router"] == "onehot" and not is_mapped(model.config)
     history = details["search"]["history"]
-    free_row = rows["eep: router free, not shipped"]
+    free_row, pruned = rows["eep: router free, not shipped"], rows["eep: experts chosen"]
     assert free_row["train"] == pytest.approx(history[details["search"]["best"]]["fitness"], abs=1e-3)
     train = splits_of(asked, folder, 0).train
     points = Scorer(model, train, asked.fitness).score().points
     assert points == pytest.approx(rows["eep"]["train"], abs=2e-3)
-    assert "mapping" not in details and details["merged"]
-    assert len(model.module.model.layers[0].mlp.gate.weight) == 4
+    assert pruned["train"] <= rows["eep"]["train"] < free_row["train"] and details["merged"]
+    assert "mapping" not in details and len(model.module.model.layers[0].mlp.gate.weight) == 4
+
+
+def test_a_choice_ships_where_the_rounded_router_is_worse(folder, tmp_path, monkeypatch) -> None:
+    measured, rounded = Judge.__call__, []
+
+    def unlucky(best, export, pools):
+        rounded.append(shipped(best, export, pools))
+        return rounded[0]
+
+    def judged(self, one) -> float:
+        return -5.0 if rounded and one.sha256 == rounded[0].sha256 else measured(self, one)
+
+    monkeypatch.setattr(searching, "shipped", unlucky)
+    monkeypatch.setattr(Judge, "__call__", judged)
+    _, details = applied(folder, tmp_path, free("stock-projected"))
+    rows = {row["name"]: row for row in details["scores"]}
+    assert rows["eep"]["train"] == rows["eep: experts chosen"]["train"] > -5.0
+    assert not details["merged"] and details["router"] == "onehot"
 
 
 def test_a_router_that_cannot_be_mapped_is_refused_by_the_plan(tmp_path) -> None:
