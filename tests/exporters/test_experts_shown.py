@@ -210,6 +210,9 @@ def test_pictures_are_written_again_byte_by_byte_and_numbered(tmp_path, fewer, d
     twice = with_details(fewer, searched(), given())
     assert write_figures(tmp_path, Evaluation(), twice) == [EXPERTS, "experts_2.png", FITNESS]
     assert figures_in(tmp_path) == [EXPERTS, "experts_2.png", FITNESS]
+    second = (tmp_path / "experts_2.png").read_bytes()
+    write_figures(tmp_path, Evaluation(), with_details(fewer, given()))
+    assert (tmp_path / EXPERTS).read_bytes() != second, "whose title says what the places count"
     assert made_of(fewer) == "pruned"
     assert expert_stages(document) == []
 
