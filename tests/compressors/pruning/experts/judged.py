@@ -1,4 +1,4 @@
-"""A program that searches the landscape with workers: `judged.py FOLDER WORKERS LAG WHAT`; see `Landscape`."""
+"""A program that searches the landscape with workers: `judged.py FOLDER WORKERS LAG WHAT`."""
 
 from __future__ import annotations
 
