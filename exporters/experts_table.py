@@ -19,7 +19,7 @@ _NAMES = {
     "soft_activation": "those with most routing weight (soft activation)",
     "naee": "those with which the outputs change least (NAEE)",
     "eep: experts chosen": "chosen by the search, before merging",
-    "eep: router free, not shipped": "the result before its router was rounded, not shipped",
+    "eep: router free, not shipped": "the best with a free router, not shipped",
     RESULT: "result of the search",
 }
 _MEASURES = {

@@ -270,7 +270,7 @@ def test_a_free_router_is_told_as_one_and_what_is_not_shipped_is_named(fewer):
     assert "a matrix maps these weights to the experts\nthat stay" in free
     rounded = [*scores()[:-1], row("eep: router free, not shipped", 0.7, 0.02), scores()[-1]]
     section = section_of(with_details(fewer, searched(router="onehot", scores=rounded)))
-    assert "before its router was rounded, not shipped | 70.0% |" in section
+    assert "the best with a free router, not shipped | 70.0% |" in section
     assert "a matrix maps" not in section
     mixing = {layer: [[0.5] * 4] * 2 for layer in ("0", "1", "2")}
     figure = drawn(draw_experts, searched(router="free", mixing=mixing))
