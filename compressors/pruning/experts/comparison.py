@@ -5,6 +5,7 @@ Nothing is chosen by these scores. All of them are of models as they would be sh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -68,16 +69,15 @@ def scored(score: Score) -> dict[str, Any]:
 
 
 def trained(fitness: float | None) -> dict[str, float]:
-    """Return the entry of a fitness on the train items, where there is one."""
-    return {} if fitness is None else {"train": round(fitness, 4)}
+    """Return the entry of a fitness on the train items, where there is one that is a number."""
+    return {"train": round(fitness, 4)} if fitness is not None and math.isfinite(fitness) else {}
 
 
-def spread(rows: Sequence[Mapping[str, Any]], train: Sequence[float]) -> dict[str, Any]:
+def spread(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return one row for many random choices: the mean of each figure, and how far the choices are apart.
 
     Args:
-        rows: of `compared`, one a choice.
-        train: fitness of random choices on the train items.
+        rows: of `compared`, one a choice. Those of models that failed are counted and left out.
     """
     finite = [row for row in rows if row["score"] is not None]
     scores = [float(row["score"]) for row in finite]
@@ -88,8 +88,9 @@ def spread(rows: Sequence[Mapping[str, Any]], train: Sequence[float]) -> dict[st
         "score": round(fmean(scores), 4) if scores else None,
         "score_deviation": _deviation(scores, 4),
         "count": rows[0]["count"],
-        **trained(fmean(train) if train else None),
     }
+    train = [float(row["train"]) for row in finite if "train" in row]
+    found |= trained(fmean(train) if train else None)
     accuracies = [float(row["accuracy"]) for row in finite if row["accuracy"] is not None]
     if accuracies:
         found["accuracy"] = round(fmean(accuracies), 6)

@@ -178,17 +178,21 @@ class Searching:
             contenders.append(Contender(FREE, found.best.individual, found.best.fitness))
         contenders.append(result)
         rows = compared(judge, judge.scorer, contenders, self.progress)
-        count = 0 if search.merges_only else self.settings.random_draws
-        draws = [Contender(RANDOM, one) for one in random_choices(search.space, count, self.seed)]
+        draws = self._drawn(search, archive, train)
         if draws:
-            chance = compared(judge, judge.scorer, draws, self.progress)
-            known = [
-                record.fitness
-                for record in archive.first(search.prune_evals)
-                if record.origin["kind"] == "random" and math.isfinite(record.fitness)
-            ]
-            rows.insert(1, spread(chance, known))
+            rows.insert(1, spread(compared(judge, judge.scorer, draws, self.progress)))
         return rows
+
+    def _drawn(self, search: Search, archive: Archive, train: Judge) -> list[Contender]:
+        """Return random choices: those that the search began with, and more of them where more are wanted."""
+        count = 0 if search.merges_only else self.settings.random_draws
+        known = [
+            Contender(RANDOM, record.individual, record.fitness)
+            for record in archive.first(search.prune_evals)
+            if record.origin["kind"] == "random"
+        ][:count]
+        more = random_choices(search.space, count - len(known), self.seed)
+        return [*known, *(Contender(RANDOM, one, train(one)) for one in more)]
 
     def _ruled(self, rules: Mapping[str, Individual], found: Found, train: Judge) -> list[Contender]:
         """Return the rules, with the fitness that the search measured of them or that is measured now."""
