@@ -2,9 +2,13 @@
 
 import argparse
 import json
+import math
 
+import compress
 import pytest
 import torch
+from compress.errors import PlanError
+from compress.evaluation.by_task import evaluator_for
 from compress.models.builtin.moe_tasks import (
     ITEM_TOKENS,
     PARTS,
@@ -29,6 +33,10 @@ from compress.models.builtin.train_moe import (
     train,
     weights_of,
 )
+from compress.models.experts import keep_experts_of
+from compress.models.open import open_model
+from compress.progress import SilentProgress
+from compress.recipes.schema import CalibrationSettings, EvaluateSettings, ModelRef
 
 PARAMETERS = 463_936
 """By hand: 2 * 20 * 64, and 4 layers of 4 * 64 * 64 + 8 * (3 * 64 * 64 + 64) + 2 * 64, and 64."""
@@ -103,6 +111,24 @@ def test_all_experts_of_every_layer_are_used(stock, record):
     share = shares(stock, split_numbers(record["seed"])[0]["test"][:, :64])
     assert share.shape == (4, 8) and torch.allclose(share.sum(dim=1), torch.ones(4).double())
     assert float(share.min()) > 0.03
+
+
+def test_its_perplexity_is_what_random_digits_leave_and_fewer_experts_cost_some(tmp_path):
+    evaluate = EvaluateSettings.model_validate({"fidelity": {"samples": 8}})
+    model = open_model(ModelRef(id="builtin:moe"), progress=SilentProgress())
+    evaluator = evaluator_for(model, evaluate, 0, CalibrationSettings(samples=8))
+    reference = evaluator.reference(model, tmp_path, SilentProgress())
+    keep_experts_of(model, {layer: tuple(range(7)) for layer in range(4)})
+    metrics = evaluator.compare(model, reference, SilentProgress()).metrics
+    least = math.exp((math.log(len(TASKS)) + 6 * math.log(10)) / ITEM_TOKENS)
+    assert least * 0.98 < metrics["perplexity_original"] < least * 1.1
+    assert metrics["perplexity_increase"] > 0.05 and metrics["kl"] > 0.05
+
+
+def test_a_quantizer_is_refused():
+    recipe = {"model": "builtin:moe", "stages": [{"rtn": {}}], "export": {"path": "out"}}
+    with pytest.raises(PlanError, match="does not fit the family moe"):
+        compress.plan(recipe)
 
 
 def test_a_prompt_and_its_answer_are_tokens_of_their_own(tokenizer):
