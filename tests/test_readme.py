@@ -47,6 +47,15 @@ def test_the_page_on_pruning_shows_valid_recipes(repository, tmp_path):
     assert ["isomorphic", "finetune"] in methods and ["isomorphic", "distill"] in methods
 
 
+def test_the_page_on_experts_shows_valid_recipes(repository, tmp_path):
+    blocks = _blocks((repository / "docs" / "experts.md").read_text(encoding="utf-8"), "yaml")
+    assert len(blocks) == 2
+    for block in blocks:
+        copy = tmp_path / "page.yaml"
+        copy.write_text(block, encoding="utf-8")
+        assert [stage.method for stage in load_recipe(copy).recipe.stages] == ["eep"]
+
+
 def test_recipe_names_exist(readme):
     names = {recipe.name for recipe in shipped()}
     mentioned = set(re.findall(r"\b(?:dit|pixart|sd3)_\w*w\d+a\d+\w*", readme))
