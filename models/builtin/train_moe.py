@@ -50,6 +50,8 @@ CONTEXT = 256
 ITEMS_IN_ROW = 16
 PROMPT_WEIGHT = 0.1
 WIDER = 5.0
+DATA_SEED = 0
+"""Of which strings are in which file; other weights are judged on the same ones."""
 README = """\
 ---
 license: apache-2.0
@@ -93,9 +95,10 @@ No string is in two of the files, and none of them was trained on. All of it is 
 ({minutes:.0f} minutes on {threads} thread of a busy machine; another kind of machine rounds otherwise and
 makes other weights). There is no data of anybody else in it.
 
-The loss for balance, the first weights and the number of steps were chosen by how the accuracies of 30 random
-choices of experts spread, so that a search has something to find; the solved tasks alone would allow many
-others. Figures on this model compare ways to choose experts. They say nothing about large models.
+The loss for balance, the first weights, the number of steps and the seed (of three) were chosen by how the
+accuracies of 30 random choices of experts spread, so that a search has something to find; the solved tasks
+alone would allow many others. Figures on this model compare ways to choose experts. They say nothing about
+large models.
 """
 MEANINGS = {
     "copy": "the digits",
@@ -243,9 +246,9 @@ def save(
     """Write the folder, and measure what stands in it."""
     model.save_pretrained(args.out)
     write_tokenizer(args.out, CONTEXT)
-    write_files(args.out, args.seed)
+    write_files(args.out, DATA_SEED)
     stored = MixtralForCausalLM.from_pretrained(args.out).eval()
-    test = split_numbers(args.seed)[0]["test"]
+    test = split_numbers(DATA_SEED)[0]["test"]
     right = {task: hits(stored, task, numbers) for task, numbers in zip(TASKS, test, strict=True)}
     share = shares(stored, test)
     record: dict[str, Any] = {
@@ -286,14 +289,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="items of a step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--balance", type=float, default=0.03, help="weight of the loss for balance")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     started = time.monotonic()
     model = build_model()
-    history = train(model, split_numbers(args.seed)[1], args)
+    history = train(model, split_numbers(DATA_SEED)[1], args)
     save(model, args, history, time.monotonic() - started)
 
 
