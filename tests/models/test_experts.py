@@ -237,6 +237,8 @@ def test_mixing_sums_in_float32_and_rounds_once(dtype):
     assert ((found.double() - exact).abs() <= step).all()
     assert torch.equal(mixed(tensor, torch.eye(5)[[3, 1]]), tensor[[3, 1]])
     assert torch.equal(mixed(tensor, torch.zeros(1, 5)), torch.zeros(1, 7, 3, dtype=dtype))
+    # A single coefficient makes a copy only if it is 1.
+    assert torch.equal(mixed(tensor, -0.5 * torch.eye(5)[[2]]), -0.5 * tensor[[2]])
 
 
 @pytest.mark.parametrize("class_name", [name for name in CLASSES if name != "PhimoeForCausalLM"])

@@ -209,6 +209,20 @@ def test_an_expert_can_stand_behind_the_row_of_another(tmp_path):
     assert (shown - _logits(_shipped(folder, tmp_path, individual, "per_layer"))).abs().max() <= 1e-5
 
 
+def test_a_single_coefficient_that_is_not_one_scales_its_expert():
+    """What noise makes of a row that had a single 1, where it hits that entry alone."""
+    model = opened("MixtralForCausalLM")
+    groups = _groups(model)
+    router = one_hot(np.array([[0, 1, 2, 3]] * len(groups)), 6)
+    rows = router * np.array([0.5, 1.0, -2.0, 1.0], dtype=np.float32)[:, None]
+    before = [mixture.expert_tensors() for mixture in mixtures(model.module)]
+    with Candidates(model, groups).shown(Individual(router, rows)):
+        for mixture, old in zip(mixtures(model.module), before, strict=True):
+            for name, tensor in mixture.expert_tensors().items():
+                scale = torch.tensor([0.5, 1.0, -2.0, 1.0])[:, None, None]
+                assert torch.equal(tensor, old[name][:4] * scale)
+
+
 def test_only_layers_whose_coefficients_changed_are_merged_again():
     model = opened("MixtralForCausalLM")
     groups = _groups(model)
