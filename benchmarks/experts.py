@@ -116,7 +116,7 @@ def searched(task: str, kept: int, name: str, arguments: argparse.Namespace) -> 
     })  # fmt: skip
     watch = Watch()
     with tempfile.TemporaryDirectory() as folder:
-        model = open_model(ModelRef(id=MODEL), progress=SilentProgress())
+        model = open_model(ModelRef(id=arguments.model), progress=SilentProgress())
         workspace = Workspace(Path(folder), Path(folder))
         told = registry.get(settings.method).apply(model, settings, NoText(arguments.seed), workspace, watch)
     return Result({row["name"]: row for row in told["scores"]}, watch.seconds)
@@ -152,7 +152,7 @@ def problems(settings: Mapping[str, Mapping[str, Result]], quick: bool) -> list[
             best = max(rows[rule]["train"] for rule in HEURISTICS)
             if name != "random start" and chosen["train"] < best:
                 found.append(f"{setting}, {name}: worse than a rule that it started from")
-        near += results["with the rules"].deviations < DEVIATIONS
+        near += "with the rules" in results and results["with the rules"].deviations < DEVIATIONS
     if near > 1 and not quick:
         found.append(f"{near} of {len(settings)} settings: less than {DEVIATIONS:g} deviations above random")
     return found
@@ -173,6 +173,12 @@ def write_json(file: Path, settings: Mapping[str, Mapping[str, Result]]) -> None
 def options() -> argparse.ArgumentParser:
     """Return the command line."""
     found = parser(__doc__)
+    found.add_argument(
+        "--model", default=MODEL, help=f"another mixture with items of these tasks (default {MODEL})"
+    )
+    found.add_argument(
+        "--searches", nargs="+", choices=tuple(SEARCHES), help="(default all; quick: with the rules)"
+    )
     found.add_argument("--json", type=Path, help="file for all scores")
     found.add_argument("--tasks", nargs="+", default=None, help=f"(default {' '.join(TASKS)}; quick: sort)")
     found.add_argument("--kept", nargs="+", type=int, default=None, help="experts (default 4 2; quick: 4)")
@@ -192,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for task in arguments.tasks or (TASKS[:1] if quick else TASKS):
         for kept in arguments.kept or (KEPT[:1] if quick else KEPT):
             results = settings.setdefault(f"{task}, {kept}", {})
-            for name in ("with the rules",) if quick else SEARCHES:
+            for name in arguments.searches or (("with the rules",) if quick else SEARCHES):
                 results[name] = searched(task, kept, name, arguments)
                 told = f"{percent(results[name].chosen)} -> {percent(results[name].found)}"
                 say(f"{task}, {kept}, {name}: {told} in {results[name].seconds:.0f} s")

@@ -225,7 +225,7 @@ def hits(model: nn.Module, task: str, numbers: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def shares(model: nn.Module, numbers: Tensor) -> Tensor:
+def shares(model: MixtralForCausalLM, numbers: Tensor) -> Tensor:
     """Return how a layer's choices are shared out among its experts over all tasks: [layers, experts].
 
     Args:

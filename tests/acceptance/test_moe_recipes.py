@@ -62,11 +62,11 @@ def test_the_offline_recipe_runs_within_its_gates_and_opens_as_stock(tmp_path):
     rows = {row["name"]: row for row in report["stages"][0]["details"]["scores"]}
     chosen, found = rows.get("eep: experts chosen", rows["eep"]), rows["eep"]
     assert rows["original"]["accuracy"] >= 0.99
-    assert chosen["accuracy"] >= rows["random"]["accuracy"] + rows["random"]["deviation"]
+    assert chosen["accuracy"] >= rows["random"]["accuracy"] + 2 * rows["random"]["deviation"]
     assert found["train"] >= chosen["train"]
     rules = ("frequency", "soft_activation", "naee")
     assert chosen["train"] >= max(rows[rule]["train"] for rule in rules)
-    assert rows["eep"]["accuracy"] == pytest.approx(report["metrics"]["answers"], abs=1e-6)
+    assert rows["eep"]["accuracy"] == pytest.approx(report["evaluation"]["metrics"]["answers"], abs=1e-5)
     plain = tmp_path / "plain"  # stock code knows no file of ours
     plain.mkdir()
     for name in ("config.json", "model.safetensors"):
