@@ -107,3 +107,14 @@ def test_no_hook_is_left_after_an_exception():
         assert hooks(model) == 4
         raise RuntimeError("within")
     assert hooks(model) == 0
+
+
+@torch.no_grad()
+def test_weights_that_a_sigmoid_leaves_as_they_are_stay_so():
+    model, calls = opened("DeepseekV3ForCausalLM", norm_topk_prob=False), batches()
+    plain = routed_plainly(model, calls)
+    for mixture in mixtures(model.module):
+        hidden, weights, _ = plain[mixture.layer]
+        with skipping(model, dict.fromkeys(plain, 1.1)):
+            alone, _ = _routed_within(model, mixture, hidden)
+        torch.testing.assert_close(alone.sum(dim=1), weights.amax(dim=1))
