@@ -111,6 +111,23 @@ def test_rules_are_measured_on_train_and_scored_on_both(searched):
     assert len({searched.rows[name]["train"] for name in (*RULES, "eep")}) > 1
 
 
+@pytest.mark.parametrize("seeded", [True, False])
+def test_the_rules_are_among_the_first_if_that_is_set(searched, tmp_path, seeded):
+    settings = _settings(
+        seed_heuristics=seeded, init_random=4, prune_evals=7, total_evals=7, random_draws=0,
+        splits={"train": 12, "test": 12}, dev_top=20,
+    )  # fmt: skip
+    details = _searched(searched.folder, tmp_path / "work", settings)
+    rows = {row["name"]: row for row in details["scores"]}
+    first = [row for row in details["search"]["history"] if row["kind"] == "given"]
+    # Rules that choose alike are evaluated once, so fitness is compared and not names alone.
+    assert {round(row["fitness"], 3) for row in first} == (
+        {round(rows[name]["train"], 3) for name in RULES} if seeded else set()
+    )
+    assert [row["index"] for row in first] == list(range(4, 4 + len(first)))
+    assert not seeded or rows["eep"]["train"] >= max(rows[name]["train"] for name in RULES)
+
+
 def test_random_choices_are_those_it_began_with_and_two_more_on_both(searched):
     drawn = [record.individual for record in searched.archive.first(12)]
     drawn += random_choices(searched.field.space, 2, 0)
