@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import SourceError
 from ..runtime.hashes import digest
 from ..runtime.strict_json import parse_object
-from .pieces import pieces_of
+from .pieces import check_whole, pieces_of
 
 if TYPE_CHECKING:
     from ..recipes.experts import EepSettings, FitnessSettings
@@ -252,14 +252,7 @@ def _text(values: Mapping[str, Any], key: str, place: str) -> str:
 def _checked(text: object, key: str, place: str) -> str:
     if not isinstance(text, str):
         raise SourceError(f"{place}: {key}: {str(text)[:40]!r} is no text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise SourceError(
-            f"{place}: {key}: character {error.start} is one half of a surrogate pair, which is no text",
-            hint="write the whole character, or leave the line out",
-        ) from None
-    return text
+    return check_whole(text, f"{place}: {key}")
 
 
 def _pieces(path: Path, by: str, task: str | None) -> list[Item]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import SourceError
 from ..models.base import OpenModel
 from .inputs import text_file
-from .pieces import pieces_of
+from .pieces import check_whole, pieces_of
 from .seeds import generator_for
 
 if TYPE_CHECKING:
@@ -218,11 +218,4 @@ def _text_of(line: str, where: str) -> str:
     text = value.get(_KEY) if isinstance(value, dict) else None
     if not isinstance(text, str):
         raise SourceError(f"{where}: no text under the key {_KEY!r}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise SourceError(
-            f"{where}: character {error.start} of the text is one half of a surrogate pair, which is no text",
-            hint="write the whole character, or leave the line out",
-        ) from None
-    return text
+    return check_whole(text, f"{where}: {_KEY}")

@@ -19,10 +19,7 @@ from ..runtime.moe_classes import MOE_CLASSES
 from ..runtime.moe_config import moe_shape, with_expert_count
 from .base import ModelSpec, OpenModel
 from .expert_choice import check_counts, checked_experts, fewer_experts
-from .mixtures import Mixture, mixtures
-
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_ACTIVE = ("top_k", "num_experts_per_tok")
+from .mixtures import ACTIVE_NAMES, COUNT_NAMES, Mixture, mixtures
 
 
 def keep_experts(
@@ -185,10 +182,10 @@ def set_counts(module: nn.Module, config: Mapping[str, Any]) -> None:
         part for mixture in mixtures(module) for part in (mixture.block, mixture.router, mixture.experts)
     ]
     for owner in (module, *owners):
-        for name in _COUNTS:
+        for name in COUNT_NAMES:
             if name in vars(owner):
                 setattr(owner, name, routing.experts)
-        for name in _ACTIVE:
+        for name in ACTIVE_NAMES:
             if name in vars(owner):
                 setattr(owner, name, routing.active)
         if isinstance(owner, nn.Linear):

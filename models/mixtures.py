@@ -13,6 +13,10 @@ from functools import cached_property
 from torch import Tensor, nn
 
 _LAYERS = "model.layers"
+COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Attributes of modules that say how many experts there are."""
+ACTIVE_NAMES = ("top_k", "num_experts_per_tok")
+"""Those that say how many a token goes through."""
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from compress.calibration.sensitivity_table import read_table
+
+from .. import sessions
 
 pytestmark = pytest.mark.slow  # each test starts up to three processes that load the libraries
 
@@ -89,41 +89,13 @@ def start(tiny_dit, tmp_path):
 
     def begin(what="plain", workers=2, threads=1, name="t.jsonl"):
         command = [sys.executable, script, tiny_dit, tmp_path / name, what, str(workers), str(threads)]
-        process = subprocess.Popen(
-            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True,
-            # What starts the tests may ignore Ctrl-C, and children inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )  # fmt: skip
+        process = sessions.begin(command)
         started.append(process)
         return process
 
     yield begin
     for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        assert _gone(process.pid), "a process is left"
-
-
-def _members(group: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[2]) == group and fields[0] != "Z":
-                found.append(int(entry.name))
-    return found
-
-
-def _gone(group: int, seconds: float = 20.0) -> bool:
-    end = time.monotonic() + seconds
-    while _members(group) and time.monotonic() < end:
-        time.sleep(0.05)
-    return not _members(group)
+        sessions.end(process)
 
 
 def _values(path):
@@ -183,7 +155,7 @@ def test_killed_and_resumed_gives_the_same_values(start, tmp_path, workers):
         _until_rows(process, path, 3)
         process.kill()
         process.wait()
-        assert _gone(process.pid)
+        assert sessions.gone(process.pid)
     kept = path.read_bytes()
     rows = kept.count(b"\n") - 1
     assert 0 < rows < 40
@@ -201,4 +173,4 @@ def test_ctrl_c_ends_all(start, tmp_path):
     _, text = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGINT
     assert text.count("KeyboardInterrupt") == 1  # the parent's; the others say nothing
-    assert _gone(process.pid)
+    assert sessions.gone(process.pid)

@@ -247,7 +247,7 @@ def test_sensitivities_are_measured_on_text(stories, tmp_path):
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1: no text under the key 'text'"),
         ("a.jsonl", b'{"text": "a"}\n\xff\n', r"a\.jsonl: not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n' + b"[" * 200_000, r"a\.jsonl:2: not JSON"),
-        ("a.jsonl", b'{"text": "ab \\ud800"}', r"a\.jsonl:1: character 3 of the text is one half"),
+        ("a.jsonl", b'{"text": "ab \\ud800"}', r"a\.jsonl:1: text: character 3 is one half"),
         ("a.txt", b"short", "makes 0 sequences of 32 tokens; 4 sequences are asked for"),
         ("a.txt", b"", "makes 0 sequences"),
     ],

@@ -21,13 +21,11 @@ from ....errors import StageError
 from ....models.base import OpenModel
 from ....models.expert_choice import checked_experts
 from ....models.experts import mixed
-from ....models.mixtures import Mixture, mixtures
+from ....models.mixtures import ACTIVE_NAMES, COUNT_NAMES, Mixture, mixtures
 from ....runtime.mapped_router import mapped
 from .genome import Coefficients, Individual, chosen, is_one_hot
 from .layer_groups import LayerGroup, assign
 
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_ACTIVE = ("top_k", "num_experts_per_tok")
 _Merged = tuple[bytes, dict[str, Tensor]]
 
 
@@ -198,7 +196,10 @@ def _put(owner: nn.Module, name: str, tensor: Tensor, undo: ExitStack) -> None:
 
 def _count(owner: nn.Module, count: int | None, active: int | None, undo: ExitStack) -> None:
     """Tell a module how many experts there are, and how many a token goes through."""
-    said: Mapping[str, int | None] = {**dict.fromkeys(_COUNTS, count), **dict.fromkeys(_ACTIVE, active)}
+    said: Mapping[str, int | None] = {
+        **dict.fromkeys(COUNT_NAMES, count),
+        **dict.fromkeys(ACTIVE_NAMES, active),
+    }
     for name, value in said.items():
         if value is not None and name in vars(owner):
             _set(owner, name, value, undo)

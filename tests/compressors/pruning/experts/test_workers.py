@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from .... import sessions
+
 pytestmark = pytest.mark.slow  # every test starts two or three processes that load torch
 
 PROGRAM = Path(__file__).with_name("judged.py")
@@ -25,42 +27,13 @@ def start(tmp_path):
     def begin(workers, lag, what="plain", **environment):
         (tmp_path / "archive").mkdir(exist_ok=True)
         command = [sys.executable, PROGRAM, tmp_path / "archive", workers, lag, what]
-        process = subprocess.Popen(
-            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "2", **environment},
-            # What starts the tests may ignore Ctrl-C, and children inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )  # fmt: skip
+        process = sessions.begin(command, **{"OMP_NUM_THREADS": "2", **environment})
         started.append(process)
         return process
 
     yield begin
     for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        assert _gone(process.pid), "a process is left"
-
-
-def _members(group: int) -> list[int]:
-    """Return the processes of a session; Ray puts those that it starts into groups of their own."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[3]) == group and fields[0] != "Z":
-                found.append(int(entry.name))
-    return found
-
-
-def _gone(group: int, seconds: float = 20.0) -> bool:
-    end = time.monotonic() + seconds
-    while _members(group) and time.monotonic() < end:
-        time.sleep(0.05)
-    return not _members(group)
+        sessions.end(process)
 
 
 def _done(process) -> str:
@@ -115,7 +88,7 @@ def test_ctrl_c_ends_all_and_the_next_run_goes_on(landscape, start, tmp_path):
     _, text = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGINT
     assert text.count("KeyboardInterrupt") == 1  # the parent's; the others say nothing
-    assert _gone(process.pid)
+    assert sessions.gone(process.pid)
     kept = landscape.files(tmp_path / "archive")
     landscape.finished(tmp_path / "archive", landscape.search(lag=2), landscape.coarse)
     landscape.finished(tmp_path / "here", landscape.search(lag=2), landscape.coarse)
@@ -142,7 +115,7 @@ def test_actors_of_a_local_cluster_find_what_one_process_finds(landscape, start,
     assert len(set(opened)) == 2 and str(process.pid) not in opened
     logs = Path(of_ray["RAY_TMPDIR"], "ray", "session_latest", "logs")
     assert "Usage reporting is disabled" in (logs / "dashboard.log").read_text()
-    assert _gone(process.pid), "the cluster that it started is left"
+    assert sessions.gone(process.pid), "the cluster that it started is left"
 
 
 def test_a_cluster_that_is_there_is_joined_and_stays(start, tmp_path, of_ray):
@@ -155,16 +128,16 @@ def test_a_cluster_that_is_there_is_joined_and_stays(start, tmp_path, of_ray):
     folder = Path(of_ray["RAY_TMPDIR"], "ray")
     try:
         _until(lambda: (folder / "ray_current_cluster").is_file(), cluster)
-        there = set(_members(cluster.pid))
+        there = set(sessions.members(cluster.pid))
         process = start("ray", 2, "killed", **of_ray)
         text = _done(process)
         assert process.returncode == 1
         assert text.startswith("StageError: a Ray actor that measures a landscape died, at individual ")
         assert 20 <= len(list((tmp_path / "archive").glob("*.safetensors"))) < 70
-        assert _gone(process.pid)
-        assert cluster.poll() is None and there <= set(_members(cluster.pid))
+        assert sessions.gone(process.pid)
+        assert cluster.poll() is None and there <= set(sessions.members(cluster.pid))
         assert len(list(folder.glob("session_2*"))) == 1  # none was started beside it
     finally:
         cluster.terminate()
         cluster.wait(timeout=60)
-    assert _gone(cluster.pid)
+    assert sessions.gone(cluster.pid)
