@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .calibration.answers import own_answers, own_files, splits_of
+from .calibration.answers import Splits, own_answers, own_files, refuse_seen, splits_of
 from .calibration.inputs import condition_files
 from .calibration.questions import questions_of
 from .errors import SourceError
@@ -28,14 +28,23 @@ def check_answers(loaded: LoadedRecipe, checkpoint: Checkpoint, *, planned: bool
 
     Raises:
         SourceError: a file is missing, empty or malformed, with the line; or holds too few items; or two
-            files have one name.
+            files have one name; or something is to be reported on that a search chooses by.
     """
     recipe, folder = loaded.recipe, checkpoint.folder
     _check_names(recipe)
     if planned and not all(path.is_file() for path in _files(recipe, folder)):
         return
-    answer_keys(recipe, folder)
-    questions_of(recipe, folder)
+    splits = _splits(recipe, folder)
+    seen = {
+        f"stages[{index}].eep.splits.{name}": items
+        for index, found in splits.items()
+        for name, items in (("train", found.train), ("dev", found.dev))
+    }
+    for index, found in splits.items():
+        refuse_seen(f"stages[{index}].eep.splits.test", found.test, seen)
+    questions = questions_of(recipe, folder)
+    if questions is not None:
+        refuse_seen("evaluate.answers", questions.items, seen)
 
 
 def answer_keys(recipe: Recipe, folder: Path) -> dict[int, str]:
@@ -48,8 +57,12 @@ def answer_keys(recipe: Recipe, folder: Path) -> dict[int, str]:
     Raises:
         SourceError: as `check_answers`.
     """
+    return {index: found.key for index, found in _splits(recipe, folder).items()}
+
+
+def _splits(recipe: Recipe, folder: Path) -> dict[int, Splits]:
     searches = _searches(recipe)
-    return {index: splits_of(settings, folder, recipe.seed).key for index, settings in searches.items()}
+    return {index: splits_of(settings, folder, recipe.seed) for index, settings in searches.items()}
 
 
 def _searches(recipe: Recipe) -> dict[int, EepSettings]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -134,11 +133,36 @@ def splits_of(settings: EepSettings, folder: Path, seed: int) -> Splits:
         given = [item.sha256 for items in found.values() for item in items]
         items = in_order(read_items(pool.path, fitness.by, fitness.task), seed, frozenset(given))
         _check_enough(pool, items, counts)
-        drawn = iter(items)
-        found |= {name: tuple(islice(drawn, counts[name])) for name in pool.names}
+        found |= _dealt(items, {name: counts[name] for name in pool.names})
     train, dev, test = (found.get(name, ()) for name in _PATHS)
+    refuse_seen("splits.dev", dev, {"splits.train": train})
+    refuse_seen("splits.test", test, {"splits.train": train, "splits.dev": dev})
     key = digest([[item.sha256 for item in items] for items in (train, dev, test)])
     return Splits(train, dev, test, key)
+
+
+def refuse_seen(name: str, items: Sequence[Item], seen: Mapping[str, Sequence[Item]]) -> None:
+    """Refuse items to be measured on that something was chosen by.
+
+    Args:
+        name: of the items, for the message.
+        items: to be measured on.
+        seen: name -> items that something was chosen by.
+
+    Raises:
+        SourceError: one of the items is among them, with both places.
+    """
+    for other, known in seen.items():
+        places = {item.sha256: item.place for item in known}
+        common = [item for item in items if item.sha256 in places]
+        if common:
+            first, more = common[0], len(common) - 1
+            raise SourceError(
+                f"{first.place}: an item of {name} is one of {other}, too ({places[first.sha256]})"
+                + (f", as are {more} more" if more else "")
+                + "; what is reported would be what was chosen by",
+                hint="take it out of one of them, or write counts under splits, drawn from fitness.data",
+            )
 
 
 def in_order(items: Sequence[Item], seed: int, given: frozenset[str] = frozenset()) -> list[Item]:
@@ -191,6 +215,19 @@ def _pools(fitness: FitnessSettings, counts: Mapping[str, int], folder: Path) ->
                 hint="name a JSONL under fitness.data, with `prompt` and `answer`",
             )
     return pools
+
+
+def _dealt(items: Sequence[Item], counts: Mapping[str, int]) -> dict[str, tuple[Item, ...]]:
+    """Deal ordered items out, the report's from the front and those to learn from from the back.
+
+    So searches of one recipe with other counts report on the same items, and learn from none of them.
+    """
+    found: dict[str, tuple[Item, ...]] = {}
+    first = counts.get("test", 0)
+    found["test"] = tuple(items[:first])
+    found["dev"] = tuple(items[first : first + counts.get("dev", 0)])
+    found["train"] = tuple(items[len(items) - counts.get("train", 0) :])
+    return {name: found[name] for name in counts}
 
 
 def _check_enough(pool: _Pool, items: Sequence[Item], counts: Mapping[str, int]) -> None:

@@ -104,3 +104,35 @@ def test_what_was_made_is_made_again_from_its_copies(tmp_path, monkeypatch):
 
     found = reproduce(tmp_path / "out", work_dir=tmp_path / "work")
     assert found["reproduced"] and {"items.jsonl", "others.jsonl"} <= {row["name"] for row in found["files"]}
+
+
+def test_what_a_search_chooses_by_is_not_asked_about(configured):
+    (configured / "items").mkdir()
+    data = write_items(configured / "items" / "items.jsonl", 40)
+    splits = {"train": 12, "dev": 5, "test": 12}
+    path = _recipe(configured, fitness={"by": "tokens", "data": str(data)}, splits=splits)
+    recipe = json.loads(path.read_text())
+    recipe["evaluate"]["answers"] = {"data": str(data)}
+    path.write_text(json.dumps(recipe))
+    with pytest.raises(
+        SourceError, match=r"an item of evaluate\.answers is one of stages\[0\]\.eep\.splits\.train"
+    ):
+        check_answers(load_recipe(path), _checkpoint(configured))
+    recipe["evaluate"]["answers"] = {}
+    path.write_text(json.dumps(recipe))
+    check_answers(load_recipe(path), _checkpoint(configured))
+
+
+def test_a_later_search_does_not_report_on_what_an_earlier_one_chose_by(configured):
+    data = write_items(configured / "items.jsonl", 40)
+    fitness = {"by": "tokens", "data": str(data)}
+    path = _recipe(configured, fitness=fitness, splits={"train": 20, "dev": None, "test": 12})
+    recipe = json.loads(path.read_text())
+    later = {**EEP, "keep_experts": 3, "fitness": fitness, "splits": {"train": 8, "dev": None, "test": 12}}
+    recipe["stages"].append({"eep": later})
+    path.write_text(json.dumps(recipe))
+    check_answers(load_recipe(path), _checkpoint(configured))
+    recipe["stages"][1]["eep"] = {**later, "seed": 5}
+    path.write_text(json.dumps(recipe))
+    with pytest.raises(SourceError, match=r"one of stages\[\d\]\.eep\.splits\.train"):
+        check_answers(load_recipe(path), _checkpoint(configured))

@@ -30,6 +30,14 @@ def _settings(**values):
     return EepSettings.model_validate({"keep_experts": 2, **values})
 
 
+def _answers(folder):
+    """Put items of its own into a model's folder."""
+    (folder / "answers").mkdir(exist_ok=True)
+    _items(folder / "answers" / "train.jsonl", 5, first=100)
+    _items(folder / "answers" / "test.jsonl", 5, first=200)
+    return folder
+
+
 def _prompts(items):
     return {item.prompt for item in items}
 
@@ -185,8 +193,34 @@ def test_files_of_their_own_are_taken_as_they_are(tmp_path):
     assert [item.prompt for item in found.test] == [f"q{index}" for index in range(8)]
     # The others of the data are those that are not reported on.
     assert found.dev == () and _prompts(found.train) == {f"q{index}" for index in range(8, 12)}
-    files = {"train": data, "dev": None, "test": test}
+    others = _items(tmp_path / "b.jsonl", 12, first=20)
+    files = {"train": others, "dev": None, "test": test}
     assert len(splits_of(_settings(splits=files), tmp_path, 0).train) == 12
+
+
+@pytest.mark.parametrize(
+    ("more", "told"), [(1, r"train\.jsonl:12\);"), (3, r"train\.jsonl:10\), as are 2 more;")]
+)
+def test_files_that_share_an_item_are_refused(more, told, tmp_path):
+    train = _items(tmp_path / "train.jsonl", 12)
+    for name in ("dev", "test"):
+        files = {"train": train, "dev": None, name: _items(tmp_path / f"{name}.jsonl", 8, first=12 - more)}
+        with pytest.raises(
+            SourceError, match=rf"{name}\.jsonl:1: an item of splits\.{name} is one of.*{told}"
+        ):
+            splits_of(_settings(splits={"test": 1, **files}, fitness={}), _answers(tmp_path), 0)
+
+
+def test_searches_with_other_counts_report_on_the_same_items(tmp_path):
+    data = _items(tmp_path / "a.jsonl", 40)
+    many, few = (
+        splits_of(
+            _settings(fitness={"data": data}, splits={"train": count, "dev": 5, "test": 10}), tmp_path, 3
+        )
+        for count in (25, 8)
+    )
+    assert many.test == few.test and many.dev == few.dev and set(few.train) < set(many.train)
+    assert len({*many.train, *many.dev, *many.test}) == 40
 
 
 def test_one_file_is_not_two_splits(tmp_path):
