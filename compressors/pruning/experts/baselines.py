@@ -7,6 +7,7 @@ measured is added up over its layers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,38 @@ from ....models.mixtures import Mixture, mixtures
 from ....progress import Progress
 from ....runtime.moe_config import MoeShape
 from .genome import Individual, Space, random_choice
-from .layer_groups import LayerGroup, assign
+from .layer_groups import LayerGroup, assign, layer_groups
 from .reconstruction import SubsetErrors, Subsets, calibration_items, compared, subsets, work_bytes
 from .statistics import Routed, RoutingSums, observe
 
 Chosen = tuple[tuple[int, ...], ...]
 """Of every group of layers the experts that stay, ascending."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What each rule keeps: name of the rule -> its choice.
+
+    Attributes:
+        shared: one choice for all layers of a group, as individuals of the search have it.
+        by_layer: one for every layer, as the rules were published.
+    """
+
+    shared: Mapping[str, Chosen]
+    by_layer: Mapping[str, Chosen]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {"shared": dict(self.shared), "by_layer": dict(self.by_layer)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Rules:
+        """Return what `to_json` gave."""
+        read = {
+            part: {name: tuple(map(tuple, choice)) for name, choice in values[part].items()}
+            for part in ("shared", "by_layer")
+        }
+        return cls(**read)
 
 
 def measure(
@@ -37,7 +64,7 @@ def measure(
     seed: int,
     progress: Progress,
     items: int | None = None,
-) -> dict[str, Chosen]:
+) -> Rules:
     """Run the model once over the items and return what each rule keeps.
 
     `frequency` keeps the experts that most tokens were sent to, `soft_activation` those with the largest sum
@@ -55,7 +82,7 @@ def measure(
         items: how many there are in all calls, for the 64 to be drawn; None: they are the first.
 
     Returns:
-        name of the rule -> its choice.
+        the choices, for groups of layers and layer by layer.
 
     Raises:
         PlanError: the counts or groups do not fit the model.
@@ -69,20 +96,23 @@ def measure(
     wanted = calibration_items(items, seed)
     sums = RoutingSums(space.experts, [mixture.layer for mixture in found])
     choices = [subsets(space, seed, group) for group in range(space.groups)]
-    errors = {
-        mixture.layer: SubsetErrors(mixture, choices[places[mixture.name]], active) for mixture in found
-    }
+    of_layer = {mixture.layer: choices[places[mixture.name]] for mixture in found}
+    errors = {mixture.layer: SubsetErrors(mixture, of_layer[mixture.layer], active) for mixture in found}
 
     def compare(mixture: Mixture, routed: Routed) -> None:
         errors[mixture.layer].update(mixture, routed.of(wanted))
 
     observe(model.module, calls, [sums.update, compare], label="measuring experts", progress=progress)
     totals = {layer: error.total for layer, error in errors.items()}
-    return {
-        "frequency": highest(_per_group(sums.counts, groups), space),
-        "soft_activation": highest(_per_group(sums.weights, groups), space),
-        "naee": closest(_per_group(totals, groups), choices),
-    }
+
+    def rules(groups: Sequence[LayerGroup]) -> dict[str, Chosen]:
+        return {
+            "frequency": highest(_per_group(sums.counts, groups), space),
+            "soft_activation": highest(_per_group(sums.weights, groups), space),
+            "naee": closest(_per_group(totals, groups), [of_layer[group.layers[0]] for group in groups]),
+        }
+
+    return Rules(rules(groups), rules(layer_groups(shape.sparse, "per_layer")))
 
 
 def random_choices(space: Space, draws: int, seed: int) -> list[Individual]:

@@ -50,6 +50,11 @@ class Candidates:
         self.merges = 0
         """How often the experts of a layer have been merged."""
 
+    @property
+    def groups(self) -> int:
+        """How many groups of layers individuals have."""
+        return len(self._groups)
+
     @contextmanager
     def shown(self, individual: Individual) -> Iterator[None]:
         """Let the module compute as the cut one; afterwards it is as before, bit for bit, whatever happens.

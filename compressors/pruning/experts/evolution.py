@@ -31,7 +31,7 @@ from .selection import best, one_parent, two_parents
 
 Submit = Callable[[Individual], Future[float]]
 """Starts an evaluation and returns at once; the result is the fitness in points."""
-_NOT_OF_CHILDREN = {"total_evals", "dev_top", "export", "fitness", "splits", "seed"}
+_NOT_OF_CHILDREN = {"total_evals", "dev_top", "random_draws", "export", "fitness", "splits", "seed"}
 _TRIES = 200
 """Children that are bred before a search gives up finding one that is new."""
 

@@ -26,16 +26,17 @@ class Judge:
     """Scores individuals on some items.
 
     Args:
-        candidates: of the open model.
-        scorer: of the same model, with the items; by itself it scores the model as it is.
+        scorer: of the open model, with the items; by itself it scores the model as it is.
+        candidates: of the same model; several where individuals have their layers in other groups.
     """
 
-    def __init__(self, candidates: Candidates, scorer: Scorer) -> None:
-        self._candidates, self.scorer = candidates, scorer
+    def __init__(self, scorer: Scorer, *candidates: Candidates) -> None:
+        self.scorer = scorer
+        self._candidates = {one.groups: one for one in candidates}
 
     def score(self, individual: Individual) -> Score:
         """Return everything that was measured of an individual."""
-        with self._candidates.shown(individual):
+        with self._candidates[len(individual.router)].shown(individual):
             return self.scorer.score()
 
     def __call__(self, individual: Individual) -> float:
@@ -78,4 +79,4 @@ class JudgingJob:
                 hint="search in one process",
             )
         candidates = Candidates(model, self.groups, self.active)
-        return Judge(candidates, Scorer(model, self.items, self.settings))
+        return Judge(Scorer(model, self.items, self.settings), candidates)

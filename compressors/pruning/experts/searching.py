@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from ....calibration.answer_scores import Scorer
@@ -15,16 +17,18 @@ from ....models.base import OpenModel
 from ....models.expert_choice import mixture_shape
 from ....progress import Progress
 from ....recipes.experts import EepSettings
+from ....runtime.atomic import atomic_file
 from ....runtime.hashes import digest
 from ...base import Workspace
 from .archive import Archive
-from .baselines import measure, random_choices
+from .baselines import Rules, measure, random_choices
 from .candidate import Candidates
 from .comparison import FINAL, FREE, ORIGINAL, PRUNED, RANDOM, Contender, compared, scored, spread
 from .evolution import Found, Search, Submit, choose, evolve, in_turn
 from .field import Field
-from .genome import Individual, given_choice, is_one_hot
+from .genome import Individual, Space, given_choice, is_one_hot
 from .judging import VERSION, Judge, JudgingJob
+from .layer_groups import layer_groups
 from .needs import search_bytes
 from .shipping import change, shipped, told_coefficients
 from .skipping import skipping, thresholds
@@ -53,6 +57,9 @@ class Searching:
         self.splits, self.seed = splits, seed
         self.workspace, self.progress = workspace, progress
         self.candidates = Candidates(model, field.groups, field.active)
+        single = layer_groups(mixture_shape(model.config).sparse, "per_layer")
+        shared = len(field.groups) < len(single)
+        self.layers = Candidates(model, single, field.active) if shared else self.candidates
         self.weights = hash_weights(model.module)
 
     def run(self) -> dict[str, Any]:
@@ -66,8 +73,7 @@ class Searching:
         """
         train = self._judge(self.splits.train)
         rules = self._rules(train)
-        seeded = rules if self.settings.seed_heuristics else {}
-        search = Search(self.field.space, self.settings, self.seed, seeded)
+        search = Search(self.field.space, self.settings, self.seed, self._seeds(rules))
         archive = Archive(
             self.workspace.folder / "archive", search.key(self._fitness_key()), self.field.space
         )
@@ -116,19 +122,32 @@ class Searching:
         return digest([self.weights, self.splits.key, fitness, self.field.active, VERSION])
 
     def _judge(self, items: Sequence[Item]) -> Judge:
-        return Judge(self.candidates, Scorer(self.model, items, self.settings.fitness))
+        """Return what scores individuals of the search, and choices that every layer has for itself."""
+        return Judge(Scorer(self.model, items, self.settings.fitness), self.layers, self.candidates)
 
-    def _rules(self, train: Judge) -> dict[str, Individual]:
-        """Return what simpler rules would keep, judged on the train items; nothing where all experts stay."""
-        space = self.field.space
+    def _rules(self, train: Judge) -> Rules | None:
+        """Return what simpler rules keep, by the train items; None where all experts stay.
+
+        What they keep is written down: a search that goes on has to begin as it did.
+        """
+        space, path = self.field.space, self.workspace.folder / "rules.json"
         if space.kept == space.experts:
-            return {}
-        choices = measure(
+            return None
+        if path.is_file():
+            return Rules.from_json(json.loads(path.read_text(encoding="utf-8")))
+        rules = measure(
             self.model, train.scorer.prompts(), self.field.groups, space.kept,
             active=self.field.active, seed=self.seed, progress=self.progress,
             items=len(self.splits.train),
         )  # fmt: skip
-        return {name: given_choice(space, kept, name) for name, kept in choices.items()}
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(rules.to_json()) + "\n", encoding="utf-8")
+        return rules
+
+    def _seeds(self, rules: Rules | None) -> dict[str, Individual]:
+        if rules is None or not self.settings.seed_heuristics:
+            return {}
+        return {name: given_choice(self.field.space, kept, name) for name, kept in rules.shared.items()}
 
     def _evaluations(self, judge: Judge, items: Sequence[Item]) -> AbstractContextManager[Submit]:
         """Evaluate in this process, or in workers that open the model themselves."""
@@ -155,23 +174,24 @@ class Searching:
         result = shipped(found.best.individual, self.settings.export, self.field.space.pools)
         if result is found.best.individual:
             return result, found.best.fitness
-        fitness = train(result)
-        if found.pruned is None or found.pruned.fitness <= fitness:
-            return result, fitness
+        decides = self._judge(self.splits.dev) if self.splits.dev else train
+        pruned = found.pruned
+        if pruned is None or decides(pruned.individual) <= decides(result):
+            return result, train(result)
         self.progress.note(
-            f"the free router scores {found.best.fitness:.2f} on the train items, and {fitness:.2f} rounded;"
-            f" experts that are only chosen score {found.pruned.fitness:.2f}, and ship"
+            f"the free router scores {found.best.fitness:.2f} on the train items, and {train(result):.2f}"
+            f" rounded; experts that are only chosen score {pruned.fitness:.2f}, and ship"
         )
-        return found.pruned.individual, found.pruned.fitness
+        return pruned.individual, pruned.fitness
 
     def _scores(
-        self, search: Search, archive: Archive, found: Found, rules: Mapping[str, Individual], train: Judge,
+        self, search: Search, archive: Archive, found: Found, rules: Rules | None, train: Judge,
         result: Contender,
     ) -> list[dict[str, Any]]:  # fmt: skip
         """Return the rows of the table: the original, the rules, random choices, and what was found."""
         judge = self._judge(self.splits.test)
         original = Contender(ORIGINAL, None, train.scorer.score().points)
-        contenders = [original, *self._ruled(rules, found, train)]
+        contenders = [original, *self._ruled(rules, train)]
         if found.pruned is not None and found.pruned.index != found.best.index:
             contenders.append(Contender(PRUNED, found.pruned.individual, found.pruned.fitness))
         if result.individual is not found.best.individual:
@@ -184,22 +204,24 @@ class Searching:
         return rows
 
     def _drawn(self, search: Search, archive: Archive, train: Judge) -> list[Contender]:
-        """Return random choices: those that the search began with, and more of them where more are wanted."""
+        """Return random choices of every layer: the first ones of the search, if they are such, and more."""
         count = 0 if search.merges_only else self.settings.random_draws
         known = [
             Contender(RANDOM, record.individual, record.fitness)
             for record in archive.first(search.prune_evals)
-            if record.origin["kind"] == "random"
+            if record.origin["kind"] == "random" and search.space.groups == self.layers.groups
         ][:count]
-        more = random_choices(search.space, count - len(known), self.seed)
+        more = random_choices(self._by_layer(), count - len(known), self.seed)
         return [*known, *(Contender(RANDOM, one, train(one)) for one in more)]
 
-    def _ruled(self, rules: Mapping[str, Individual], found: Found, train: Judge) -> list[Contender]:
-        """Return the rules, with the fitness that the search measured of them or that is measured now."""
-        return [
-            Contender(name, one, found.given[name].fitness if name in found.given else train(one))
-            for name, one in rules.items()
-        ]
+    def _ruled(self, rules: Rules | None, train: Judge) -> list[Contender]:
+        """Return what the rules keep of every layer, as they were published: no layers share a choice."""
+        choices = {} if rules is None else rules.by_layer
+        found = {name: given_choice(self._by_layer(), kept, name) for name, kept in choices.items()}
+        return [Contender(name, one, train(one)) for name, one in found.items()]
+
+    def _by_layer(self) -> Space:
+        return replace(self.field.space, groups=self.layers.groups)
 
     def _skipped(self, train: Judge) -> dict[str, Any] | None:
         """Return how the original does where tokens leave out a second expert that hardly counts."""

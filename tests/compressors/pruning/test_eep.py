@@ -209,31 +209,34 @@ def test_a_rounded_router_is_stock_and_scored_again(folder, tmp_path) -> None:
     rows = {row["name"]: row for row in details["scores"]}
     assert details["router"] == "onehot" and not is_mapped(model.config)
     history = details["search"]["history"]
-    free_row, pruned = rows["eep: router free, not shipped"], rows["eep: experts chosen"]
+    free_row = rows["eep: router free, not shipped"]
     assert free_row["train"] == pytest.approx(history[details["search"]["best"]]["fitness"], abs=1e-3)
     train = splits_of(asked, folder, 0).train
     points = Scorer(model, train, asked.fitness).score().points
     assert points == pytest.approx(rows["eep"]["train"], abs=2e-3)
-    assert pruned["train"] <= rows["eep"]["train"] < free_row["train"] and details["merged"]
+    assert rows["eep: experts chosen"]["train"] <= rows["eep"]["train"] < free_row["train"]
     assert "mapping" not in details and len(model.module.model.layers[0].mlp.gate.weight) == 4
 
 
-def test_a_choice_ships_where_the_rounded_router_is_worse(folder, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("luck", [-5.0, 50.0])
+def test_what_is_better_ships_of_a_rounded_router_and_a_choice(luck, folder, tmp_path, monkeypatch) -> None:
     measured, rounded = Judge.__call__, []
 
-    def unlucky(best, export, pools):
+    def noted(best, export, pools):
         rounded.append(shipped(best, export, pools))
         return rounded[0]
 
     def judged(self, one) -> float:
-        return -5.0 if rounded and one.sha256 == rounded[0].sha256 else measured(self, one)
+        return luck if rounded and one.sha256 == rounded[0].sha256 else measured(self, one)
 
-    monkeypatch.setattr(searching, "shipped", unlucky)
+    monkeypatch.setattr(searching, "shipped", noted)
     monkeypatch.setattr(Judge, "__call__", judged)
     _, details = applied(folder, tmp_path, free("stock-projected"))
     rows = {row["name"]: row for row in details["scores"]}
-    assert rows["eep"]["train"] == rows["eep: experts chosen"]["train"] > -5.0
-    assert not details["merged"] and details["router"] == "onehot"
+    assert rows["eep"]["train"] == max(luck, rows["eep: experts chosen"]["train"])
+    assert details["router"] == "onehot"
+    wanted = rounded[0] if luck > 0 else None
+    assert details["merged"] == (wanted is not None and not wanted.is_choice)
 
 
 def test_a_router_that_cannot_be_mapped_is_refused_by_the_plan(tmp_path) -> None:
@@ -242,3 +245,33 @@ def test_a_router_that_cannot_be_mapped_is_refused_by_the_plan(tmp_path) -> None
         Eep().plan(read_spec(ModelRef(id=str(folder))), free("custom"))
     with pytest.raises(PlanError, match="router: free"):
         Eep().plan(read_spec(ModelRef(id=str(folder))), free("stock-projected"))
+
+
+def test_rules_and_random_choices_are_compared_layer_by_layer(folder, tmp_path) -> None:
+    """Also where the search shares choices: what it is compared with is what others would do."""
+    from compress.calibration.answer_scores import Scorer
+    from compress.compressors.pruning.experts.baselines import measure
+    from compress.compressors.pruning.experts.candidate import Candidates
+    from compress.compressors.pruning.experts.field import Field
+    from compress.compressors.pruning.experts.genome import Space, given_choice
+    from compress.compressors.pruning.experts.layer_groups import layer_groups
+
+    asked = settings(groups=1, total_evals=20)
+    model = open_model(ModelRef(id=str(folder)), progress=SilentProgress())
+    _, details = applied(folder, tmp_path, asked)
+    rows = {row["name"]: row for row in details["scores"]}
+    train = splits_of(asked, folder, 0).train
+    scorer = Scorer(model, train, asked.fitness)
+    field = Field.of(model.config, asked)
+    rules = measure(
+        model, scorer.prompts(), field.groups, 4, active=None, seed=0, progress=SilentProgress(), items=20
+    )
+    layers = layer_groups((0, 1, 2), "per_layer")
+    judge = Judge(scorer, Candidates(model, layers))
+    assert all(len(kept) == 3 for kept in rules.by_layer.values())
+    assert all(len(kept) == 1 for kept in rules.shared.values())
+    for name, kept in rules.by_layer.items():
+        one = given_choice(Space(3, 4, 6), kept, name)
+        assert rows[name]["train"] == pytest.approx(judge(one), abs=1e-3)
+    given = [row for row in details["search"]["history"] if row["kind"] == "given"]
+    assert given and rows["random"]["draws"] == 4 and len(details["groups"]) == 1

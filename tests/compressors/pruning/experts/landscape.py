@@ -79,7 +79,7 @@ def main() -> None:
     """Run `landscape.py FOLDER WORKERS LAG [KILL_AT WHEN]`.
 
     With the last two the process kills itself, and those of its group, around the KILL_AT-th rename of a
-    file: `before` it, or `after` it. It is to lead a group.
+    file: `before` it, `after` it, or as many calls of functions after it as WHEN says. It is to lead a group.
     """
     folder, workers, lag = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     if len(sys.argv) > 4:
@@ -97,20 +97,39 @@ def main() -> None:
 
 
 def _kill_at(count: int, when: str) -> None:
-    """Let this process end by SIGKILL at a rename, the step that makes a file appear."""
+    """Let this process end by SIGKILL at a rename, the step that makes a file appear, or soon after it."""
     replace, done = Path.replace, 0
 
     def replace_or_die(path, target):
         nonlocal done
         done += 1
         if done == count and when == "before":
-            os.killpg(0, signal.SIGKILL)  # with the processes of its own, which would wait for ever
+            _die()
         result = replace(path, target)
         if done == count:
-            os.killpg(0, signal.SIGKILL)  # with the processes of its own, which would wait for ever
+            if when == "after":
+                _die()
+            _kill_after(int(when))
         return result
 
     Path.replace = replace_or_die
+
+
+def _kill_after(calls: int) -> None:
+    """Let this process end by SIGKILL once this thread has called so many functions, wherever that is."""
+
+    def count_down(frame, event, argument):
+        nonlocal calls
+        if event in ("call", "c_call"):
+            calls -= 1
+            if calls <= 0:
+                _die()
+
+    sys.setprofile(count_down)
+
+
+def _die() -> None:
+    os.killpg(0, signal.SIGKILL)  # with the processes of its own, which would wait for ever
 
 
 if __name__ == "__main__":

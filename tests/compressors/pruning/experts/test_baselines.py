@@ -21,7 +21,7 @@ from .opened_moe import QUIET, batches, hooks, opened, per_layer, routed_plainly
 
 def _measured(model, calls, kept=4, groups=None, active=None, seed=0):
     groups = per_layer(model) if groups is None else groups
-    return measure(model, calls, groups, kept, active=active, seed=seed, progress=QUIET)
+    return measure(model, calls, groups, kept, active=active, seed=seed, progress=QUIET).shared
 
 
 def _best(values, kept):
@@ -124,7 +124,7 @@ def test_naee_looks_at_64_items_and_the_counts_at_all():
     groups = per_layer(model)
 
     def measured(some, items=None):
-        return measure(model, some, groups, 3, active=None, seed=0, progress=QUIET, items=items)
+        return measure(model, some, groups, 3, active=None, seed=0, progress=QUIET, items=items).shared
 
     whole, some = measured(calls), calibration_items(90, 0)
     first = {name: values[:4] for name, values in calls[2].items()}

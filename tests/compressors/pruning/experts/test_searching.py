@@ -63,7 +63,7 @@ def searched(tmp_path_factory):
     splits = splits_of(settings, folder, 0)
     candidates = Candidates(model, field.groups, field.active)
     judges = {
-        name: Judge(candidates, Scorer(model, getattr(splits, name), settings.fitness))
+        name: Judge(Scorer(model, getattr(splits, name), settings.fitness), candidates)
         for name in ("train", "dev", "test")
     }
     key = json.loads(_about(work / "archive"))["key"]
@@ -102,7 +102,7 @@ def test_rules_are_measured_on_train_and_scored_on_both(searched):
     calls = searched.judges["train"].scorer.prompts()
     chosen = measure(
         searched.model, calls, searched.field.groups, 3, active=None, seed=0, progress=QUIET, items=12
-    )
+    ).shared
     for name in RULES:
         individual = given_choice(searched.field.space, chosen[name], name)
         row = searched.rows[name]
@@ -164,11 +164,13 @@ def test_fewer_experts_per_token_are_scored_as_such(searched, tmp_path):
     groups, train = searched.field.groups, splits_of(settings, searched.folder, 0).train
     scorer = Scorer(searched.model, train, settings.fitness)
     one, two = (
-        measure(searched.model, scorer.prompts(), groups, 3, active=active, seed=0, progress=QUIET, items=12)
+        measure(
+            searched.model, scorer.prompts(), groups, 3, active=active, seed=0, progress=QUIET, items=12
+        ).shared
         for active in (1, None)
     )
     assert one["naee"] != two["naee"]
-    judge = Judge(Candidates(searched.model, groups, 1), scorer)
+    judge = Judge(scorer, Candidates(searched.model, groups, 1))
     wanted = judge(given_choice(searched.field.space, one["naee"], "naee"))
     assert rows["naee"]["train"] == pytest.approx(wanted, abs=1e-3)
 
