@@ -25,6 +25,7 @@ from .experts_table import (
 )
 from .markdown import code, sentence, table
 
+_BEFORE = "the model before this stage"
 _MOST_NUMBERS = 600  # characters of all lists of experts; longer ones are in the report
 _SIZES = (
     ("parameters", "parameters"),
@@ -40,7 +41,7 @@ def experts(subject: Subject) -> Iterator[str]:
         return
     yield from ("## Which experts stay", "")
     for number, stage in enumerate(found):
-        yield from _stage(stage, "the original" if number == 0 else "the model before this stage")
+        yield from _stage(stage, "the original" if number == 0 else _BEFORE)
 
 
 def _stage(stage: Document, before: str) -> Iterator[str]:
@@ -111,7 +112,7 @@ def _answers(details: Document) -> Iterator[str]:
         else f"share of {measure_told(fitness)}"
     )
     yield f"On {items:,} test items, on which nothing was chosen; {what}."
-    yield "All rows answer the same items, as the models would be shipped:"
+    yield "All rows answer the same items; where a row says nothing else, as the model would be shipped:"
     yield ""
     header = ("experts", "test", "standard error, points", f"points on the {fitness['train']:,} train items")
     yield from table(header, (_row(row) for row in rows))
@@ -146,7 +147,7 @@ def _sureness(rows: Sequence[Contender], items: int) -> Iterator[str]:
         yield f"**These items do not tell it apart** from: {'; '.join(equal)}."
     if any(row.key == ORIGINAL for row in not_told_apart(rows, items)):
         yield (
-            "Nor do they tell it apart from the original."
+            f"Nor do they tell it apart from {_BEFORE}."
             if equal
-            else (sentence("these items do not tell it apart from the original"))
+            else sentence(f"these items do not tell it apart from {_BEFORE}")
         )

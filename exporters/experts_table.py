@@ -10,11 +10,10 @@ from typing import Any
 Document = Mapping[str, Any]
 
 ORIGINAL, RANDOM, RESULT = "original", "random", "eep"
-"""Names of rows of `scores` that are no rule."""
+"""Names of rows of `scores` that are no rule; the first is of the model that the stage began with."""
 SKIPPING = "skipping"
 """Name of the row of dynamic skipping, which removes nothing."""
 _NAMES = {
-    ORIGINAL: "the original, all experts",
     "frequency": "those that most tokens meet (frequency)",
     "soft_activation": "those with most routing weight (soft activation)",
     "naee": "those with which the outputs change least (NAEE)",
@@ -58,6 +57,11 @@ def _layer(entry: tuple[str, Any]) -> int:
 def removes(details: Document) -> bool:
     """Tell whether there are fewer experts afterwards."""
     return bool(details["experts_after"] < details["experts_before"])
+
+
+def before_told(details: Document) -> str:
+    """Name the model that a stage began with; that of a second stage has fewer experts than the original."""
+    return f"before this stage, all {details['experts_before']} experts"
 
 
 def counts_told(details: Document) -> str:
@@ -148,20 +152,22 @@ class Contender:
 
 
 def contenders(details: Document) -> list[Contender]:
-    """Return the rows of the comparison, in its order; dynamic skipping stands below the original.
+    """Return the rows of the comparison, in its order; dynamic skipping stands below the first one.
 
     Args:
         details: of a stage that searched.
     """
-    rows = [_contender(row, _name(row)) for row in details["scores"]]
+    rows = [_contender(row, _name(row, details)) for row in details["scores"]]
     found = details.get(SKIPPING)
     if found:
-        name = f"the original, skipping experts: {found['experts_per_token']:.2f} a token"
+        name = f"before this stage, skipping experts: {found['experts_per_token']:.2f} a token"
         rows.insert(1, _contender({**found, "name": SKIPPING}, name))
     return rows
 
 
-def _name(row: Document) -> str:
+def _name(row: Document, details: Document) -> str:
+    if row["name"] == ORIGINAL:
+        return before_told(details)
     if not row.get("draws"):
         return _NAMES.get(row["name"], str(row["name"]))
     failed = f" ({row['failed']} more gave no finite outputs)" if row.get("failed") else ""

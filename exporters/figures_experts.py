@@ -72,7 +72,9 @@ def draw_fitness(details: Mapping[str, Any]) -> Figure:
     axes.set_xlim(0, len(history) + 1)
     _set_height(axes, [*values[values >= floor], *(level for _, level in lines)])
     _mark_merging(axes, search["prune_evals"], len(history))
-    _mark_levels(axes, lines)
+    _mark_levels(
+        axes, lines, {**_RULES, RANDOM: "random, mean", ORIGINAL: f"all {details['experts_before']} experts"}
+    )
     axes.set(xlabel="evaluation", ylabel=f"points on {fitness['train']:,} train items")
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     tidy(axes)
@@ -119,25 +121,24 @@ def _mark_merging(axes: Axes, first: int, count: int) -> None:
 
 
 def _levels(details: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Return (name, fitness on the train items) of what is no evaluation of its own, highest first."""
+    """Return (row, fitness on the train items) of what is no evaluation of its own, highest first."""
     found = [
-        (_RULES.get(row["name"], row["name"]), float(row["train"]))
+        (row["name"], float(row["train"]))
         for row in details["scores"]
         if row["name"] in (ORIGINAL, RANDOM, *_RULES) and row.get("train") is not None
     ]
-    found = [("random, mean" if name == RANDOM else name, level) for name, level in found]
     return sorted(found, key=lambda line: -line[1])
 
 
-def _mark_levels(axes: Axes, lines: Sequence[tuple[str, float]]) -> None:
+def _mark_levels(axes: Axes, lines: Sequence[tuple[str, float]], names: Mapping[str, str]) -> None:
     """Draw a line at every level, and its name at the right, moved down where names would touch."""
     low, high = axes.get_ylim()
     wanted = [(level - low) / (high - low) for _, level in lines]
-    for (name, level), place in zip(lines, _apart(wanted), strict=True):
-        colour = INK if name == ORIGINAL else ORANGE if name in _RULES.values() else MUTED
+    for (row, level), place in zip(lines, _apart(wanted), strict=True):
+        colour = INK if row == ORIGINAL else ORANGE if row in _RULES else MUTED
         axes.axhline(level, color=colour, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate(
-            f"{name} {level:.3g}", (1, (level - low) / (high - low)), xycoords="axes fraction",
+            f"{names[row]} {level:.3g}", (1, (level - low) / (high - low)), xycoords="axes fraction",
             xytext=(1.03, place), textcoords="axes fraction", fontsize=8, color=colour, va="center",
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 0},
         )  # fmt: skip

@@ -45,7 +45,7 @@ def test_a_search_is_a_line_the_layers_and_a_table_of_what_it_is_held_against(re
     start = lines.index("eep: exact_match on 400 test items")
     assert lines[start + 1 : start + 4] == [
         "experts test standard error, points points on train",
-        "the original, all experts 100.0% 0.0 99.5",
+        "before this stage, all 4 experts 100.0% 0.0 99.5",
         "random ones, mean of 30 40.0% 12.5, deviation of the choices 38.25",
     ]
     assert lines[start + 8] == "result of the search 65.0% 2.4 71"

@@ -111,7 +111,7 @@ def test_rules_and_original_are_lines_with_their_train_scores():
     assert levels == {99.5, 60.0, 50.0, 40.0, 38.25}
     said = [text.get_text() for text in axes.texts if text.get_text() != "merging begins"]
     assert said == [
-        "original 99.5", "NAEE 60", "soft activation 50", "frequency 40", "random, mean 38.2",
+        "all 4 experts 99.5", "NAEE 60", "soft activation 50", "frequency 40", "random, mean 38.2",
     ]  # fmt: skip
 
 
@@ -254,13 +254,13 @@ def test_close_rows_are_not_told_apart_and_random_ones_are_not_asked():
     assert [one.key for one in not_told_apart(rows, 400)] == ["naee", "eep: experts chosen"]
     # 2 * sqrt(0.0245^2 + 0.0238^2) = 0.0683
     wider = [row("naee", 0.581, 0.0245), row("frequency", 0.582, 0.0245), row("eep", 0.65, 0.0238)]
-    assert [one.key for one in not_told_apart(contenders({"scores": wider}), 400)] == ["frequency"]
+    assert [one.key for one in not_told_apart(contenders(searched(scores=wider)), 400)] == ["frequency"]
 
 
 def test_dynamic_skipping_stands_below_the_original_with_its_mean_of_experts(fewer):
     skipped = {"experts_per_token": 1.5123, "score": 58.0, "accuracy": 0.58, "standard_error": 0.02}
     section = section_of(with_details(fewer, searched(skipping=skipped)))
-    line = "| the original, skipping experts: 1.51 a token | 58.0% | 2.0 |  |"
+    line = "| before this stage, skipping experts: 1.51 a token | 58.0% | 2.0 |  |"
     assert f"{line}\n| random ones" in section and "Skipping removes nothing" in section
     assert "kipping" not in section_of(fewer)
 
@@ -280,11 +280,11 @@ def test_a_free_router_is_told_as_one_and_what_is_not_shipped_is_named(fewer):
 def test_an_error_of_zero_counts_as_one_item():
     alike = [row("original", 1.0, 0.0), row("eep", 0.99, 0.0)]
     # 2 * sqrt(2) / 100 = 0.028; / 400 = 0.007
-    assert [one.key for one in not_told_apart(contenders({"scores": alike}), 100)] == ["original"]
-    assert not_told_apart(contenders({"scores": alike}), 400) == []
+    assert [one.key for one in not_told_apart(contenders(searched(scores=alike)), 100)] == ["original"]
+    assert not_told_apart(contenders(searched(scores=alike)), 400) == []
     # 2 * sqrt(0.01^2 + 0.0075^2) = 0.025, and 0.015 without that of the one item
     for first, last in (((1.0, 0.0), (0.98, 0.0075)), ((0.98, 0.0075), (1.0, 0.0))):
-        rows = contenders({"scores": [row("original", *first), row("eep", *last)]})
+        rows = contenders(searched(scores=[row("original", *first), row("eep", *last)]))
         assert len(not_told_apart(rows, 100)) == 1
 
 
@@ -292,8 +292,8 @@ def test_the_distance_from_random_choices_is_in_their_deviations():
     assert above_random(contenders(searched())) == pytest.approx((0.65 - 0.4) / 0.125)
     rows = scores()
     rows[1]["deviation"] = None
-    assert above_random(contenders({"scores": rows})) is None
-    assert above_random(contenders({"scores": [rows[0], rows[-1]]})) is None
+    assert above_random(contenders(searched(scores=rows))) is None
+    assert above_random(contenders(searched(scores=[rows[0], rows[-1]]))) is None
 
 
 def test_the_card_tells_which_experts_stay_what_it_saves_and_how_it_was_found(fewer):
@@ -313,7 +313,7 @@ def test_the_card_holds_the_result_against_every_rule_and_says_how_sure_it_is(fe
     section = section_of(fewer)
     assert "On 400 test items, on which nothing was chosen; share of items whose generated text" in section
     rows = (
-        "| the original, all experts | 100.0% | 0.0 | 99.5 |",
+        "| before this stage, all 4 experts | 100.0% | 0.0 | 99.5 |",
         "| random ones, mean of 30 | 40.0% | 12.5, deviation of the choices | 38.25 |",
         "| those that most tokens meet (frequency) | 45.0% | 2.5 | 40 |",
         "| those with most routing weight (soft activation) | 55.0% | 2.5 | 50 |",
@@ -327,7 +327,7 @@ def test_the_card_holds_the_result_against_every_rule_and_says_how_sure_it_is(fe
     assert "The result is 2.0 such deviations above the mean of the random choices." in section
     apart = section.split("**These items do not tell it apart** from: ")[1].split("\n")[0]
     assert "NAEE" in apart and "before merging" in apart
-    assert "frequency" not in apart and "original" not in section.split("tell it apart")[1]
+    assert "frequency" not in apart and "before this stage" not in section.split("tell it apart")[1]
 
 
 def test_the_card_says_where_the_result_is_worse_than_chance_or_failed(fewer):
@@ -345,7 +345,7 @@ def test_the_card_says_where_the_result_is_worse_than_chance_or_failed(fewer):
 def test_a_result_as_good_as_the_original_is_said_to_be_no_more_than_that(fewer):
     rows = [row("original", 0.66, 0.0237), row("eep", 0.65, 0.0238)]
     section = section_of(with_details(fewer, searched(scores=rows)))
-    assert "These items do not tell it apart from the original." in section
+    assert "These items do not tell it apart from the model before this stage." in section
     assert "such deviations" not in section and "One of 0" not in section
 
 
@@ -392,6 +392,28 @@ def test_later_stages_count_in_the_model_before_them(fewer):
         "![Fitness of every evaluation of the search on the train items, and the best so far.](fitness.png)"
         in card
     )
+
+
+def test_a_second_search_is_held_against_the_model_that_it_began_with(fewer):
+    counts = {"experts_before": 2, "experts_after": 1, "active_before": 1, "active_after": 1}
+    kept = {"0": [0], "1": [1], "2": [0]}
+    skipped = {"experts_per_token": 1.5, "score": 90.0, "accuracy": 0.9, "standard_error": 0.02}
+    rows = [row("original", 0.66, 0.0237, 70.0), row("eep", 0.65, 0.0238)]
+    second = searched(**counts, experts=kept, skipping=skipped, scores=rows)
+    _, again = section_of(with_details(fewer, searched(), second)).split("By `eep`: ")[1:]
+    assert "| before this stage, all 2 experts | 66.0% |" in again
+    assert "| before this stage, skipping experts: 1.50 a token |" in again
+    assert "do not tell it apart from the model before this stage." in again
+    assert "original" not in again
+    (axes,) = drawn(draw_fitness, second).axes
+    assert "all 2 experts 70" in [text.get_text() for text in axes.texts]
+
+
+def test_rows_that_do_not_ship_are_excepted_from_what_is_said_of_all(fewer):
+    rows = [*scores()[:-1], row("eep: router free, not shipped", 0.7, 0.02), scores()[-1]]
+    section = section_of(with_details(fewer, searched(router="onehot", scores=rows)))
+    said = "All rows answer the same items; where a row says nothing else, as the model would be shipped:"
+    assert section.index(said) < section.index("the best with a free router, not shipped")
 
 
 def test_other_cards_say_nothing_of_experts(document):
