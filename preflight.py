@@ -257,7 +257,6 @@ def check_stages(loaded: LoadedRecipe, checkpoint: Checkpoint, *, planned: bool 
         SourceError: see `fitting.check_kind`, `fitting_images.check_images`, `fitting_data.check_data`,
             `fitting_answers.check_answers`.
     """
-    check_kind(loaded, checkpoint)
     family = FAMILY_NAMES[checkpoint.class_name]
     for index, stage in enumerate(loaded.recipe.stages):
         location = ("stages", index, stage.method)
@@ -268,8 +267,11 @@ def check_stages(loaded: LoadedRecipe, checkpoint: Checkpoint, *, planned: bool 
                 str(loaded.error(location, message)),
                 hint=f"{stage.method} fits the families {fits}; see `compress methods`",
             )
+    check_kind(loaded, checkpoint)
+    for index, stage in enumerate(loaded.recipe.stages):
         if isinstance(stage.settings, GridSettings):
-            _check_patterns(loaded, (*location, "keep"), stage.settings.keep, checkpoint)
+            location = ("stages", index, stage.method, "keep")
+            _check_patterns(loaded, location, stage.settings.keep, checkpoint)
     check_experts(loaded, checkpoint)
     check_images(loaded, checkpoint)
     check_data(loaded, checkpoint)

@@ -96,7 +96,7 @@ def read_items(path: Path, by: str, task: str | None = None) -> list[Item]:
             continue
         values = parse_object(line, f"{path}:{number}")
         item = _item(values, by, f"{path}:{number}")
-        tasks.add(str(values.get("task")))
+        tasks.add(str(values.get("task", "none")))
         if task is None or values.get("task") == task:
             items.append(item)
     if items:

@@ -70,16 +70,27 @@ def _searches(settings: object) -> bool:
 
 
 def _judged(asked: AnswersSettings, fitness: FitnessSettings | None) -> FitnessSettings:
-    by = asked.by or ("exact_match" if fitness is None or fitness.by == "loss" else fitness.by)
-    task = asked.task or (None if fitness is None else fitness.task)
-    tokens = {"new_tokens": asked.new_tokens} if by == "exact_match" else {}
-    return FitnessSettings.model_validate(
-        {"by": by, "task": task, "batch_size": asked.batch_size, "tie_break": 0.0, **tokens}
-    )
+    """Return how answers are judged: as asked, and where nothing is asked as the search does."""
+    usual = FitnessSettings.model_validate({}) if fitness is None or fitness.by == "loss" else fitness
+    by = asked.by or usual.by
+    values = {
+        "by": by,
+        "task": asked.task or (None if fitness is None else fitness.task),
+        "batch_size": asked.batch_size or usual.batch_size,
+        "tie_break": 0.0,
+    }
+    if by == "exact_match":
+        values["new_tokens"] = asked.new_tokens or usual.new_tokens
+    return FitnessSettings.model_validate(values)
 
 
 def _check_same(settings: FitnessSettings, fitness: FitnessSettings) -> None:
     """Refuse to judge the items of a search by what they were not read for."""
+    if fitness.by == "loss":
+        raise SourceError(
+            "evaluate.answers: the items of the search are judged by their loss, and have no right answers",
+            hint="name a file under evaluate.answers.data, or leave answers out",
+        )
     if (settings.by, settings.task) != (fitness.by, fitness.task):
         raise SourceError(
             f"evaluate.answers: by: {settings.by}, task: {settings.task}; the items of the search are of by:"

@@ -29,13 +29,18 @@ class AnswersSettings(BaseModel):
     samples: int | None = Field(
         None, ge=1, le=10_000_000, description="So many items, drawn by seed; null: all of them."
     )
-    new_tokens: int = Field(
-        32, ge=1, le=65_536, description="Of by: exact_match: tokens that are generated at most."
+    new_tokens: int | None = Field(
+        None,
+        ge=1,
+        le=65_536,
+        description="Of by: exact_match: tokens that are generated at most; null: as by, else 32.",
     )
-    batch_size: int = Field(32, ge=1, le=65_536, description="Items that are computed together.")
+    batch_size: int | None = Field(
+        None, ge=1, le=65_536, description="Items that are computed together; null: as by, else 32."
+    )
 
     @model_validator(mode="after")
     def _used(self) -> AnswersSettings:
-        if self.by in ("tokens", "choices") and self.new_tokens != 32:
+        if self.by in ("tokens", "choices") and self.new_tokens is not None:
             raise ValueError(f"new_tokens has no effect with by: {self.by}")
         return self

@@ -233,7 +233,7 @@ class EepSettings(StageSettings):
     def _counts(self) -> EepSettings:
         keep = self.keep_experts
         if isinstance(keep, float) and not 0.0 < keep < 1.0:
-            raise ValueError(f"keep_experts {keep:g} is no share between 0 and 1, and no whole number")
+            raise ValueError(f"keep_experts {keep!r} is no share between 0 and 1, and no whole number")
         if isinstance(keep, int) and keep < 1:
             raise ValueError("keep_experts: at least one expert stays")
         if isinstance(keep, int) and (self.active_experts or 0) > keep:

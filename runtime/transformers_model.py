@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -49,4 +49,17 @@ def build_transformers_model(config: Mapping[str, Any], where: str = "config.jso
         raise SourceError(f"{where}: {name} refuses it: {reason}") from error
     if is_mapped(config):
         put_mapped_routers(module, name, int(config[KEY]))
+        module.save_pretrained = _refuse_saving  # type: ignore[assignment]
     return module
+
+
+def _refuse_saving(*arguments: Any, **keywords: Any) -> NoReturn:
+    """Stand for the stock method, whose config would tell of a stock model and open no more.
+
+    Raises:
+        TypeError: always, with the way that works.
+    """
+    raise TypeError(
+        "this model has mapped routers, of which the stock class cannot write a config; open the folder by"
+        " AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True) to save it again"
+    )

@@ -122,7 +122,7 @@ def test_one_task_of_a_file(tmp_path):
     assert len(read_items(path, "tokens")) == 5
     with pytest.raises(SourceError, match="no line has the task 't2'") as caught:
         read_items(path, "tokens", "t2")
-    assert caught.value.hint == "tasks of its lines: None, t0, t1"
+    assert caught.value.hint == "tasks of its lines: none, t0, t1"
 
 
 def test_a_malformed_line_of_another_task_is_refused_too(tmp_path):

@@ -69,3 +69,21 @@ def test_items_of_a_search_are_judged_as_they_were_read(tmp_path):
 
 def test_where_no_answers_are_asked_for_there_are_none(tmp_path):
     assert questions_of(_recipe(None), tmp_path) is None
+
+
+def test_answers_are_as_long_as_those_of_the_search_unless_another_length_is_asked_for(tmp_path):
+    data = _items(tmp_path / "a.jsonl", 30)
+    fitness = {"by": "exact_match", "data": str(data), "new_tokens": 3, "batch_size": 5}
+    found = questions_of(_recipe({}, fitness=fitness), tmp_path).settings
+    assert (found.new_tokens, found.batch_size) == (3, 5)
+    found = questions_of(_recipe({"new_tokens": 9, "batch_size": 2}, fitness=fitness), tmp_path).settings
+    assert (found.new_tokens, found.batch_size) == (9, 2)
+
+
+def test_items_of_a_search_by_loss_have_no_right_answers(tmp_path):
+    fitness = {"by": "loss", "data": str(_items(tmp_path / "a.jsonl", 30))}
+    with pytest.raises(SourceError, match="judged by their loss, and have no right answers"):
+        questions_of(_recipe({}, fitness=fitness), tmp_path)
+    other = _items(tmp_path / "other.jsonl", 4, first=100)
+    found = questions_of(_recipe({"data": str(other)}, fitness=fitness), tmp_path)
+    assert found.settings.by == "exact_match" and found.settings.new_tokens == 32

@@ -64,7 +64,7 @@ def test_given_experts_have_layers_as_numbers():
     [
         ({"keep_experts": 0}, "at least one expert stays"),
         ({"keep_experts": 1.5}, "1.5 is no share between 0 and 1"),
-        ({"keep_experts": 0.0}, "0 is no share between 0 and 1"),
+        ({"keep_experts": 0.0}, "0.0 is no share between 0 and 1"),
         ({"keep_experts": 2, "active_experts": 3}, "active_experts 3 is more than keep_experts 2"),
         ({"keep_experts": 2, "prune_evals": 33}, "33 is less than the 34 first individuals"),
         ({"keep_experts": 2, "init_random": 98}, "100 is less than the 101 first individuals"),

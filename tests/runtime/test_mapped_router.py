@@ -166,3 +166,17 @@ def test_stock_models_record_its_logarithms_and_take_a_loss_of_them(class_name: 
     for mixture, logits in zip(mixtures(module), found.router_logits, strict=True):
         assert isinstance(mixture.router, MappedRouter)
         assert logits.shape == (20, 4) and bool(torch.isfinite(logits).all())
+
+
+def test_a_model_of_ours_is_not_saved_as_a_stock_one(tmp_path):
+    from compress.runtime.mapped_routing import with_mapped_routers
+    from compress.runtime.transformers_config import complete_transformers_config
+    from compress.runtime.transformers_model import build_transformers_model
+
+    raw = moe_config("MixtralForCausalLM", num_local_experts=4)
+    config = complete_transformers_config("MixtralForCausalLM", raw, "here")
+    module = build_transformers_model(with_mapped_routers(config, 6))
+    with pytest.raises(TypeError, match="trust_remote_code=True"):
+        module.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert callable(build_transformers_model(config).save_pretrained)

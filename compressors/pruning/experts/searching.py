@@ -35,6 +35,9 @@ from .skipping import skipping, thresholds
 from .told import told, write_down
 from .workers import idle_note, submitters
 
+_HARDLY_ANY = 0.05
+"""Share of items below which the original's answers say nothing."""
+
 
 class Searching:
     """One search.
@@ -72,11 +75,14 @@ class Searching:
             StageError: no individual has a score, or nothing new can be bred.
         """
         train = self._judge(self.splits.train)
+        self._check_original(train)
         rules = self._rules(train)
         search = Search(self.field.space, self.settings, self.seed, self._seeds(rules))
         archive = Archive(
             self.workspace.folder / "archive", search.key(self._fitness_key()), self.field.space
         )
+        if len(archive):
+            self.progress.note(f"the search goes on after {len(archive)} evaluations that are kept")
         idle = idle_note(self.workspace.ray or self.workspace.workers, self.settings.lag)
         if idle:
             self.progress.note(idle)
@@ -115,6 +121,16 @@ class Searching:
                 "history": archive.history(search.total_evals),
             },
         }
+
+    def _check_original(self, train: Judge) -> None:
+        """Warn of items that say nothing: the original answers hardly any."""
+        score = train.scorer.score()
+        if score.accuracy is not None and score.accuracy < _HARDLY_ANY:
+            self.progress.warn(
+                f"the original answers {score.accuracy:.1%} of the train items rightly, which is little to go"
+                " by: look at prompts (the model's own template?), at answers (also their first space),"
+                " and, by exact_match, at new_tokens"
+            )
 
     def _fitness_key(self) -> str:
         """Return the hash of all that decides a score."""
@@ -173,6 +189,10 @@ class Searching:
         """Return what ships, and its fitness: the best, or the best that is left where that is rounded."""
         result = shipped(found.best.individual, self.settings.export, self.field.space.pools)
         if result is found.best.individual:
+            if self.settings.router == "free" and is_one_hot(result.router):
+                self.progress.note(
+                    "the best router has one row for every expert, so the model is a stock one"
+                )
             return result, found.best.fitness
         decides = self._judge(self.splits.dev) if self.splits.dev else train
         pruned = found.pruned

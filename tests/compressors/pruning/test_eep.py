@@ -275,3 +275,29 @@ def test_rules_and_random_choices_are_compared_layer_by_layer(folder, tmp_path) 
         assert rows[name]["train"] == pytest.approx(judge(one), abs=1e-3)
     given = [row for row in details["search"]["history"] if row["kind"] == "given"]
     assert given and rows["random"]["draws"] == 4 and len(details["groups"]) == 1
+
+
+class Told(SilentProgress):
+    """Remembers warnings and notes."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self.notes: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def test_items_that_say_nothing_are_warned_of_and_a_kept_search_is_told(folder, tmp_path) -> None:
+    told = Told()
+    model = open_model(ModelRef(id=str(folder)), progress=told)
+    workspace = Workspace(tmp_path, tmp_path / "shared")
+    asked = settings(total_evals=20, random_draws=0)
+    Eep().apply(model, asked, NoText(0), workspace, told)
+    assert any("which is little to go by" in message for message in told.warnings)
+    assert not any("goes on after" in message for message in told.notes)
+    Eep().apply(open_model(ModelRef(id=str(folder)), progress=told), asked, NoText(0), workspace, told)
+    assert any("goes on after 20 evaluations" in message for message in told.notes)
