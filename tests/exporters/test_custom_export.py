@@ -52,6 +52,16 @@ def _mapped(folder: Path, class_name: str, **changes: Any) -> OpenModel:
     return model
 
 
+def _of_first(folder: Path, class_name: str, *shares: float, **changes: Any) -> OpenModel:
+    """Return a model whose two experts have these shares of the first weight of the router."""
+    model = _open(make_moe(folder, class_name, **changes))
+    shape = moe_shape(model.config)
+    mapping = torch.zeros(2, shape.routing.experts)
+    mapping[:, 0] = torch.tensor(shares)
+    map_routers_of(model, dict.fromkeys(shape.sparse, mapping), _rows(model, 2, 2))
+    return model
+
+
 def _written(model: OpenModel, folder: Path) -> Path:
     folder.mkdir()
     write(model, folder, "compress")
@@ -90,7 +100,19 @@ assert "compress" not in sys.modules
 
 
 def test_transformers_opens_it_with_trust_alone_and_gives_the_same_bits(tmp_path: Path) -> None:
-    models = {name: _mapped(tmp_path / f"m-{name}", name, dtype="bfloat16") for name in MAPPABLE}
+    scaled = {"DeepseekV2ForCausalLM": {"routed_scaling_factor": 2.5}}
+    models = {
+        name: _mapped(tmp_path / f"m-{name}", name, dtype="bfloat16", **scaled.get(name, {}))
+        for name in MAPPABLE
+    }
+    # Sums that are nearly zero, of both signs, or zero: a divisor keeps its distance from it, and its sign.
+    sums = {"above": (1.0, 1e-5 - 1.0), "below": (1.0, -1e-5 - 1.0), "zero": (0.0, 0.0)}
+    models |= {
+        name: _of_first(tmp_path / f"m-{name}", "MixtralForCausalLM", *shares, dtype="bfloat16")
+        for name, shares in sums.items()
+    }
+    assert all(_logits(models[name].module).isfinite().all() for name in sums)
+    assert not torch.equal(_logits(models["above"].module), _logits(models["below"].module))
     (tmp_path / "out").mkdir()
     folders = {name: _written(model, tmp_path / "out" / name) for name, model in models.items()}
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
