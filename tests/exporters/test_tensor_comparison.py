@@ -93,7 +93,8 @@ def test_rows_of_a_router_in_another_order_are_named(mixtral):
 
 
 def test_another_type_is_named_and_a_wanted_one_is_rounded_as_torch_rounds(mixtral, tmp_path):
-    assert all("stored as BF16, not as F32" in text for text in _differences(mixtral, "F32"))
+    stored = len(load_file(mixtral[1] / "model.safetensors"))
+    assert sum("stored as BF16, not as F32" in text for text in _differences(mixtral, "F32")) == stored
     source = make_moe(
         tmp_path / "wide", "DeepseekV3ForCausalLM", dtype="bfloat16"
     )  # corrections are in float32
@@ -104,6 +105,15 @@ def test_another_type_is_named_and_a_wanted_one_is_rounded_as_torch_rounds(mixtr
     name = "lm_head.weight"
     _change(tmp_path / "narrow", lambda t: t.update({name: torch.nextafter(t[name], t[name] + 1)}))
     assert _differences(whole, "F16") == (f"tensor {name!r} differs from the source's",)
+
+
+def test_weights_left_in_float32_are_not_taken_for_rounded_ones(tmp_path):
+    source = make_moe(tmp_path / "m", "MixtralForCausalLM")
+    whole = source, tmp_path / "cut", _cut(source, tmp_path / "cut")
+    assert _differences(whole, "F32") == ()
+    names = sorted(load_file(tmp_path / "cut" / "model.safetensors"))
+    said = _differences(whole, "F16")
+    assert len(said) == len(names) and all("is stored as F32, not as F16" in text for text in said)
 
 
 @pytest.mark.parametrize(
