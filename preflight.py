@@ -270,8 +270,7 @@ def check_stages(loaded: LoadedRecipe, checkpoint: Checkpoint, *, planned: bool 
     check_kind(loaded, checkpoint)
     for index, stage in enumerate(loaded.recipe.stages):
         if isinstance(stage.settings, GridSettings):
-            location = ("stages", index, stage.method, "keep")
-            _check_patterns(loaded, location, stage.settings.keep, checkpoint)
+            _check_patterns(loaded, ("stages", index, stage.method, "keep"), stage.settings.keep, checkpoint)
     check_experts(loaded, checkpoint)
     check_images(loaded, checkpoint)
     check_data(loaded, checkpoint)
