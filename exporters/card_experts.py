@@ -93,7 +93,8 @@ def _kept(details: Document, before: str) -> Iterator[str]:
     if details.get("merged"):
         groups = details["groups"]
         several = len(groups) < len(details["experts"])
-        yield "Every expert that stays is a weighted sum of all that its layer had before; the weights"
+        yield "The experts that stay are weighted sums of those that their layer had before, or one of"
+        yield "these unchanged; the weights"
         yield (
             f"are shared by the layers of each of {len(groups)} groups."
             if several

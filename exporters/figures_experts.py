@@ -23,6 +23,7 @@ _KINDS = (
 )  # fmt: skip
 _RULES = {"frequency": "frequency", "soft_activation": "soft activation", "naee": "NAEE"}
 _FURTHER = 2.0  # times what the better 95 of 100 differ by: so far below these is drawn
+_LEAST_HEIGHT = 1.0  # points
 _LINE = 0.052  # of the height of the axes: what a line of text takes
 _SHARES = LinearSegmentedColormap.from_list("shares", ["#f3f6fa", "#a9c4e4", BLUE])
 _WRITTEN = 16  # columns up to which the coefficients are written into the squares
@@ -105,8 +106,10 @@ def _left_out(values: Floats, floor: float) -> str | None:
 
 def _set_height(axes: Axes, values: Sequence[float]) -> None:
     low, high = min(values), max(values)
-    room = 0.05 * (high - low) or 1.0
+    # Differences that only break ties are not blown up to the height of the picture.
+    room = max(0.05 * (high - low), (_LEAST_HEIGHT - (high - low)) / 2)
     axes.set_ylim(low - room, high + room)
+    axes.ticklabel_format(axis="y", useOffset=False)
 
 
 def _mark_merging(axes: Axes, first: int, count: int) -> None:

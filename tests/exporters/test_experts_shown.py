@@ -367,7 +367,7 @@ def test_a_loss_is_told_in_points_without_errors(fewer):
 def test_the_card_of_given_experts_says_that_nothing_was_scored(fewer):
     section = section_of(with_details(fewer, given(active_after=1)))
     assert "The recipe says which; nothing was searched or scored here." in section
-    assert "test items" not in section and "weighted sum" not in section
+    assert "test items" not in section and "weighted sums" not in section
     assert "| of these, a token meets | 2 | 1 | 50.0% |" in section
     card = render_card(with_details(fewer, given(active_after=1)), [], "")
     assert "A token meets 1 instead of 2 experts" in card
