@@ -21,7 +21,7 @@ from ....errors import StageError, UsageError
 from ....recipes.workers import RaySettings
 from ....version import __version__
 from .genome import Individual
-from .workers import HINT, Evaluate, Evaluator, Job
+from .jobs import HINT, Evaluate, Evaluator, Job
 
 _PLACED_SECONDS = 300.0
 """How long a cluster may take to find a place for the first actor."""

@@ -7,50 +7,20 @@ to find the same however many workers it has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
-from typing import Protocol
 
 from ....calibration.processes import Announce, Worker
 from ....recipes.workers import RaySettings, Workers
 from .evolution import Submit, in_turn
 from .genome import Individual
+from .jobs import HINT, Evaluate, Evaluator, Job
 
-Evaluate = Callable[[Individual], float]
 _Asked = tuple[Future[float], Individual]
-HINT = "the finished evaluations are kept: run again; take fewer workers if memory ran out"
-"""What to do where a worker dies."""
-
-
-class Job(Protocol):
-    """What is evaluated; picklable.
-
-    Attributes:
-        name: completes "a process that measures ...", for messages.
-    """
-
-    @property
-    def name(self) -> str: ...  # noqa: D102 - see above
-
-    def open(self) -> Evaluate:
-        """Open the model, in the worker; the result gives the fitness of an individual in points."""
-
-
-class Evaluator(Protocol):
-    """A worker as its thread of this process sees it."""
-
-    def ready(self) -> None:
-        """Wait until the model is open."""
-
-    def ask(self, individual: Individual) -> float:
-        """Wait for the fitness of an individual."""
-
-    def end(self) -> None:
-        """End the worker, whatever it is doing; who waits for it gets an error."""
 
 
 @contextmanager
