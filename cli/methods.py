@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -44,17 +45,7 @@ def describe(model: type[StageSettings]) -> dict[str, Any]:
     """Describe a method by its settings model, as a JSON document."""
     from ..recipes.schema import settings_schema
 
-    schema = settings_schema(model)
-    settings = [
-        {
-            "name": name,
-            "values": _values(field),
-            "default": field.get("default"),
-            "required": name in schema.get("required", []),
-            "description": field.get("description", ""),
-        }
-        for name, field in schema["properties"].items()
-    ]
+    settings = list(_settings(settings_schema(model)))
     return {
         "method": model.method,
         "phase": model.phase,
@@ -62,6 +53,20 @@ def describe(model: type[StageSettings]) -> dict[str, Any]:
         "description": (model.__doc__ or "").strip().split("\n\n")[0].replace("\n", " "),
         "settings": settings,
     }
+
+
+def _settings(schema: dict[str, Any], above: str = "") -> Iterator[dict[str, Any]]:
+    """Yield every key of a schema; those inside a mapping follow it, under dotted names."""
+    for name, field in schema["properties"].items():
+        yield {
+            "name": above + name,
+            "values": _values(field),
+            "default": field.get("default"),
+            "required": name in schema.get("required", []),
+            "description": field.get("description", ""),
+        }
+        if "properties" in field:
+            yield from _settings(field, f"{above}{name}.")
 
 
 def _values(field: dict[str, Any]) -> str:
@@ -96,4 +101,6 @@ def _default(setting: dict[str, Any]) -> str:
         return "required"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, dict) and value:
+        return "as below"
     return str(value) if value != [] else "[]"

@@ -155,6 +155,17 @@ def test_methods(call):
     assert "2211.10438" in shown and "act_exponent" in shown and "vidit_q" not in shown
 
 
+def test_keys_inside_a_mapping_are_described_below_it(call):
+    document = call("methods", "eep", "--json").json["methods"][0]
+    settings = {row["name"]: row for row in document["settings"]}
+    assert settings["fitness.new_tokens"]["default"] == 32
+    assert settings["fitness.by"]["values"] == "exact_match | tokens | choices | loss"
+    names = list(settings)
+    assert names[names.index("fitness") + 1] == "fitness.by"
+    shown = call("methods", "eep").out
+    assert "splits.dev" in shown and "{'by'" not in shown
+
+
 def test_schema(call):
     assert call("schema").json == json_schema()
 
