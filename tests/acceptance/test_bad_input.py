@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ..peaks import PEAK
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 GOOD = """\
 model: MODEL
@@ -377,18 +379,18 @@ def test_an_edited_manifest_is_refused_before_any_allocation(exported, folder, k
     manifest = json.loads(path.read_text())
     _edit(manifest, kind)
     path.write_text(json.dumps(manifest))
-    script = textwrap.dedent(
+    script = PEAK + textwrap.dedent(
         """
-        import resource, sys
+        import sys
         import compress, compress.runtime.load
         from compress.errors import SourceError
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak()
         try:
             compress.load("edited")
         except SourceError as error:
             print(error)
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        sys.exit(0 if grown < 4096 else f"{grown} KiB were allocated")
+        grown = peak() - before
+        sys.exit(0 if grown < 4 * 2**20 else f"{grown} bytes were allocated")
         """
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True)

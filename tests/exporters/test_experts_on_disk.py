@@ -22,6 +22,7 @@ from compress.recipes.schema import ModelRef
 from compress.runtime.moe_config import moe_shape
 from safetensors.torch import load_file, save_file
 
+from ..peaks import PEAK
 from ..tiny_moe import CLASSES, make_moe, moe_config
 
 CHOICE = {6: (0, 2, 5), 8: (1, 2, 5, 7)}
@@ -128,16 +129,16 @@ def _large(folder, experts=8, layers=3, width=768, inner=2688):
     return folder
 
 
-_MEASURED = """
-import resource, sys
+_MEASURED = f"""{PEAK}
+import sys
 from compress.exporters import experts_on_disk
 from compress.progress import SilentProgress
 from compress.recipes.schema import ModelRef
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 experts_on_disk.cut_on_disk(
     ModelRef(id=sys.argv[1]), dict.fromkeys(range(3), (0, 2, 5, 7)), __import__("pathlib").Path(sys.argv[2]),
     progress=SilentProgress(), max_shard_size=2**26)
-print(before * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(before, peak())
 """
 
 

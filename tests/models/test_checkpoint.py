@@ -20,6 +20,8 @@ from compress.recipes.schema import ModelRef
 from compress.runtime.hashes import file_sha256
 from safetensors.numpy import load_file, save_file
 
+from ..peaks import PEAK
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -318,15 +320,16 @@ def test_the_scan_uses_little_memory(make_tiny):
     folder = make_tiny(num_attention_heads=16, attention_head_dim=64)
     size = os.path.getsize(folder / WEIGHTS)  # noqa: PTH202 (a plain number is all that is wanted)
     done = fresh(
-        """
-        import resource, sys
-        from compress.models.checkpoint import locate, scan_finite
-        from compress.recipes.schema import ModelRef
-        found = locate(ModelRef(id=sys.argv[1]))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        scan_finite(found)
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
-        """,
+        PEAK
+        + """
+import sys
+from compress.models.checkpoint import locate, scan_finite
+from compress.recipes.schema import ModelRef
+found = locate(ModelRef(id=sys.argv[1]))
+before = peak()
+scan_finite(found)
+print(peak() - before)
+""",
         folder,
     )
     assert size > 100e6

@@ -12,16 +12,18 @@ from compress.errors import SourceError
 from compress.exporters.formats import write
 from compress.runtime.config import check_config
 
-MEASURE = """
-import resource, sys, time
+from ..peaks import PEAK
+
+MEASURE = f"""{PEAK}
+import sys, time
 from compress.errors import SourceError
 from compress.runtime.load import load
-before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+before, start = peak(), time.perf_counter()
 try:
     load(sys.argv[1])
 except SourceError as error:
     print(error.message)
-    print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    print(time.perf_counter() - start, (peak() - before) // 1024)
 """
 
 
