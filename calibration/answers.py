@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,7 +50,7 @@ class Item:
     right: int | None = None
     place: str = ""
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Of what it says, without its place."""
         return digest([self.prompt, self.answer, list(self.choices), self.right])
@@ -300,12 +301,11 @@ def _pieces(path: Path, by: str, task: str | None) -> list[Item]:
         text = _read(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SourceError(f"{path}: byte {error.start} is not UTF-8", hint="save it as UTF-8") from None
-    items, start = [], 0
+    items, line = [], 1
     for piece in pieces_of(text, TEXT_PIECE):
-        line = text.count("\n", 0, start) + 1
-        start += len(piece)
         if piece.strip():
             items.append(Item("", piece, place=f"{path}:{line}"))
+        line += piece.count("\n")
     if not items:
         raise SourceError(f"{path}: holds no text")
     return items
