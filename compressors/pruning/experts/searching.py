@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from ....calibration.answer_scores import Scorer
+from ....calibration.answer_scores import Score, Scorer
 from ....calibration.answers import Item, Splits
 from ....calibration.content import hash_weights
 from ....errors import StageError
@@ -75,7 +75,10 @@ class Searching:
             StageError: no individual has a score, or nothing new can be bred.
         """
         train = self._judge(self.splits.train)
-        self._check_original(train)
+        dev = self._judge(self.splits.dev) if self.splits.dev else None
+        test = self._judge(self.splits.test)
+        original = train.scorer.score()
+        self._check_original(original)
         rules = self._rules(train)
         search = Search(self.field.space, self.settings, self.seed, self._seeds(rules))
         archive = Archive(
@@ -88,15 +91,20 @@ class Searching:
             self.progress.note(idle)
         with self._evaluations(train, self.splits.train) as submit:
             evolve(search, archive, submit, self.progress)
-        found = self._choose(search, archive)
+        found = self._choose(search, archive, dev)
         if not math.isfinite(found.best.fitness):
             raise StageError(
                 f"none of {search.total_evals} models that were tried gives finite outputs",
                 hint="evaluate the original; float16 may be too narrow for it (`model: {dtype: bfloat16}`)",
             )
-        result, fitness = self._result(found, train)
-        scores = self._scores(search, archive, found, rules, train, Contender(FINAL, result, fitness))
-        skipped = self._skipped(train)
+        result, fitness = self._result(found, train, dev)
+        contenders = [
+            Contender(ORIGINAL, None, original.points),
+            *self._ruled(rules, found, train),
+            *self._searched(found, Contender(FINAL, result, fitness)),
+        ]
+        scores = self._scores(contenders, self._drawn(search, archive, train), test)
+        skipped = self._skipped(train, test)
         before = mixture_shape(self.model.config).routing
         self.candidates.forget()  # or its merged experts would lie beside those that ship
         kept = change(self.model, result, self.field)
@@ -114,17 +122,11 @@ class Searching:
             "router": "onehot" if is_one_hot(result.router) else "free",
             **told_coefficients(result, self.field),
             "seed": self.seed,
-            "search": {
-                "evaluations": search.total_evals,
-                "prune_evals": 0 if search.merges_only else search.prune_evals,
-                "best": found.best.index,
-                "history": archive.history(search.total_evals),
-            },
+            "search": self._told_search(search, archive, found),
         }
 
-    def _check_original(self, train: Judge) -> None:
-        """Warn of items that say nothing: the original answers hardly any."""
-        score = train.scorer.score()
+    def _check_original(self, score: Score) -> None:
+        """Warn of train items that say nothing: the original answers hardly any."""
         if score.accuracy is not None and score.accuracy < _HARDLY_ANY:
             self.progress.warn(
                 f"the original answers {score.accuracy:.1%} of the train items rightly, which is little to go"
@@ -179,13 +181,13 @@ class Searching:
             device=str(next(self.model.module.parameters()).device), memory_bytes=needed,
         )  # fmt: skip
 
-    def _choose(self, search: Search, archive: Archive) -> Found:
-        if not self.splits.dev:
+    def _choose(self, search: Search, archive: Archive, dev: Judge | None) -> Found:
+        if dev is None:
             return choose(search, archive, progress=self.progress)
-        with self._evaluations(self._judge(self.splits.dev), self.splits.dev) as submit:
+        with self._evaluations(dev, self.splits.dev) as submit:
             return choose(search, archive, submit, progress=self.progress)
 
-    def _result(self, found: Found, train: Judge) -> tuple[Individual, float]:
+    def _result(self, found: Found, train: Judge, dev: Judge | None) -> tuple[Individual, float]:
         """Return what ships, and its fitness: the best, or the best that is left where that is rounded."""
         result = shipped(found.best.individual, self.settings.export, self.field.space.pools)
         if result is found.best.individual:
@@ -194,33 +196,34 @@ class Searching:
                     "the best router has one row for every expert, so the model is a stock one"
                 )
             return result, found.best.fitness
-        decides = self._judge(self.splits.dev) if self.splits.dev else train
-        pruned = found.pruned
-        if pruned is None or decides(pruned.individual) <= decides(result):
-            return result, train(result)
+        fitness, pruned = train(result), found.pruned
+        if pruned is None:
+            return result, fitness
+        rounded, chosen = (fitness, pruned.fitness) if dev is None else (dev(result), dev(pruned.individual))
+        if chosen <= rounded:
+            return result, fitness
         self.progress.note(
-            f"the free router scores {found.best.fitness:.2f} on the train items, and {train(result):.2f}"
+            f"the free router scores {found.best.fitness:.2f} on the train items, and {fitness:.2f}"
             f" rounded; experts that are only chosen score {pruned.fitness:.2f}, and ship"
         )
         return pruned.individual, pruned.fitness
 
     def _scores(
-        self, search: Search, archive: Archive, found: Found, rules: Rules | None, train: Judge,
-        result: Contender,
-    ) -> list[dict[str, Any]]:  # fmt: skip
-        """Return the rows of the table: the original, the rules, random choices, and what was found."""
-        judge = self._judge(self.splits.test)
-        original = Contender(ORIGINAL, None, train.scorer.score().points)
-        contenders = [original, *self._ruled(rules, train)]
-        if found.pruned is not None and found.pruned.index != found.best.index:
-            contenders.append(Contender(PRUNED, found.pruned.individual, found.pruned.fitness))
-        if result.individual is not found.best.individual:
-            contenders.append(Contender(FREE, found.best.individual, found.best.fitness))
-        contenders.append(result)
-        rows = compared(judge, judge.scorer, contenders, self.progress)
-        draws = self._drawn(search, archive, train)
+        self, contenders: Sequence[Contender], draws: Sequence[Contender], test: Judge
+    ) -> list[dict[str, Any]]:
+        """Return the rows of the table: random choices are one, behind the original."""
+        rows = compared(test, test.scorer, contenders, self.progress)
         if draws:
-            rows.insert(1, spread(compared(judge, judge.scorer, draws, self.progress)))
+            rows.insert(1, spread(compared(test, test.scorer, draws, self.progress)))
+        return rows
+
+    def _searched(self, found: Found, result: Contender) -> list[Contender]:
+        """Return what the search came to, and before it what led there and is something else."""
+        rows = [result]
+        if result.individual is not found.best.individual:
+            rows.insert(0, Contender(FREE, found.best.individual, found.best.fitness))
+        if found.pruned is not None and found.pruned.index != found.best.index:
+            rows.insert(0, Contender(PRUNED, found.pruned.individual, found.pruned.fitness))
         return rows
 
     def _drawn(self, search: Search, archive: Archive, train: Judge) -> list[Contender]:
@@ -234,24 +237,35 @@ class Searching:
         more = random_choices(self._by_layer(), count - len(known), self.seed)
         return [*known, *(Contender(RANDOM, one, train(one)) for one in more)]
 
-    def _ruled(self, rules: Rules | None, train: Judge) -> list[Contender]:
+    def _ruled(self, rules: Rules | None, found: Found, train: Judge) -> list[Contender]:
         """Return what the rules keep of every layer, as they were published: no layers share a choice."""
         choices = {} if rules is None else rules.by_layer
-        found = {name: given_choice(self._by_layer(), kept, name) for name, kept in choices.items()}
-        return [Contender(name, one, train(one)) for name, one in found.items()]
+        known = {} if self.layers is not self.candidates else found.given
+        rows = []
+        for name, kept in choices.items():
+            one = given_choice(self._by_layer(), kept, name)
+            rows.append(Contender(name, one, known[name].fitness if name in known else train(one)))
+        return rows
 
     def _by_layer(self) -> Space:
         return replace(self.field.space, groups=self.layers.groups)
 
-    def _skipped(self, train: Judge) -> dict[str, Any] | None:
+    def _skipped(self, train: Judge, test: Judge) -> dict[str, Any] | None:
         """Return how the original does where tokens leave out a second expert that hardly counts."""
         medians = thresholds(self.model, train.scorer.prompts(), progress=self.progress)
         if medians is None:
             return None
-        scorer = Scorer(self.model, self.splits.test, self.settings.fitness)
         with skipping(self.model, medians) as skipped:
-            score = scorer.score()
+            score = test.scorer.score()
         return {"experts_per_token": round(skipped.experts_per_token, 4), **scored(score)}
+
+    def _told_search(self, search: Search, archive: Archive, found: Found) -> dict[str, Any]:
+        return {
+            "evaluations": search.total_evals,
+            "prune_evals": 0 if search.merges_only else search.prune_evals,
+            "best": found.best.index,
+            "history": archive.history(search.total_evals),
+        }
 
     def _told_fitness(self) -> dict[str, Any]:
         fitness = self.settings.fitness
