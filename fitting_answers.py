@@ -9,8 +9,7 @@ from .calibration.answers import Splits, own_answers, own_files, refuse_seen, sp
 from .calibration.inputs import condition_files
 from .calibration.questions import questions_of
 from .errors import SourceError
-from .recipes.answer_files import answer_files
-from .recipes.experts import EepSettings
+from .recipes.answer_files import answer_files, searches_of
 
 if TYPE_CHECKING:
     from .models.checkpoint import Checkpoint
@@ -61,21 +60,13 @@ def answer_keys(recipe: Recipe, folder: Path) -> dict[int, str]:
 
 
 def _splits(recipe: Recipe, folder: Path) -> dict[int, Splits]:
-    searches = _searches(recipe)
+    searches = searches_of(recipe)
     return {index: splits_of(settings, folder, recipe.seed) for index, settings in searches.items()}
-
-
-def _searches(recipe: Recipe) -> dict[int, EepSettings]:
-    return {
-        index: stage.settings
-        for index, stage in enumerate(recipe.stages)
-        if isinstance(stage.settings, EepSettings) and stage.settings.experts is None
-    }
 
 
 def _files(recipe: Recipe, folder: Path) -> list[Path]:
     """Return every file that items are read from."""
-    files, searches = [*answer_files(recipe).values()], _searches(recipe)
+    files, searches = [*answer_files(recipe).values()], searches_of(recipe)
     for settings in searches.values():
         files += own_files(settings, folder)
     asked = recipe.evaluate.answers

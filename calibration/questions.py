@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import SourceError
+from ..recipes.answer_files import searches_of
 from ..recipes.answers import AnswersSettings
-from ..recipes.experts import EepSettings, FitnessSettings
+from ..recipes.experts import FitnessSettings
 from ..runtime.hashes import digest
 from .answers import Item, in_order, own_answers, read_items, splits_of
 
@@ -48,10 +49,10 @@ def questions_of(recipe: Recipe, folder: Path) -> Questions | None:
     asked = recipe.evaluate.answers
     if asked is None:
         return None
-    search = next((stage.settings for stage in recipe.stages if _searches(stage.settings)), None)
-    fitness = search.fitness if isinstance(search, EepSettings) else None
+    search = next(iter(searches_of(recipe).values()), None)
+    fitness = None if search is None else search.fitness
     settings = _judged(asked, fitness)
-    if asked.data is None and isinstance(search, EepSettings):
+    if asked.data is None and search is not None:
         _check_same(settings, search.fitness)
         items = splits_of(search, folder, recipe.seed).test
     else:
@@ -63,10 +64,6 @@ def questions_of(recipe: Recipe, folder: Path) -> Questions | None:
             )
         items = tuple(read_items(path, settings.by, settings.task))
     return Questions(_drawn(items, asked.samples, recipe.seed), settings)
-
-
-def _searches(settings: object) -> bool:
-    return isinstance(settings, EepSettings) and settings.experts is None
 
 
 def _judged(asked: AnswersSettings, fitness: FitnessSettings | None) -> FitnessSettings:

@@ -19,6 +19,15 @@ _OF_SEARCH = (("fitness", "data"), ("splits", "train"), ("splits", "dev"), ("spl
 _OF_EVALUATION = ("evaluate", "answers", "data")
 
 
+def searches_of(recipe: Recipe) -> dict[int, EepSettings]:
+    """Return index of a stage -> its settings, of the stages that search experts."""
+    return {
+        index: stage.settings
+        for index, stage in enumerate(recipe.stages)
+        if isinstance(stage.settings, EepSettings) and stage.settings.searches
+    }
+
+
 def answer_files(recipe: Recipe) -> dict[Location, Path]:
     """Return where the recipe names a file -> the file: stages first, then what is evaluated."""
     places: list[Location] = [

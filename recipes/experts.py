@@ -179,14 +179,19 @@ class EepSettings(StageSettings):
     )
 
     @property
+    def searches(self) -> bool:
+        """Whether experts are searched, and not named."""
+        return self.experts is None
+
+    @property
     def uses_ray(self) -> bool:
         """Whether anything is evaluated."""
-        return self.experts is None
+        return self.searches
 
     @property
     def merges(self) -> bool:
         """Whether coefficients are searched, or only experts chosen."""
-        return self.experts is None and (self.keep_experts is None or self.total_evals > self.prune_evals)
+        return self.searches and (self.keep_experts is None or self.total_evals > self.prune_evals)
 
     def kept(self, experts: int) -> int:
         """Return how many experts of a layer stay.

@@ -16,7 +16,7 @@ def given_experts(recipe: Recipe) -> EepSettings | None:
     if len(recipe.stages) != 1:
         return None
     settings = recipe.stages[0].settings
-    return settings if isinstance(settings, EepSettings) and settings.experts is not None else None
+    return settings if isinstance(settings, EepSettings) and not settings.searches else None
 
 
 def needs_memory(recipe: Recipe) -> str | None:
