@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from ...calibration.answers import splits_of
 from ...calibration.base import Calibration
+from ...errors import PlanError
 from ...models.base import ModelSpec, OpenModel
 from ...models.expert_choice import checked_experts, mixture_shape
 from ...models.experts import fewer_experts_spec, keep_experts_of
@@ -53,6 +54,11 @@ class Eep:
             memory += search_bytes(spec, settings, field)
             notes = search_notes(spec, settings, field)
         after = least = fewer_experts_spec(spec, kept, settings.active_experts)
+        if settings.experts is not None and after.size() == spec.size():
+            raise PlanError(
+                "experts: all of them stay, and a token goes through as many as before",
+                hint="leave some out, or lower active_experts",
+            )
         if settings.export == "custom":
             after = mapped_routers_spec(spec, kept, settings.active_experts)
         elif settings.router == "free":
