@@ -18,8 +18,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..runtime.kv.scheme import KvCacheScheme, factor_tensors
 from ..runtime.manifest import HistoryEntry, KernelScheme, ModuleSurgery, QuantizedModule
 from .building import meta_module
+from .cache_bytes import kv_bytes_per_token
 from .origins import NAME as DEPTH_FILE
 from .origins import original_name
 from .shapes import expected_shapes, is_stored_buffer, stays_in_float32
@@ -86,6 +88,11 @@ class Size:
         bytes: tensor bytes as they would be stored, shared copies once.
         bits_per_weight: 8 * bytes / parameters.
         active_parameters: those that one token meets, None where it meets all of them.
+        kv_bytes_per_token: bytes that a language model keeps of a token's keys and values; None of other
+            models, and where it is not known. See `cache_bytes`.
+
+    The factors of a compressed cache are in `bytes`, and are no parameters of the model: `parameters`
+    says how large the model is that computes with them.
     """
 
     parameters: int
@@ -94,10 +101,11 @@ class Size:
     bytes: int
     bits_per_weight: float
     active_parameters: int | None = None
+    kv_bytes_per_token: float | None = None
 
     def to_json(self) -> dict[str, int | float]:
         """Return the report's form."""
-        active = self.active_parameters
+        active, cached = self.active_parameters, self.kv_bytes_per_token
         return {
             "parameters": self.parameters,
             "parameters_stored": self.parameters_stored,
@@ -105,6 +113,7 @@ class Size:
             "bytes": self.bytes,
             "bits_per_weight": round(self.bits_per_weight, 4),
             **({} if active is None else {"active_parameters": active}),
+            **({} if cached is None else {"kv_bytes_per_token": round(cached, 4)}),
         }
 
 
@@ -194,6 +203,18 @@ class Family(ABC):
         """Count the parameters that one token meets; None where it meets all of them."""
         return None
 
+    def kv_bytes_per_token(
+        self, config: Mapping[str, Any], dtype: torch.dtype, scheme: KvCacheScheme | None
+    ) -> float | None:
+        """Return the bytes that the cache keeps of a token; None where there is no cache, or it is not known.
+
+        Args:
+            config: of the model, completed.
+            dtype: of the model.
+            scheme: how the cache is compressed; None: it is not.
+        """
+        return kv_bytes_per_token(config, dtype.itemsize, scheme) if self.task == "language" else None
+
     def paper_macs(self, config: Mapping[str, Any], *, shapes: Shapes = AS_CONFIGURED) -> int | None:
         """Count as the papers on pruning do, for comparison with their tables; None where none is known."""
         return None
@@ -275,6 +296,7 @@ class ModelSpec:
         shared: name of a copy -> name of the stored tensor.
         quantization: what stages planned so far have quantized.
         surgery: what stages planned so far have cut.
+        kv_cache: how the stages planned so far compress the cache; its factors are among the tensors.
         parameters, parameters_stored: of the dense model at this point of the recipe.
     """
 
@@ -288,6 +310,7 @@ class ModelSpec:
     parameters_stored: int
     quantization: Mapping[str, QuantizedModule] = field(default_factory=dict)
     surgery: Mapping[str, ModuleSurgery] = field(default_factory=dict)
+    kv_cache: KvCacheScheme | None = None
 
     def meta_module(self) -> nn.Module:
         """Build the dense module on the meta device, cut as planned: no memory, no weights."""
@@ -299,7 +322,7 @@ class ModelSpec:
         config: Mapping[str, Any] | None = None,
         shared: Mapping[str, str] | None = None,
     ) -> ModelSpec:
-        """Return the spec of the dense model with other sizes.
+        """Return the spec of the dense model with other sizes, and with a plain cache.
 
         Args:
             surgery: everything that differs from what the config implies.
@@ -311,10 +334,21 @@ class ModelSpec:
         shapes = {**expected_shapes(config["_class_name"], config), **flat_shapes(surgery)}
         tensors = tensor_specs(shapes, self.dtype)
         return replace(
-            self, config=config, surgery=dict(surgery), tensors=tensors, shared=shared,
+            self, config=config, surgery=dict(surgery), tensors=tensors, shared=shared, kv_cache=None,
             parameters=count_parameters(config, shapes, shared),
             parameters_stored=count_parameters(config, shapes, {}),
         )  # fmt: skip
+
+    def with_kv_cache(self, scheme: KvCacheScheme) -> ModelSpec:
+        """Return the spec with a compressed cache, whose factors are stored in the model's type.
+
+        Raises:
+            ValueError: the cache of this spec is compressed already.
+        """
+        if self.kv_cache is not None:
+            raise ValueError("the cache is compressed already")
+        factors = {name: TensorSpec(shape, self.dtype) for name, shape in factor_tensors(scheme).items()}
+        return replace(self, kv_cache=scheme, tensors={**self.tensors, **factors})
 
     def size(self) -> Size:
         """Return the size that a checkpoint of this spec has."""
@@ -326,6 +360,7 @@ class ModelSpec:
             bytes=stored,
             bits_per_weight=8 * stored / self.parameters,
             active_parameters=self.family.active_parameters(self.config),
+            kv_bytes_per_token=self.family.kv_bytes_per_token(self.config, self.dtype, self.kv_cache),
         )
 
     def evolve(self, **changes: Any) -> ModelSpec:
@@ -344,6 +379,7 @@ class OpenModel:
         surgery: module name -> what the config does not say of it; kept equal to the module.
         shared: name of a copy -> name of the tensor that is stored; kept equal to the module.
         quantization: module name -> scheme; kept equal to the `QuantizedLinear`s in `module`.
+        kv_cache: how the cache is compressed; kept equal to what `put_kv_cache` gave to `module`.
         history: one entry per finished stage.
         attachments: name of a text file -> content, written beside the weights (such as what was cut).
     """
@@ -359,6 +395,7 @@ class OpenModel:
     surgery: dict[str, ModuleSurgery] = field(default_factory=dict)
     attachments: dict[str, str] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
+    kv_cache: KvCacheScheme | None = None
 
     def dense(self) -> ModelSpec:
         """Return the spec of the module as it is now, before quantization."""
@@ -373,7 +410,7 @@ class OpenModel:
         """Whether a stage has changed the model since it was opened."""
         # What earlier runs removed is told in a file that the model was opened with.
         written = any(self.attachments[name] != self.source.origins for name in self.attachments)
-        return bool(self.history or self.quantization or self.surgery or written)
+        return bool(self.history or self.quantization or self.surgery or self.kv_cache or written)
 
     def linears(self) -> Sequence[LinearSite]:
         """The family's linears of the module as it is now."""
@@ -394,6 +431,7 @@ class OpenModel:
             bytes=stored,
             bits_per_weight=8 * stored / dense.parameters,
             active_parameters=self.family.active_parameters(self.config),
+            kv_bytes_per_token=self.family.kv_bytes_per_token(self.config, self.spec.dtype, self.kv_cache),
         )
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import SourceError
+from .kv.scheme import KvCacheScheme
 from .strict_json import parse_object
 
 FILE_NAME = "compress.json"
@@ -215,6 +216,8 @@ class Manifest(_Strict):
     Attributes:
         surgery: module name -> what the config does not say of it; applied before layers are quantized.
         shared: name of a tensor that is not stored -> name of the stored tensor with equal content.
+        kv_cache: how a language model's cache is compressed; its factors are stored below the attentions.
+            None: it is not.
     """
 
     format: Literal["compress"] = "compress"
@@ -222,16 +225,19 @@ class Manifest(_Strict):
     surgery: dict[Name, ModuleSurgery] = Field(default_factory=dict)
     quantization: dict[Name, QuantizedModule] = Field(default_factory=dict)
     shared: dict[Name, Name] = Field(default_factory=dict)
+    kv_cache: KvCacheScheme | None = None
     history: tuple[HistoryEntry, ...] = Field((), strict=False)
 
     def to_json(self) -> str:
         """Return the file's text: sorted keys, so that equal manifests are equal bytes.
 
-        Where nothing is cut there is no key `surgery`, as in manifests of before there was pruning.
+        Where nothing is cut there is no key `surgery`, and where the cache is not compressed no key
+        `kv_cache`, as in manifests of before there were such stages.
         """
         document = self.model_dump(mode="json")
-        if not self.surgery:
-            del document["surgery"]
+        for key in ("surgery", "kv_cache"):
+            if not document[key]:
+                del document[key]
         return json.dumps(document, indent=1, sort_keys=True) + "\n"
 
     @classmethod

@@ -78,3 +78,12 @@ class KvCacheScheme(_Strict):
         if self.mode == "block" and self.window == 0:
             raise ValueError("mode block needs a window of at least one token")
         return self
+
+
+def factor_tensors(scheme: KvCacheScheme) -> dict[str, tuple[int, int]]:
+    """Return the tensors that a checkpoint stores of a compressed cache: name -> shape."""
+    return {
+        f"{attention}.{FACTORS}.{factor}.weight": shape
+        for attention, layer in scheme.layers.items()
+        for factor, shape in layer.factor_shapes.items()
+    }
