@@ -17,6 +17,7 @@ from .exporters.pruning_table import recovery_advice
 from .models.latent_sizes import any_size
 from .models.registry import FAMILY_NAMES, task_of
 from .recipes.allocation import AllocationSettings
+from .recipes.decoding import MOST_ANSWER
 from .recipes.gates import CLASSIFIER_ONLY, DENOISER_ONLY, LANGUAGE_ONLY
 from .recipes.pruning import IsomorphicSettings
 from .recipes.stages import GridSettings, StageSettings, ViditQSettings
@@ -142,12 +143,28 @@ def _check_language(loaded: LoadedRecipe, checkpoint: Checkpoint, family: str) -
             ("calibration", "length"),
             f"{recipe.calibration.length} tokens; the model takes at most {positions}",
         )
+    _check_passkeys(loaded, positions)
     if text_file(recipe.calibration, checkpoint.folder) is None:
         raise SourceError(
             f"{checkpoint.id}: a language model is measured on text, and the recipe names none",
             hint=f"add `calibration: {{text: FILE.txt}}`, or put {OWN_TEXTS[0]} into the model's folder"
             + (", or `evaluate: {fidelity: null}`" if _measured_alone(recipe) else ""),
         )
+
+
+def _check_passkeys(loaded: LoadedRecipe, positions: int) -> None:
+    """Refuse texts with a hidden number that are longer than what the model takes, its answer included."""
+    decoding = loaded.recipe.evaluate.decoding
+    hidden = None if decoding is None else decoding.passkey
+    for index, length in enumerate(() if hidden is None else hidden.lengths):
+        if length + MOST_ANSWER > positions:
+            raise loaded.error(
+                ("evaluate", "decoding", "passkey", "lengths", index),
+                f"{length} tokens, and {MOST_ANSWER} for the answer; the model takes at most {positions}",
+                f"lower it to {positions - MOST_ANSWER} at the most"
+                if positions > 256
+                else "leave passkey out",
+            )
 
 
 def _measured_alone(recipe: Recipe) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .errors import PlanError
 from .evaluation.size import counted_sizes
 from .models.base import ModelSpec
+from .recipes.decoding import COMPRESSES_CACHE
 from .recipes.export import ExportSettings
 from .recipes.pruning import IsomorphicSettings
 from .recipes.schema import Recipe
@@ -18,6 +19,7 @@ _AMOUNTS = {
     "tinyfusion": "`groups` of tinyfusion",
     "depth": "`keep` of depth",
 }
+_OF_CACHE = ("kv_bytes_per_token", "kv_bytes_ratio")
 """Method that removes -> the keys that say how much."""
 _AIMS = {"macs": ("macs",), "parameters": ("parameters",), "bytes": ("bytes", "size_ratio")}
 
@@ -75,6 +77,10 @@ def _is_aimed_at(stage: IsomorphicSettings, name: str) -> bool:
 
 def _hint(recipe: Recipe, name: str) -> str:
     """Say which stages of the recipe could bring the metric down."""
+    if name in _OF_CACHE:
+        compresses = any(stage.method in COMPRESSES_CACHE for stage in recipe.stages)
+        way = "remove more (`removed` of cskv) or use fewer `bits`" if compresses else "add a stage cskv"
+        return f"{way}, or relax the gate"
     phases = {stage.settings.phase for stage in recipe.stages}
     keys = [_AMOUNTS[stage.method] for stage in recipe.stages if stage.method in _AMOUNTS]
     ways = [f"remove more ({', '.join(dict.fromkeys(keys))})"] if keys else []

@@ -101,6 +101,7 @@ def verify_against(
         evaluation.metrics,
         quality_samples=_quality_samples(recipe),
         fidelity_samples=recipe.evaluate.fidelity.samples if recipe.evaluate.fidelity else None,
+        passkey_samples=_passkey_samples(recipe),
     )
     _check_figures(result, agreement)
     _check_gates(result, recipe, evaluation)
@@ -274,6 +275,11 @@ def _device(exported: Mapping[str, Any], device: str | None) -> str:
 
 def _quality_samples(recipe: Recipe) -> int | None:
     return recipe.evaluate.quality.samples if recipe.evaluate.quality else None
+
+
+def _passkey_samples(recipe: Recipe) -> int | None:
+    hidden = recipe.evaluate.decoding.passkey if recipe.evaluate.decoding else None
+    return hidden.samples * len(hidden.lengths) if hidden else None
 
 
 def _hint(exported: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ _SSIM = 0.01
 _AGREEMENT = 0.01
 _PERPLEXITY_SHARE = 0.01
 _KL_FLOOR = 0.002
+_PASSKEY = ("passkey", "passkey_original", "passkey_drop")
 _FRECHET_SHARE = 0.05
 _FRECHET_FLOOR = 0.05
 # Below the signal by this much lies what other kernels may add; beyond it there is nothing else.
@@ -85,6 +86,7 @@ def compare_metrics(
     *,
     quality_samples: int | None,
     fidelity_samples: int | None = None,
+    passkey_samples: int | None = None,
 ) -> Agreement:
     """Hold figures against the recorded ones; what is only measured now says nothing about a record.
 
@@ -96,10 +98,13 @@ def compare_metrics(
         quality_samples: that class agreement and accuracy were counted on, None where they were not
             measured.
         fidelity_samples: the same of equal answers of classifiers.
+        passkey_samples: the same of hidden numbers.
     """
-    counted = {name: fidelity_samples if name == "top1_agreement" else quality_samples for name in recorded}
+    counted = dict.fromkeys(_PASSKEY, passkey_samples) | {"top1_agreement": fidelity_samples}
     held = (name for name in recorded if name != SPEEDUP)
-    return Agreement(tuple(_row(name, recorded[name], measured, counted[name]) for name in held))
+    return Agreement(
+        tuple(_row(name, recorded[name], measured, counted.get(name, quality_samples)) for name in held)
+    )
 
 
 def _row(name: str, stated: Any, measured: Mapping[str, float], samples: int | None) -> Row:
@@ -122,9 +127,9 @@ def _allowed(name: str, recorded: float, samples: int | None) -> float:
         return _decibels(recorded)
     if name == "ssim":
         return _SSIM
-    if name.startswith("perplexity") or name == "kl":
+    if name.startswith(("perplexity", "decode_perplexity")) or name in ("kl", "decode_kl"):
         return _of_text(name, recorded)
-    if name.startswith(("class_agreement", "accuracy", "top1_agreement")):
+    if name in _PASSKEY or name.startswith(("class_agreement", "accuracy", "top1_agreement")):
         # A handful of samples near a decision's border; a drop is a difference of two such counts.
         least = max(_AGREEMENT, 3.0 / samples if samples else 0.0)
         return 2 * least if name.endswith("_drop") else least
@@ -135,7 +140,7 @@ def _allowed(name: str, recorded: float, samples: int | None) -> float:
 
 def _of_text(name: str, recorded: float) -> float:
     """Return how far a figure of next tokens may move: what a few tokens' changed roundings make of it."""
-    if name == "kl":
+    if name.endswith("kl"):
         return _KL_FLOOR + _PERPLEXITY_SHARE * abs(recorded)
     # An increase is a quotient of two of them.
     return 2 * _PERPLEXITY_SHARE if name.endswith("_increase") else _PERPLEXITY_SHARE * abs(recorded)

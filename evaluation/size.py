@@ -96,12 +96,16 @@ def counted_sizes(size: Size, original: Size, stored_bytes: int) -> dict[str, in
         original: of the model before them.
         stored_bytes: tensor bytes of the exported files, copies once.
     """
+    cache, before = size.kv_bytes_per_token, original.kv_bytes_per_token
+    of_cache = {} if cache is None else {"kv_bytes_per_token": cache}
+    of_cache |= {"kv_bytes_ratio": cache / before} if cache is not None and before else {}
     return {
         "size_ratio": stored_bytes / original.bytes,
         "bytes": stored_bytes,
         "bits_per_weight": 8 * stored_bytes / size.parameters,
         "parameters": size.parameters,
         "macs": size.macs,
+        **of_cache,
     }
 
 

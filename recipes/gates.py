@@ -43,6 +43,15 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "answers": "share of the questions of evaluate.answers that the result answers rightly, 0 to 1",
         "answers_original": "the same share of the original",
         "answers_drop": "answers_original - answers",
+        "kv_bytes_per_token": "bytes of the key-value cache per token of a text, all layers, scales counted",
+        "kv_bytes_ratio": "kv_bytes_per_token / the same of the original",
+        "decode_perplexity": "of the result that reads the text token by token, through its compressed cache",
+        "decode_perplexity_original": "of the original on the same tokens",
+        "decode_perplexity_increase": "decode_perplexity / decode_perplexity_original - 1",
+        "decode_kl": "mean divergence of the next token's distribution from the original's so, nats",
+        "passkey": "share of the hidden numbers that the result finds through its compressed cache, 0 to 1",
+        "passkey_original": "the same share of the original",
+        "passkey_drop": "passkey_original - passkey",
         SPEEDUP: "shortest time of one forward of the original / that of the result, on the run's machine",
         "max_abs_error": "largest difference between the reopened folder's outputs and the model's in memory",
     }
@@ -50,7 +59,10 @@ METRICS: Mapping[str, str] = MappingProxyType(
 
 _TEXT = ("perplexity", "perplexity_original", "perplexity_increase")
 _ANSWERS = ("answers", "answers_original", "answers_drop")
-LANGUAGE_ONLY = (*_TEXT, *_ANSWERS)
+_DECODING = ("decode_perplexity", "decode_perplexity_original", "decode_perplexity_increase", "decode_kl")
+_PASSKEY = ("passkey", "passkey_original", "passkey_drop")
+_CACHE = ("kv_bytes_per_token", "kv_bytes_ratio")
+LANGUAGE_ONLY = (*_TEXT, *_ANSWERS, *_CACHE, *_DECODING, *_PASSKEY)
 """Metrics of language models alone; `kl` is measured of classifiers as well."""
 _ACCURACY = ("accuracy", "accuracy_original", "accuracy_drop")
 CLASSIFIER_ONLY = (*_ACCURACY, "top1_agreement")
@@ -64,10 +76,13 @@ NEEDS: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(_FIDELITY, "fidelity"),
         **dict.fromkeys(_QUALITY, "quality"),
         **dict.fromkeys(_ANSWERS, "answers"),
+        **dict.fromkeys(_DECODING, "decoding"),
+        **dict.fromkeys(_PASSKEY, "decoding.passkey"),
         SPEEDUP: "speed",
     }
 )
-"""Metric -> the key of `evaluate` without which it is not measured; the others always are."""
+"""Metric -> the key of `evaluate`, perhaps one below another, without which it is not measured; the others
+always are, where the model has what they count."""
 
 _COMPARISONS: Mapping[str, Callable[[float, float], bool]] = MappingProxyType(
     {"<=": operator.le, ">=": operator.ge, "==": operator.eq, "<": operator.lt, ">": operator.gt}

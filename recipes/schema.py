@@ -28,6 +28,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
 from .answers import AnswersSettings
 from .data import DataSettings
+from .decoding import COMPRESSES_CACHE, DecodingSettings
 from .export import Exports, ExportSettings, clash
 from .gates import METRICS, NEEDS, Gate
 from .stages import PHASES, STAGES, StageSettings
@@ -181,6 +182,11 @@ class EvaluateSettings(_Settings):
         None,
         description="Questions with known answers, of a language model; null: not measured.",
     )
+    decoding: DecodingSettings | None = Field(
+        None,
+        description="What a language model with a compressed key-value cache says token by token. Without the"
+        " key: measured where a stage compresses the cache and fidelity is; null: not measured.",
+    )
     layers: bool = Field(True, description="Measure the error of every compressed layer for the report.")
     speed: SpeedSettings | None = Field(
         None, description="Time of one forward before and after, on this machine; null: not measured."
@@ -318,6 +324,7 @@ class Recipe(_Settings):
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         self._check_order()
+        self._decide_decoding()
         self._check_gates()
         found = clash(self.export)
         if found is not None:
@@ -338,17 +345,70 @@ class Recipe(_Settings):
                 )
             latest = rank
 
+    def _decide_decoding(self) -> None:
+        """Measure decoding where it says something, unless the recipe decides; check what it decides."""
+        compresses = any(stage.method in COMPRESSES_CACHE for stage in self.stages)
+        evaluate = self.evaluate
+        if "decoding" not in evaluate.model_fields_set:
+            if compresses and evaluate.fidelity is not None:
+                # Written down, so that the resolved recipe of a report says what was measured.
+                resolved = evaluate.model_copy(update={"decoding": DecodingSettings.model_validate({})})
+                self.__dict__["evaluate"] = resolved
+        elif evaluate.decoding is not None:
+            self._check_decoding(evaluate.decoding, compresses)
+
+    def _check_decoding(self, asked: DecodingSettings, compresses: bool) -> None:
+        if not compresses:
+            refuse(
+                ("evaluate", "decoding"),
+                "nothing is decoded: no stage compresses the key-value cache",
+                "add a stage `cskv`, or leave decoding out",
+            )
+        fidelity, length = self.evaluate.fidelity, self.calibration.length
+        if fidelity is None:
+            refuse(
+                ("evaluate", "decoding"),
+                "decoding is measured on the sequences of evaluate.fidelity, which is off",
+                "add `fidelity: {}` to evaluate, or leave decoding out",
+            )
+        if asked.samples is not None and asked.samples > fidelity.samples:
+            refuse(
+                ("evaluate", "decoding", "samples"),
+                f"{asked.samples} sequences; evaluate.fidelity has {fidelity.samples}",
+                "raise fidelity.samples, or lower this",
+            )
+        if asked.prompt_tokens(length) + 2 > length:
+            refuse(
+                ("evaluate", "decoding", "prompt"),
+                f"{asked.prompt} tokens; a sequence has {length}, and 2 at least must be left to decode",
+                "lower prompt, or raise calibration.length",
+            )
+
     def _check_gates(self) -> None:
         for name in self.require:
             if name not in METRICS:
                 refuse(("require", name), f"unknown metric {name!r}", suggestion(name, METRICS))
             needed = NEEDS.get(name)
-            if needed and getattr(self.evaluate, needed) is None:
+            if needed and not _is_on(self.evaluate, needed):
                 refuse(
                     ("require", name),
                     f"{name} is not measured, because evaluate.{needed} is off",
-                    f"add `{needed}: {{}}` to evaluate, or remove the gate",
+                    f"{self._to_measure(needed)}, or remove the gate",
                 )
+
+    def _to_measure(self, needed: str) -> str:
+        key, _, below = needed.partition(".")
+        if key == "decoding" and not any(stage.method in COMPRESSES_CACHE for stage in self.stages):
+            return "add a stage `cskv`"
+        return f"add `{key}: {f'{{{below}: {{}}}}' if below else '{}'}` to evaluate"
+
+
+def _is_on(settings: BaseModel, path: str) -> bool:
+    """Tell whether something is measured: a key, or one below another, joined by a dot."""
+    found: Any = settings
+    for key in path.split("."):
+        found = None if found is None else getattr(found, key)
+    return found is not None
 
 
 def json_schema() -> dict[str, Any]:

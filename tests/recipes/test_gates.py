@@ -58,4 +58,5 @@ def test_text_and_back(sign, value):
 
 def test_every_metric_is_described():
     assert all(text and not text.endswith(".") for text in METRICS.values())
-    assert set(NEEDS) <= set(METRICS) and set(NEEDS.values()) == {"fidelity", "quality", "answers", "speed"}
+    parts = {"fidelity", "quality", "answers", "speed", "decoding", "decoding.passkey"}
+    assert set(NEEDS) <= set(METRICS) and set(NEEDS.values()) == parts
