@@ -109,6 +109,14 @@ class ExportSettings(_Settings):
         description="Pad pruned layers with zeros to equal widths, so that the folder loads with the stock "
         "class alone; exact, at a cost in size.",
     )
+    kv_cache: Literal["adapter", "checkpoint", "custom"] | None = Field(
+        None,
+        description="How a compressed key-value cache leaves. adapter: its factors alone, in one file, "
+        "beside the name and the hashes of the original; checkpoint: inside the whole checkpoint, which stock "
+        "classes load with an uncompressed cache; custom: a checkpoint with code of its own, which "
+        "transformers runs where it is told to trust it. null: adapter where no other stage changed the "
+        "weights, else checkpoint.",
+    )
     overwrite: bool = Field(False, description="Replace an output folder that compress wrote before.")
     push: (
         Annotated[

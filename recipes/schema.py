@@ -31,6 +31,7 @@ from .data import DataSettings
 from .decoding import COMPRESSES_CACHE, DecodingSettings
 from .export import Exports, ExportSettings, clash
 from .gates import METRICS, NEEDS, Gate
+from .kv_export import kv_clash
 from .stages import PHASES, STAGES, StageSettings
 from .suggest import suggestion
 
@@ -326,7 +327,7 @@ class Recipe(_Settings):
         self._check_order()
         self._decide_decoding()
         self._check_gates()
-        found = clash(self.export)
+        found = clash(self.export) or kv_clash([stage.method for stage in self.stages], self.export)
         if found is not None:
             location, message, hint = found
             refuse(("export", *location), message, hint)
