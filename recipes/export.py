@@ -112,8 +112,8 @@ class ExportSettings(_Settings):
     kv_cache: Literal["adapter", "checkpoint", "custom"] | None = Field(
         None,
         description="How a compressed key-value cache leaves. adapter: its factors alone, in one file, "
-        "beside the name and the hashes of the original; checkpoint: inside the whole checkpoint, which stock "
-        "classes load with an uncompressed cache; custom: a checkpoint with code of its own, which "
+        "beside the name and the hashes of the original; checkpoint: inside the whole checkpoint, which "
+        "stock classes load with an uncompressed cache; custom: a checkpoint with code of its own, which "
         "transformers runs where it is told to trust it. null: adapter where no other stage changed the "
         "weights, else checkpoint.",
     )

@@ -1,0 +1,292 @@
+"""A compressed cache without its model: the factors in one file, and `cskv.json`, which says whose they are.
+
+Both files are untrusted input: every number is held against bounds, and the factors against the sizes that
+`cskv.json` says, before a tensor is read; the original is held against its recorded hashes before it is
+built. Torch-free. CSKV, arXiv 2409.10593.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ...errors import SourceError
+from ..headers import TensorEntry, read_header
+from ..language_config import class_name_of
+from ..manifest import MAX_BYTES, HistoryEntry, Sha256
+from ..strict_json import parse_object
+from .base_hash import attention_sha256, attention_tensors
+from .scheme import KvCacheScheme, ModuleName, factor_tensors
+
+FILE_NAME = "cskv.json"
+WEIGHTS_NAME = "cskv.safetensors"
+FORMAT = "compress-cskv"
+VERSION = 1
+DTYPE_CODES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
+_DAMAGED = "the file was changed by hand or damaged; fetch the adapter again, or export it again"
+_OTHER = "name the model that the adapter was made for as `base`"
+
+Text = Annotated[str, Field(min_length=1, max_length=1024)]
+ClassName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$", max_length=128)]
+Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class AdapterBase(_Strict):
+    """The model that an adapter belongs to.
+
+    Attributes:
+        id: a Hub id, `builtin:NAME`, or a folder as the recipe names it.
+        revision: commit on the Hub; None of what is not from there.
+        subfolder: of the folder or repository; None: its root.
+        class_name: of the stock class.
+        sizes: key of its config -> what the positions and heads of keys and values follow from.
+        hashes: attention -> SHA-256 of what its factors rest on; see `base_hash`.
+    """
+
+    id: Text
+    revision: Commit | None = None
+    subfolder: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*$", max_length=256)] | None = None
+    class_name: ClassName
+    sizes: dict[Text, Any] = Field(max_length=64)
+    hashes: dict[ModuleName, Sha256] = Field(min_length=1, max_length=2**12)
+
+
+class AdapterDocument(_Strict):
+    """`cskv.json`.
+
+    Attributes:
+        scheme: how the cache is compressed.
+        dtype: of the factors, and of the model that they were made for.
+        history: the finished stages: settings, seed, versions, what the factors were made from.
+    """
+
+    format: Literal["compress-cskv"] = "compress-cskv"
+    version: Literal[1] = 1
+    scheme: KvCacheScheme
+    dtype: Literal["float32", "float16", "bfloat16"]
+    base: AdapterBase
+    history: tuple[HistoryEntry, ...] = Field((), strict=False, max_length=64)
+
+    @model_validator(mode="after")
+    def _one_hash_each(self) -> AdapterDocument:
+        if self.base.hashes.keys() != self.scheme.layers.keys():
+            raise ValueError("base.hashes and scheme.layers name other attentions")
+        return self
+
+    def to_json(self) -> str:
+        """Return the file's text: sorted keys, so that equal adapters are equal bytes."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def parse(cls, data: bytes, where: str) -> AdapterDocument:
+        """Parse the file's bytes.
+
+        Raises:
+            SourceError: naming `where` and the first thing that is wrong.
+        """
+        document = parse_object(data, where)
+        version = document.get("version")
+        if isinstance(version, int) and version != VERSION:
+            raise SourceError(
+                f"{where}: version {version}; this release reads version {VERSION}",
+                hint="use the release of compress that wrote the adapter",
+            )
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "the document"
+            raise SourceError(f"{where}: {place}: {first['msg']}", hint=_DAMAGED) from None
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """A checked adapter folder.
+
+    Attributes:
+        document: what it says.
+        tensors: name in the module of the original -> where the factor lies.
+    """
+
+    folder: Path
+    document: AdapterDocument
+    tensors: Mapping[str, TensorEntry]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the factors."""
+        return sum(entry.bytes for entry in self.tensors.values())
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Tell whether a folder holds an adapter: one of its two files, and no model."""
+    folder = Path(folder)
+    has_one = (folder / FILE_NAME).is_file() or (folder / WEIGHTS_NAME).is_file()
+    return has_one and not (folder / "config.json").is_file()
+
+
+def open_adapter(folder: str | Path) -> StoredAdapter:
+    """Read the two files' texts and hold them against each other; no tensor is read.
+
+    Raises:
+        SourceError: naming the file, and the first thing that is wrong.
+    """
+    folder = Path(folder)
+    path, weights = folder / FILE_NAME, folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise SourceError(f"{path} does not exist", hint="fetch the adapter again; it says what it is for")
+    if path.stat().st_size > MAX_BYTES:
+        raise SourceError(f"{path}: {path.stat().st_size} bytes; at most {MAX_BYTES} are read")
+    document = AdapterDocument.parse(path.read_bytes(), str(path))
+    if not weights.is_file():
+        pickles = sorted(item.name for item in folder.iterdir() if item.suffix in _PICKLES)
+        if pickles:
+            raise SourceError(
+                f"{folder / pickles[0]}: the factors are pickled, which can run code, and are refused",
+                hint=f"an adapter of compress has them in {WEIGHTS_NAME}",
+            )
+        raise SourceError(f"{weights} does not exist", hint="fetch the adapter again, or export it again")
+    tensors, _ = read_header(weights)
+    _check_factors(document, tensors, weights)
+    return StoredAdapter(folder, document, tensors)
+
+
+def _check_factors(document: AdapterDocument, tensors: Mapping[str, TensorEntry], weights: Path) -> None:
+    expected, code = factor_tensors(document.scheme), DTYPE_CODES[document.dtype]
+    for name, shape in expected.items():
+        entry = tensors.get(name)
+        if entry is None:
+            raise SourceError(f"{weights}: tensor {name} is missing", hint=_DAMAGED)
+        if (entry.dtype, entry.shape) != (code, shape):
+            raise SourceError(
+                f"{weights}: tensor {name} is {entry.dtype} {list(entry.shape)}; {FILE_NAME} implies"
+                f" {code} {list(shape)}",
+                hint=_DAMAGED,
+            )
+    strangers = sorted(tensors.keys() - expected.keys())
+    if strangers:
+        raise SourceError(f"{weights}: tensor {strangers[0]} is no factor of this adapter", hint=_DAMAGED)
+
+
+def sizes_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the heads and positions of keys follow from, as JSON values.
+
+    Args:
+        config: of the module, as transformers completes it (`module.config.to_dict()`).
+    """
+    return {key: config[key] for key in _SIZES if config.get(key) is not None}
+
+
+_SIZES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "partial_rotary_factor", "rope_parameters", "rope_theta", "layer_types", "sliding_window",
+)  # fmt: skip
+
+
+def hashes_of(scheme: KvCacheScheme, tensors: Mapping[str, TensorEntry]) -> dict[str, str]:
+    """Return attention -> SHA-256 of what its factors rest on, for `AdapterBase.hashes`.
+
+    Raises:
+        SourceError: an attention has no such tensors.
+    """
+    return {attention: attention_sha256(attention, tensors) for attention in scheme.layers}
+
+
+def check_base(
+    adapter: StoredAdapter, name: str, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]
+) -> None:
+    """Refuse a model that an adapter was not made for, before it is built.
+
+    Args:
+        adapter: that is to be loaded.
+        name: of the model, for messages.
+        config: its config.json.
+        tensors: that it stores, by the names of its module.
+
+    Raises:
+        SourceError: its class is another, or the first attention that differs, and in what.
+    """
+    base, where = adapter.document.base, adapter.folder / FILE_NAME
+    class_name = class_name_of(config)
+    if class_name != base.class_name:
+        raise SourceError(
+            f"{where}: the adapter was made for a {base.class_name}, and {name} is a {class_name}",
+            hint=_OTHER,
+        )
+    for attention, layer in adapter.document.scheme.layers.items():
+        _check_attention(where, name, attention, (layer.width, layer.hidden), tensors)
+    differ = [
+        attention
+        for attention, expected in base.hashes.items()
+        if attention_sha256(attention, tensors) != expected
+    ]
+    if differ:
+        more = f", nor are those of {len(differ) - 1} more" if len(differ) > 1 else ""
+        raise SourceError(
+            f"{where}: the projections of keys and values of {differ[0]} in {name} are not those that the"
+            f" factors were made for (SHA-256){more}",
+            hint=f"the adapter was made for {base.id}{_at(base.revision)}; {_OTHER}",
+        )
+
+
+def _at(revision: str | None) -> str:
+    return "" if revision is None else f"@{revision}"
+
+
+def check_sizes(adapter: StoredAdapter, name: str, config: Mapping[str, Any]) -> None:
+    """Refuse a model whose heads or positions are others than those the adapter was made for.
+
+    Args:
+        adapter: that is to be loaded.
+        name: of the model, for messages.
+        config: of the module, as transformers completes it.
+
+    Raises:
+        SourceError: naming the key and both values.
+    """
+    expected, found = adapter.document.base.sizes, json.loads(json.dumps(sizes_of(config)))
+    for key in _SIZES:
+        wanted, there = expected.get(key), found.get(key)
+        if wanted != there:
+            raise SourceError(
+                f"{adapter.folder / FILE_NAME}: the adapter was made for {key} {wanted!r}, and {name} has"
+                f" {there!r}",
+                hint=_OTHER,
+            )
+
+
+def _check_attention(
+    where: Path,
+    name: str,
+    attention: str,
+    shape: tuple[int, int],
+    tensors: Mapping[str, TensorEntry],
+) -> None:
+    if not attention_tensors(attention, tensors):
+        raise SourceError(
+            f"{where}: {name} has no {attention}, which the adapter has factors for", hint=_OTHER
+        )
+    for part in ("k_proj", "v_proj"):
+        entry = tensors.get(f"{attention}.{part}.weight")
+        if entry is None:
+            raise SourceError(
+                f"{where}: {attention}.{part} of {name} is quantized, and the factors approximate the weight"
+                " that it had",
+                hint="compress the cache and quantize in one recipe; or keep k_proj and v_proj as they were",
+            )
+        if entry.shape != shape:
+            raise SourceError(
+                f"{where}: {attention}.{part} of {name} has shape {list(entry.shape)}; the adapter was made"
+                f" for {list(shape)}",
+                hint=_OTHER,
+            )
