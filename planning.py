@@ -24,6 +24,7 @@ from .models.open import read_spec
 from .progress import Progress, step
 from .reachable import check_gates
 from .recipes.export import ExportSettings
+from .recipes.kv_export import KvForm, kv_form
 from .recipes.loader import LoadedRecipe
 from .recipes.placing import placed
 from .recipes.streamed import is_streamed
@@ -222,20 +223,23 @@ def plan_exports(
     smallest = least[-1].spec if least else after
     found = []
     for export in loaded.recipe.export:
-        item = _plan_export(export, before, after, decided)
-        low = item if smallest is after else _plan_export(export, before, smallest, decided)
+        form = kv_form([stage.method for stage in loaded.recipe.stages], export)
+        item = _plan_export(export, before, after, decided, form)
+        low = item if smallest is after else _plan_export(export, before, smallest, decided, form)
         check_gates(loaded.recipe, export, before, low.spec, low.tensor_bytes, decided=decided)
         found.append(item if low.bytes == item.bytes else replace(item, least_bytes=low.bytes))
     return found
 
 
-def _plan_export(export: ExportSettings, before: ModelSpec, after: ModelSpec, decided: bool) -> ExportPlan:
+def _plan_export(
+    export: ExportSettings, before: ModelSpec, after: ModelSpec, decided: bool, form: KvForm | None
+) -> ExportPlan:
     def predict(spec: ModelSpec) -> int:
-        return predict_bytes(spec, export.format, max_shard_size=export.max_shard_size)
+        return predict_bytes(spec, export.format, max_shard_size=export.max_shard_size, kv_cache=form)
 
     if not export.padded:
-        found = predict(after)
-        return ExportPlan(export, after, found, predict_tensor_bytes(after, export.format), found)
+        found, stored = predict(after), predict_tensor_bytes(after, export.format, kv_cache=form)
+        return ExportPlan(export, after, found, stored, found)
     spec = padded_spec(after, export.format)
     # Planned layers are equally wide, and the widest of the real ones decides: the original's at the most.
     most = spec if decided else before

@@ -31,6 +31,7 @@ from .progress import step
 from .recipes.answer_files import answer_files
 from .recipes.export import ExportSettings
 from .recipes.gates import judge
+from .recipes.kv_export import kv_form
 from .recipes.secrets import redacted
 from .state import Product, Run
 from .workdir import file_sha256
@@ -128,10 +129,13 @@ def _export(
         Parts of the report, and what the fresh process found wrong, or None.
     """
     recipe = state.recipe
+    form = kv_form([stage.method for stage in recipe.stages], export)
     with step(state.progress, f"export {export.format}"):
-        info = write(model, folder, export.format, max_shard_size=export.max_shard_size)
+        info = write(model, folder, export.format, max_shard_size=export.max_shard_size, kv_cache=form)
         put_beside(state, model.source, folder)
-        for path in companion_files(model.source.folder) if model.family.library == "transformers" else ():
+        # What lies beside the original belongs to it; an adapter is loaded with the original.
+        whole = model.family.library == "transformers" and form != "adapter"
+        for path in companion_files(model.source.folder) if whole else ():
             shutil.copyfile(path, folder / path.name)
     # What a format unpacks or rounds back takes more room than the module does in memory.
     evaluation.metrics.update(size_metrics(shipped, info.tensor_bytes))
@@ -150,6 +154,7 @@ def _export(
         "export": {
             "path": str(export.path),
             "format": info.format,
+            **({} if form is None else {"kv_cache": form}),
             "bytes": info.bytes,
             "verified": verification.verified,
             "max_abs_error": verification.max_abs_error,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -11,6 +12,8 @@ from typing import Any, Protocol
 
 from ..errors import PlanError
 from ..models.base import Family, ModelSpec, OpenModel
+from ..recipes.kv_export import KvForm
+from ..runtime.kv.adapter import WEIGHTS_NAME as ADAPTER_NAME
 from ..runtime.mapped_routing import is_mapped
 from ..runtime.validate import CONFIG_NAME
 from .attachments import attached
@@ -25,6 +28,8 @@ FORMATS: Mapping[str, str] = {
     "sdnq": "sdnq_format",
     "dequantized": "dequantized_format",
 }
+_KV_FORMS: Mapping[str, str] = {"adapter": "kv_adapter", "custom": "kv_custom"}
+"""Forms of a compressed cache that the format itself does not write -> their modules."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Layout:
 
     Attributes:
         tensors: to be written, or, in a prediction, without data.
-        config: config.json.
+        config: config.json; None: there is none.
         metadata: text for the headers of the tensor files.
         loads_with: how the folder is loaded, one Python expression each.
         extra: further files by name, as text.
@@ -41,7 +46,7 @@ class Layout:
     """
 
     tensors: list[StoredTensor]
-    config: dict[str, Any]
+    config: dict[str, Any] | None
     metadata: Mapping[str, str]
     loads_with: list[str]
     extra: Mapping[str, str]
@@ -66,7 +71,7 @@ class ExportInfo:
         files: names below the folder, sorted.
         bytes: of the tensor files and their index; what `predict_bytes` predicts.
         tensor_bytes: of the tensors in them, copies once, which is what gates and shares count: of the
-            original they are counted once, too.
+            original they are counted once, too. With an adapter those of the original, which it needs.
         loads_with: how the folder is loaded, one Python expression each.
         notes: what the format could not carry over bit for bit.
     """
@@ -79,10 +84,10 @@ class ExportInfo:
     notes: tuple[str, ...] = ()
 
 
-def _module(name: str) -> Format:
+def _module(name: str, kv_cache: KvForm | None = None) -> Format:
     if name not in FORMATS:
         raise PlanError(f"export.format {name!r} is not one of {', '.join(FORMATS)}")
-    module: Any = import_module(f".{FORMATS[name]}", __package__)
+    module: Any = import_module(f".{_KV_FORMS.get(kv_cache or '', FORMATS[name])}", __package__)
     found: Format = module
     return found
 
@@ -139,14 +144,20 @@ def _check_mapped(model: ModelSpec | OpenModel, format: str) -> None:
 
 
 def write(
-    model: OpenModel, folder: Path, format: str, *, max_shard_size: int = DEFAULT_SHARD_BYTES
+    model: OpenModel,
+    folder: Path,
+    format: str,
+    *,
+    max_shard_size: int = DEFAULT_SHARD_BYTES,
+    kv_cache: KvForm | None = None,
 ) -> ExportInfo:
     """Write weights, config, manifest and scheduler of a model into `folder`.
 
     Args:
         folder: an existing folder; the caller makes it whole or absent (`runtime.atomic`).
         format: a key of `FORMATS`.
-        max_shard_size: bytes of tensor data per file.
+        max_shard_size: bytes of tensor data per file; an adapter is one file.
+        kv_cache: form of a compressed cache; None: as in the format itself, inside the checkpoint.
 
     Raises:
         PlanError: the format cannot express the model's layers.
@@ -155,13 +166,13 @@ def write(
     _check_library(model.family, format)
     _check_mapped(model, format)
     _check_cut(model, format)
-    layout = _module(format).layout(model)
-    paths = write_tensors(
-        folder, layout.tensors, max_shard_size=max_shard_size, metadata=layout.metadata,
-        name=weights_name(model.family),
-    )  # fmt: skip
+    layout = _module(format, kv_cache).layout(model)
+    name, shard = _weights(model.family, max_shard_size, kv_cache)
+    paths = write_tensors(folder, layout.tensors, max_shard_size=shard, metadata=layout.metadata, name=name)
     size = sum(path.stat().st_size for path in paths)
-    texts = {CONFIG_NAME: config_text(layout.config), **layout.extra, **attached(model.attachments)}
+    texts = dict(layout.extra)
+    if layout.config is not None:
+        texts |= {CONFIG_NAME: config_text(layout.config), **attached(model.attachments)}
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
         paths.append(folder / name)
@@ -170,6 +181,8 @@ def write(
         paths.append(folder / "scheduler" / "scheduler_config.json")
     files = sorted(path.relative_to(folder).as_posix() for path in paths)
     tensors = _bytes_once(layout.tensors, model.shared)
+    if kv_cache == "adapter":
+        tensors = model.size().bytes
     return ExportInfo(format, files, size, tensors, list(layout.loads_with), layout.notes)
 
 
@@ -197,31 +210,47 @@ def as_shipped(model: OpenModel, format: str, *, padded: bool = False) -> OpenMo
     return model if convert is None or not model.quantization else convert(model)
 
 
-def predict_bytes(spec: ModelSpec, format: str, *, max_shard_size: int = DEFAULT_SHARD_BYTES) -> int:
+def predict_bytes(
+    spec: ModelSpec,
+    format: str,
+    *,
+    max_shard_size: int = DEFAULT_SHARD_BYTES,
+    kv_cache: KvForm | None = None,
+) -> int:
     """Return the bytes of the tensor files, headers and index included, that `write` will write.
 
     Raises:
         PlanError: the format cannot express the planned layers.
     """
-    tensors, metadata = _predict(spec, format)
-    name = weights_name(spec.family)
-    return file_bytes(tensors, max_shard_size=max_shard_size, metadata=metadata, name=name)
+    tensors, metadata = _predict(spec, format, kv_cache)
+    name, shard = _weights(spec.family, max_shard_size, kv_cache)
+    return file_bytes(tensors, max_shard_size=shard, metadata=metadata, name=name)
 
 
-def predict_tensor_bytes(spec: ModelSpec, format: str) -> int:
-    """Return the bytes of the tensors alone that `write` will write, copies once.
+def predict_tensor_bytes(spec: ModelSpec, format: str, *, kv_cache: KvForm | None = None) -> int:
+    """Return what `ExportInfo.tensor_bytes` will be: the bytes of the tensors alone, copies once.
 
     Raises:
         PlanError: as `predict_bytes`.
     """
-    return _bytes_once(_predict(spec, format)[0], spec.shared)
+    tensors, _ = _predict(spec, format, kv_cache)
+    return spec.size().bytes if kv_cache == "adapter" else _bytes_once(tensors, spec.shared)
 
 
-def _predict(spec: ModelSpec, format: str) -> tuple[list[StoredTensor], Mapping[str, str]]:
+def _predict(
+    spec: ModelSpec, format: str, kv_cache: KvForm | None
+) -> tuple[list[StoredTensor], Mapping[str, str]]:
     _check_library(spec.family, format)
     _check_mapped(spec, format)
     _check_cut(spec, format)
-    return _module(format).predict(spec)
+    return _module(format, kv_cache).predict(spec)
+
+
+def _weights(family: Family, max_shard_size: int, kv_cache: KvForm | None) -> tuple[str, int]:
+    """Return the name of the weights' file, and the largest that one may be."""
+    if kv_cache == "adapter":
+        return ADAPTER_NAME, sys.maxsize
+    return weights_name(family), max_shard_size
 
 
 def config_text(config: Mapping[str, Any]) -> str:

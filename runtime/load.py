@@ -1,4 +1,7 @@
-"""`compress.load`: a folder or Hub id -> the stock module with its quantized layers, ready to run."""
+"""`compress.load`: a folder or Hub id -> the stock module with its quantized layers, ready to run.
+
+An adapter of a compressed cache is no model: its original is loaded, and the factors are put into that.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SourceError
+from ..errors import SourceError, UsageError
 from .config import DEFAULTS, SPARE_TABLE_BYTES
 from .encoders import check_encoders
 from .fetch import fetch
+from .kv.adapter import StoredAdapter, base_folder, check_base, check_sizes, is_adapter, open_adapter
 from .language_config import implied_copies, is_language_class
 from .layered import check_layers_agree
 from .manifest import Manifest
@@ -34,32 +38,82 @@ def load(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
+    base: str | Path | None = None,
 ) -> nn.Module:
     """Load a checkpoint that `compress` exported, in any of its formats, or a dense stock one.
 
     Args:
-        path_or_repo: a folder with config.json and safetensors, or a Hub id.
+        path_or_repo: a folder with config.json and safetensors, or a Hub id; or, of either kind, an adapter
+            of a compressed cache.
         device: where the tensors go.
         dtype: of what is not quantized; None keeps the stored one. Integer weights and their
             scales are never cast.
         revision: Hub branch, tag or commit.
         subfolder: of the folder or repository, such as "transformer".
+        base: the model of an adapter: a folder, `builtin:NAME`, or a Hub id, also with `@revision`; None:
+            the one that the adapter names. Either must have the projections that it was made for.
 
     Returns:
-        The stock module in evaluation mode.
+        The stock module in evaluation mode. Where its cache is compressed, `generate` uses that cache.
 
     Raises:
-        SourceError: anything in the folder is missing, damaged or contradicts the rest.
+        SourceError: anything in the folder is missing, damaged or contradicts the rest, or the base of an
+            adapter is another model.
+        UsageError: a base of what is no adapter.
         HubError: the download failed.
     """
     folder = fetch(path_or_repo, revision=revision, subfolder=subfolder)
-    stored = open_folder(folder)
-    if stored.quant_method not in (None, QUANT_METHOD):
-        _refuse_other_formats(stored)
-        module = _load_stock(stored, dtype)
-    else:
-        module = _build(stored, dtype)
-    return module.to(device)
+    if is_adapter(folder):
+        adapter = open_adapter(folder)
+        found = base_folder(adapter, base, is_local=Path(path_or_repo).is_dir())
+        return load_adapter(adapter, found, dtype=dtype).to(device)
+    if base is not None:
+        raise UsageError(f"{path_or_repo} is a whole model, no adapter", hint="leave `base` out")
+    return _load_whole(open_folder(folder), dtype).to(device)
+
+
+def load_adapter(
+    adapter: StoredAdapter, folder: Path, *, dtype: str | torch.dtype | None = None
+) -> nn.Module:
+    """Load the model of an adapter and give it the compressed cache.
+
+    Args:
+        adapter: from `open_adapter`.
+        folder: of the model.
+        dtype: of what is not quantized; None: that of the model that the adapter was made for.
+
+    Raises:
+        SourceError: the folder is damaged or of another model, or a factor is not finite.
+    """
+    from .kv.attach import put_kv_cache
+
+    name, stored, document = str(folder), open_folder(folder), adapter.document
+    check_base(adapter, name, stored.config, stored.tensors)
+    if stored.manifest.kv_cache is not None:
+        raise SourceError(
+            f"{name}: its cache is compressed already, by factors of its own",
+            hint="load it without the adapter, or name the original as `base`",
+        )
+    module = _load_whole(stored, dtype or document.dtype)
+    check_sizes(adapter, name, module.config.to_dict())  # type: ignore[operator, union-attr]
+    put_kv_cache(module, document.scheme)
+    target = dtype_of(dtype or document.dtype)
+    for factor, entry in adapter.tensors.items():
+        tensor = read_tensor(entry)
+        if not torch.isfinite(tensor).all():
+            raise SourceError(
+                f"{entry.file}: tensor {factor} holds what is no finite number",
+                hint="the file is damaged; fetch the adapter again, or export it again",
+            )
+        place(module, factor, tensor.to(target), requires_grad=True)
+    return module.eval()
+
+
+def _load_whole(stored: StoredCheckpoint, dtype: str | torch.dtype | None) -> nn.Module:
+    if stored.quant_method in (None, QUANT_METHOD):
+        return _build(stored, dtype)
+    _refuse_other_formats(stored)
+    return _load_stock(stored, dtype)
 
 
 def read_checkpoint(folder: str | Path) -> tuple[nn.Module, Manifest]:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ...errors import SourceError
+from ..fetch import BUILTIN_PREFIX, fetch
 from ..headers import TensorEntry, read_header
 from ..language_config import class_name_of
 from ..manifest import MAX_BYTES, HistoryEntry, Sha256
@@ -176,6 +177,38 @@ def _check_factors(document: AdapterDocument, tensors: Mapping[str, TensorEntry]
     strangers = sorted(tensors.keys() - expected.keys())
     if strangers:
         raise SourceError(f"{weights}: tensor {strangers[0]} is no factor of this adapter", hint=_DAMAGED)
+
+
+def base_folder(adapter: StoredAdapter, base: str | Path | None = None, *, is_local: bool = True) -> Path:
+    """Return the folder of an adapter's model, fetched where it lies on the Hub.
+
+    Args:
+        adapter: whose model is wanted.
+        base: a folder, `builtin:NAME` or a Hub id, also with `@revision`; None: what the adapter names.
+        is_local: the adapter is a folder of this machine. One that was fetched may name no folder: which
+            one of this machine is read is not for others to say.
+
+    Raises:
+        SourceError: there is no such model here.
+        HubError: the Hub or the network refused.
+    """
+    if base is not None:
+        text = str(base)
+        if Path(base).is_dir() or text.startswith(BUILTIN_PREFIX):
+            return fetch(base)
+        repo, _, revision = text.partition("@")
+        return fetch(repo, revision=revision or None)
+    named = adapter.document.base
+    if named.revision is not None:
+        return fetch(named.id, revision=named.revision, subfolder=named.subfolder)
+    if named.id.startswith(BUILTIN_PREFIX):
+        return fetch(named.id)
+    if not (is_local and Path(named.id).is_dir()):
+        raise SourceError(
+            f"{adapter.folder / FILE_NAME}: made for the folder {named.id}, which is not here",
+            hint="give the folder, or the Hub id of the same model, as `base`",
+        )
+    return fetch(named.id, subfolder=named.subfolder)
 
 
 def sizes_of(config: Mapping[str, Any]) -> dict[str, Any]:
