@@ -27,6 +27,7 @@ def resume(model: OpenModel, folder: Path) -> None:
     model.surgery = stored_surgery(folder, model.family, model.config)
     model.module = model.family.adopt(module).to(next(model.module.parameters()).device)
     model.quantization = dict(manifest.quantization)
+    model.kv_cache = manifest.kv_cache
     model.history = list(manifest.history)
 
 

@@ -1,7 +1,9 @@
 """The default format: weights packed to their real bits, equal copies stored once.
 
 A model without quantized layers, whose sizes a stock config can say, is written as a plain stock folder
-(copies included), which loads without this package; the manifest then holds history alone. One whose routers
+(copies included), which loads without this package; the manifest then holds history alone. The factors of a
+compressed cache lie in it as further tensors, which stock code names as unexpected and leaves alone: it
+computes with a plain cache, and by the model's own weights. One whose routers
 are mapped is written likewise, under the module's names, with code of its own beside the weights.
 """
 
@@ -15,6 +17,8 @@ import torch
 from torch import Tensor
 
 from ..models.base import ModelSpec, OpenModel
+from ..runtime.kv.scheme import factor_tensors
+from ..runtime.kv.stored import is_factor
 from ..runtime.language_config import without_code
 from ..runtime.manifest import FILE_NAME, Manifest, QuantizedModule
 from ..runtime.mapped_routing import is_mapped
@@ -36,12 +40,14 @@ def layout(model: OpenModel) -> Layout:
     quantization = dict(model.quantization)
     if {name: layer.scheme for name, layer in quantized_layers(model.module).items()} != quantization:
         raise ValueError("the model's quantized layers are not the ones that its record lists")
+    check_cache(model)
     state = {name: tensor for name, tensor in state.items() if name not in left_out(model.config)}
     shared = equal_copies(state, model.shared, quantization) if quantization else {}
     form = stored_form(model.family, model.config, model.surgery)
     manifest = Manifest(
-        surgery=form.surgery, quantization=quantization, shared=shared, history=tuple(model.history)
-    )
+        surgery=form.surgery, quantization=quantization, shared=shared, kv_cache=model.kv_cache,
+        history=tuple(model.history),
+    )  # fmt: skip
     config, dtype = stock_config(replace(model, config=form.config)), name_of(model.spec.dtype)
     name = str(model.config.get("_class_name") or type(model.module).__name__)
     if quantization or form.surgery:
@@ -59,7 +65,30 @@ def layout(model: OpenModel) -> Layout:
     extra = {FILE_NAME: manifest.to_json(), **bits_files(model)}
     if is_mapped(config):
         extra |= code_files(name)
-    return Layout(tensors, config, METADATA, loads_with, extra)
+    return Layout(tensors, config, METADATA, loads_with, extra, cache_notes(model, loads_with))
+
+
+def cache_notes(model: OpenModel, loads_with: Iterable[str]) -> tuple[str, ...]:
+    """Say which ways of loading compress the cache, where it is compressed: those by this package."""
+    stock = [way for way in loads_with if "compress" not in way]
+    if model.kv_cache is None or not stock:
+        return ()
+    return (
+        f"the cache is compressed where compress.load(path) opens the folder; {stock[0]} reports the factors"
+        " as unexpected and keeps a plain cache, with the same logits as before the cache was compressed",
+    )
+
+
+def check_cache(model: OpenModel) -> None:
+    """Hold the factors in the module against the model's record.
+
+    Raises:
+        ValueError: they are not what it says.
+    """
+    expected = {} if model.kv_cache is None else factor_tensors(model.kv_cache)
+    state = model.module.state_dict().items()
+    if {name: tuple(tensor.shape) for name, tensor in state if is_factor(name)} != expected:
+        raise ValueError("the factors of the model's cache are not the ones that its record lists")
 
 
 def predict(spec: ModelSpec) -> tuple[list[StoredTensor], Mapping[str, str]]:

@@ -18,7 +18,7 @@ from ..models.base import ModelSpec, OpenModel
 from ..runtime.linear import QuantizedLinear
 from ..runtime.manifest import FILE_NAME, Manifest, QuantizedModule
 from ..runtime.modules import name_of, quantized_layers
-from .compress_format import METADATA, stock_config
+from .compress_format import METADATA, cache_notes, check_cache, stock_config
 from .conversion import replaced
 from .form import stored_form
 from .formats import Layout
@@ -33,6 +33,7 @@ def layout(model: OpenModel) -> Layout:
         PlanError: a layer stores its output for the first token.
     """
     check(model.quantization)
+    check_cache(model)
     dtype = model.spec.dtype
     layers = quantized_layers(model.module)
     tensors = [
@@ -49,9 +50,9 @@ def layout(model: OpenModel) -> Layout:
     form = stored_form(model.family, model.config, model.surgery)  # says all sizes, or `formats` refuses
     config = stock_config(replace(model, config=form.config))
     load = stock_way(str(model.config["_class_name"]), name_of(dtype))
-    manifest = Manifest(history=tuple(model.history))
+    manifest = Manifest(kv_cache=model.kv_cache, history=tuple(model.history))
     ways, extra = ["compress.load(path)", load], {FILE_NAME: manifest.to_json()}
-    return Layout(tensors, config, METADATA, ways, extra, _notes(model))
+    return Layout(tensors, config, METADATA, ways, extra, _notes(model) + cache_notes(model, ways))
 
 
 def _notes(model: OpenModel) -> tuple[str, ...]:

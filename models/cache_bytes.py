@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..runtime.kv.scheme import KvCacheScheme
+from ..runtime.kv.sizes import bytes_per_token, full_bytes_per_token
 from ..runtime.language_config import language_shape
 from ..runtime.moe_classes import is_moe_class
 from ..runtime.moe_config import HeadsShape, moe_shape
@@ -32,8 +33,6 @@ def kv_bytes_per_token(
     width = _cached_width(config)
     if width is None or scheme is None:
         return None if width is None else float(width * item_bytes)
-    from ..runtime.kv.sizes import bytes_per_token, full_bytes_per_token
-
     full = width * item_bytes
     return full - full_bytes_per_token(scheme, item_bytes) + bytes_per_token(scheme, item_bytes)
 

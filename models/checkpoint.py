@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SourceError
 from ..runtime.fetch import DENOISERS
 from ..runtime.hashes import file_sha256
+from ..runtime.kv.stored import is_factor
 from ..runtime.language_config import class_name_of, implied_copies
 from ..runtime.moe_classes import is_moe_class
 from ..runtime.moe_names import stored_shapes
@@ -152,6 +153,13 @@ def check_shapes(checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder}: {_some('tensor', missing)} missing from the weights", hint=hint
         )
     unexpected = [name for name in checkpoint.headers if name not in expected]
+    factors = [name for name in unexpected if is_factor(name)]
+    if factors:
+        raise SourceError(
+            f"{checkpoint.headers[factors[0]].file}: {factors[0]!r} belongs to a compressed key-value cache:"
+            " the checkpoint is already compressed",
+            hint=_DENSE,
+        )
     if unexpected:
         where = checkpoint.headers[unexpected[0]].file
         raise SourceError(

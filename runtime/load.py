@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SourceError, UsageError
+from ..errors import PlanError, SourceError, UsageError
 from .config import DEFAULTS, SPARE_TABLE_BYTES
 from .encoders import check_encoders
 from .fetch import fetch
 from .kv.adapter import StoredAdapter, base_folder, check_base, check_sizes, is_adapter, open_adapter
 from .language_config import implied_copies, is_language_class
 from .layered import check_layers_agree
+from .manifest import FILE_NAME as MANIFEST_NAME
 from .manifest import Manifest
 from .modules import dtype_of, exact_names, name_of, place, swap_linears
 from .moe_names import stored_shapes
@@ -199,7 +200,24 @@ def skeleton(stored: StoredCheckpoint, dtype: torch.dtype) -> nn.Module:
     apply_surgery(module, stored.manifest.surgery)
     check_layers_agree(module, stored.config, str(stored.folder / CONFIG_NAME))
     swap_linears(module, stored.manifest.quantization, dtype)
+    put_stored_cache(module, stored)
     return module
+
+
+def put_stored_cache(module: nn.Module, stored: StoredCheckpoint) -> None:
+    """Give a module the compressed cache that a folder has, if it has one, with factors still to be filled.
+
+    Raises:
+        SourceError: the manifest's attentions do not fit the module.
+    """
+    if stored.manifest.kv_cache is None:
+        return
+    from .kv.attach import put_kv_cache
+
+    try:
+        put_kv_cache(module, stored.manifest.kv_cache)
+    except (PlanError, SourceError) as error:
+        raise SourceError(f"{stored.folder / MANIFEST_NAME}: {error.message}", hint=error.hint) from None
 
 
 def _from_config(stored: StoredCheckpoint, dtype: torch.dtype) -> nn.Module:

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import SourceError
+from .kv.scheme import factor_tensors
+from .kv.stored import is_factor
 from .manifest import Manifest
 from .validate import QUANT_METHOD, expected_tensors, parse_section, quantization_section
 
@@ -16,7 +18,7 @@ class StoredSection:
     """config.json's `quantization_config`, strictly parsed; each library adds its own base class.
 
     Args:
-        section: keys `version`, `dtype`, `modules`, `shared`, `surgery`; see
+        section: keys `version`, `dtype`, `modules`, `shared`, `surgery`, `kv_cache`; see
             `validate.quantization_section`.
 
     Raises:
@@ -63,6 +65,22 @@ def check_cut(manifest: Manifest, state: Mapping[str, Tensor]) -> None:
                     f"{module}.{parameter} is not what was loaded, so the config does not describe it",
                     hint="export with compress instead of save_pretrained",
                 )
+
+
+def check_kept_factors(manifest: Manifest, state: Mapping[str, Tensor]) -> None:
+    """Refuse to write a model whose compressed cache is another than the one that was loaded.
+
+    Raises:
+        SourceError: naming the tensor.
+    """
+    expected = {} if manifest.kv_cache is None else factor_tensors(manifest.kv_cache)
+    found = {name: tuple(tensor.shape) for name, tensor in state.items() if is_factor(name)}
+    other = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if other:
+        raise SourceError(
+            f"{other[0]} is not what was loaded, so the config does not describe it",
+            hint="export with compress instead of save_pretrained",
+        )
 
 
 def check_layers(manifest: Manifest, dtype: str, state: Mapping[str, Tensor]) -> None:

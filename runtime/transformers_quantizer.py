@@ -19,11 +19,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import SourceError
+from .kv.stored import check_factors
 from .language_config import class_name_of
 from .layered import KEY, check_layers_agree, homogeneous
 from .manifest import Manifest
 from .modules import ALIGNMENT, name_of, quantized_layers, swap_linears
-from .stored_section import StoredSection, check_cut, check_layers, refuse_empty
+from .stored_section import StoredSection, check_cut, check_kept_factors, check_layers, refuse_empty
 from .stored_tensors import check_tensors
 from .surgery import apply_surgery
 from .transformers_config import auto_class_of, complete_transformers_config, is_transformers_class
@@ -48,7 +49,7 @@ class CompressConfig(StoredSection, QuantizationConfigMixin):
 
 
 class CompressQuantizer(HfQuantizer):
-    """Cuts the module and builds its quantized layers before the weights arrive; checks what arrived."""
+    """Cuts the module, builds quantized layers and factors before the weights arrive, checks what arrived."""
 
     requires_calibration = True
 
@@ -96,10 +97,15 @@ class CompressQuantizer(HfQuantizer):
         _check_class(type(model), self._class_name, where)
         take_guard(class_name, self._manifest, tensors, where)
         check_quantized(self._manifest, self.quantization_config.dtype, tensors, where)
+        check_factors(self._manifest.kv_cache, tensors, where)
         target = next(item.dtype for item in model.parameters() if item.is_floating_point())
         apply_surgery(model, self._manifest.surgery)
         check_layers_agree(model, self._layered, where)
         swap_linears(model, self._manifest.quantization, target)
+        if self._manifest.kv_cache is not None:
+            from .kv.attach import put_kv_cache
+
+            put_kv_cache(model, self._manifest.kv_cache)
         self.quantization_config.dtype = name_of(target)
         _check_names(model, tensors, where)
         check_tensors(model, tensors, shared=self._manifest.shared, cut=bool(self._manifest.surgery))
@@ -131,6 +137,7 @@ class CompressQuantizer(HfQuantizer):
         state = model.state_dict()
         check_layers(self._manifest, self.quantization_config.dtype, state)
         check_cut(self._manifest, state)
+        check_kept_factors(self._manifest, state)
         guard = guard_name(type(model).__name__, self._manifest)
         return {**state, **({guard: torch.empty(0, dtype=torch.uint8)} if guard else {})}, {}
 

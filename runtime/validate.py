@@ -17,7 +17,8 @@ from typing import Any
 from ..errors import SourceError
 from .config import check_config
 from .headers import ITEM_BYTES, TensorEntry, read_header
-from .language_config import class_name_of
+from .kv.stored import check_factors
+from .language_config import class_name_of, is_language_class
 from .manifest import FILE_NAME, MAX_BYTES, VERSION, Manifest, QuantizedModule
 from .stored_values import check_values
 from .strict_json import parse_object
@@ -189,7 +190,8 @@ def quantization_section(manifest: Manifest, dtype: str) -> dict[str, Any]:
     """Return config.json's `quantization_config`: the manifest without its history.
 
     It is the one key of a config that makes a library ask us before it fills a module, so what was cut
-    stands there too, also where no layer is quantized.
+    stands there too, also where no layer is quantized. How the cache is compressed alone does not need it:
+    stock code fills such a model as it is, and computes with a plain cache.
     """
     data = manifest.model_dump(mode="json")
     return {
@@ -199,6 +201,7 @@ def quantization_section(manifest: Manifest, dtype: str) -> dict[str, Any]:
         "modules": data["quantization"],
         "shared": data["shared"],
         **({"surgery": data["surgery"]} if manifest.surgery else {}),
+        **({"kv_cache": data["kv_cache"]} if manifest.kv_cache else {}),
     }
 
 
@@ -208,7 +211,7 @@ def parse_section(section: Mapping[str, Any], where: str) -> Manifest:
     Raises:
         SourceError: naming the first thing that is wrong.
     """
-    known = {"quant_method", "version", "dtype", "modules", "shared", "surgery"}
+    known = {"quant_method", "version", "dtype", "modules", "shared", "surgery", "kv_cache"}
     unknown = sorted(set(section) - known)
     if unknown:
         raise SourceError(f"{where}: quantization_config has the unknown key {unknown[0]!r}")
@@ -223,6 +226,7 @@ def parse_section(section: Mapping[str, Any], where: str) -> Manifest:
         "quantization": section.get("modules", {}),
         "shared": section.get("shared", {}),
         "surgery": section.get("surgery", {}),
+        "kv_cache": section.get("kv_cache"),
     }
     return Manifest.check(document, f"{where}: quantization_config")
 
@@ -301,7 +305,20 @@ def open_folder(folder: Path) -> StoredCheckpoint:
             f"{folder / FILE_NAME} lists {what} layers, but {CONFIG_NAME} has no quantization_config",
             hint="one of the two files was changed; export again",
         )
-    return StoredCheckpoint(folder, config, method, manifest or Manifest(history=()), tensors, metadata)
+    manifest = manifest or Manifest(history=())
+    _check_cache(class_name_of(config), manifest, tensors, folder)
+    return StoredCheckpoint(folder, config, method, manifest, tensors, metadata)
+
+
+def _check_cache(
+    class_name: str | None, manifest: Manifest, tensors: Mapping[str, TensorEntry], folder: Path
+) -> None:
+    if manifest.kv_cache is not None and not is_language_class(class_name):
+        raise SourceError(
+            f"{folder / FILE_NAME}: compresses a key-value cache, and {class_name} is no language model",
+            hint="the manifest is of another model; export again",
+        )
+    check_factors(manifest.kv_cache, tensors, str(folder))
 
 
 def guard_name(class_name: str | None, manifest: Manifest) -> str | None:
@@ -365,6 +382,7 @@ def _check_same(manifest: Manifest, stated: Manifest, folder: Path) -> None:
         ("layer", manifest.quantization, stated.quantization),
         ("the sizes of module", manifest.surgery, stated.surgery),
         ("the shared tensor", manifest.shared, stated.shared),
+        ("the cache of", _cached(manifest), _cached(stated)),
     ):
         other = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         if other:
@@ -376,6 +394,15 @@ def _check_same(manifest: Manifest, stated: Manifest, folder: Path) -> None:
         f"{folder}: {FILE_NAME} and {CONFIG_NAME} disagree about {what}",
         hint="one of the two files was changed by hand; export again",
     )
+
+
+def _cached(manifest: Manifest) -> dict[str, Any]:
+    """Return how the cache of each attention is compressed."""
+    scheme = manifest.kv_cache
+    if scheme is None:
+        return {}
+    common = scheme.model_dump(exclude={"layers"})
+    return {name: (layer, common) for name, layer in scheme.layers.items()}
 
 
 def _check_config(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], where: Path) -> None:

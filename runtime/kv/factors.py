@@ -21,8 +21,8 @@ class Factor(nn.Module):
         self.weight = nn.Parameter(zeros, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply: [..., in] -> [..., out]."""
-        return nn.functional.linear(x.to(self.weight.device), self.weight)
+        """Multiply: [..., in] -> [..., out]; in one layout, as sums depend on it."""
+        return nn.functional.linear(x.to(self.weight.device).contiguous(), self.weight)
 
     def extra_repr(self) -> str:
         """Describe the shape."""

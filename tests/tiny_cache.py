@@ -1,0 +1,69 @@
+"""Tiny language models with a compressed cache whose factors are random: folders, schemes, open models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from compress.models.base import OpenModel
+from compress.models.open import open_model
+from compress.progress import SilentProgress
+from compress.recipes.schema import ModelRef
+from compress.runtime.kv.attach import factors_of, put_kv_cache
+from compress.runtime.kv.scheme import KvCacheScheme, KvLayer
+from compress.runtime.kv.support import layers_of
+
+TINY_LLAMA = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def save_llama(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """Write a stock folder of a Llama with two layers and random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**{**TINY_LLAMA, **changes})).to(dtype).save_pretrained(folder)
+    return folder
+
+
+def scheme_of(config: dict[str, Any], **changes: Any) -> KvCacheScheme:
+    """Return a scheme with ranks of its own in every layer, a window of 4 and groups of 8 tokens."""
+    layers = {
+        attention.name: KvLayer(
+            hidden=attention.hidden, width=attention.width, rank_k=3 + index, rank_v=5 + index, value_group=4
+        )
+        for index, attention in enumerate(layers_of(config).compressible)
+    }
+    return KvCacheScheme(layers=layers, **{"window": 4, "key_group": 8, **changes})
+
+
+@torch.no_grad()
+def fill_factors(module: torch.nn.Module, seed: int = 7) -> None:
+    """Let all factors be random, so that whoever mixes them up is found out."""
+    generator = torch.Generator().manual_seed(seed)
+    for factors in factors_of(module).values():
+        for weight in factors.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[1] ** -0.5)
+
+
+def with_cache(folder: Path, **changes: Any) -> OpenModel:
+    """Open a folder and compress its cache, as a stage would leave it."""
+    model = open_model(ModelRef(id=str(folder)), progress=SilentProgress())
+    model.kv_cache = scheme_of(model.config, **changes)
+    put_kv_cache(model.module, model.kv_cache)
+    fill_factors(model.module)
+    return model
+
+
+def decoded(module: torch.nn.Module, tokens: int = 24, prompt: int = 10) -> torch.Tensor:
+    """Return the logits [2, tokens - prompt + 1, vocabulary] of a text fed through the compressed cache."""
+    from compress.exporters.verify_worker import decode
+    from compress.runtime.kv.attach import new_cache
+
+    ids = torch.randint(0, 60, (2, tokens), generator=torch.Generator().manual_seed(3))
+    return decode(module, new_cache(module), ids, prompt)
