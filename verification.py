@@ -36,6 +36,7 @@ from .recipes.gates import failures, judge
 from .recipes.schema import ModelRef, Recipe
 from .recipes.streamed import is_streamed
 from .resuming import take_depth
+from .runtime.kv.scheme import KvCacheScheme
 from .runtime.load import load, read_checkpoint
 from .runtime.validate import open_folder
 
@@ -133,12 +134,13 @@ def _strangers(exported: Mapping[str, Any], model: OpenModel) -> str:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A folder's module, its schemes and sizes, and the bytes of its tensors."""
+    """A folder's module, its schemes and sizes, how its cache is compressed, and the bytes of its tensors."""
 
     module: nn.Module
     quantization: dict[str, Any]
     surgery: dict[str, Any]
     stored_bytes: int
+    kv_cache: KvCacheScheme | None
 
 
 def _load(folder: Path, format_: str, model: OpenModel) -> _Loaded:
@@ -146,8 +148,9 @@ def _load(folder: Path, format_: str, model: OpenModel) -> _Loaded:
     size_bytes = _stored_bytes(folder, model)
     if format_ == "compress":
         module, manifest = read_checkpoint(folder)
-        return _Loaded(module, dict(manifest.quantization), surgery, size_bytes)
-    return _Loaded(load(folder), foreign_schemes(folder), surgery, size_bytes)
+        return _Loaded(module, dict(manifest.quantization), surgery, size_bytes, manifest.kv_cache)
+    cache = open_folder(folder).manifest.kv_cache
+    return _Loaded(load(folder), foreign_schemes(folder), surgery, size_bytes, cache)
 
 
 def _stored_bytes(folder: Path, model: OpenModel) -> int:
@@ -172,6 +175,7 @@ def _measure(
     module, speed = model.family.adopt(loaded.module).to(device), recipe.evaluate.speed
     taken = measure_speed(model, module, speed, recipe.seed, progress) if speed is not None else None
     model.module, model.quantization, model.surgery = module, loaded.quantization, loaded.surgery
+    model.kv_cache = loaded.kv_cache
     evaluation = evaluator.compare(model, reference, progress)
     if taken is not None:
         evaluation.add_speed(taken)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import CompressError
 from ..models.registry import family_for
@@ -18,6 +18,7 @@ from ..runtime.load import read_tensor, skeleton
 from ..runtime.mapped_routing import is_mapped
 from ..runtime.modules import dtype_of
 from ..runtime.validate import StoredCheckpoint, open_folder
+from .decoding import decoding_of
 from .fresh_process import Answer, ask_fresh_process, largest_difference, request_of, ways_of
 
 _BATCH, _SEED = 2, 0
@@ -71,12 +72,14 @@ def compare_folders(
     if device.startswith("cuda") and not torch.cuda.is_available():
         device = "cpu"
     inputs = _inputs(stored)
+    cache, drawn = stored.manifest.kv_cache, torch.Generator().manual_seed(_SEED)
+    decoding = decoding_of(cache, stored.config, _BATCH, drawn)
     with step(progress, "run in fresh processes", 2) as bar:
         answers = []
         for path in (folder, other):
             request = request_of(
                 path, stored.class_name, format_, ways, dtype=stored.dtype, device=device, seed=_SEED,
-                threads=threads,
+                threads=threads, decoding=decoding,
             )  # fmt: skip
             answers.append(ask_fresh_process(request, inputs))
             bar.advance()
@@ -113,4 +116,13 @@ def _judge(ways: list[str], ours: Answer, theirs: Answer) -> Comparison:
             if found[way] is not None:
                 size = f"by up to {found[way]:.3g}"
             failures.append(f"loaded the {way!r} way, its outputs differ from the local folder's {size}")
+        elif not _same_decoded(ours.decoded.get(way), theirs.decoded.get(way)):
+            failures.append(f"loaded the {way!r} way, it decodes otherwise through the compressed cache")
     return Comparison(found, "; ".join(failures) or None)
+
+
+def _same_decoded(expected: Tensor | None, decoded: Tensor | None) -> bool:
+    """Compare what was decoded through a compressed cache; None where none is."""
+    if expected is None or decoded is None:
+        return expected is decoded
+    return torch.equal(decoded, expected)

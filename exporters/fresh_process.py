@@ -26,9 +26,11 @@ from ..runtime.mapped_routing import is_mapped
 from ..runtime.modules import name_of
 from ..runtime.threads import computing_with
 from ..runtime.validate import QUANT_METHOD, open_folder
+from .decoding import Decoding, decoding_of
 from .formats import as_shipped
 from .sdnq_format import check_written
 from .stock import library_of, loader_of, registered_way, stock_way
+from .verify_worker import DECODED
 
 _WORKER = Path(__file__).with_name("verify_worker.py")
 _BATCH = 2
@@ -71,11 +73,31 @@ class Verification:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the fresh process said: outputs by way, errors by way, packages it does not have."""
+    """What the fresh process said: outputs by way, errors by way, packages it does not have.
+
+    Attributes:
+        decoded: logits by way, where the cache is compressed; see `verify_worker.decode`.
+    """
 
     outputs: dict[str, Tensor]
     errors: dict[str, str]
     missing: list[str]
+    decoded: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What the model in memory computes.
+
+    Attributes:
+        output: of one forward.
+        decoded: logits through the compressed cache; None: the cache is not compressed.
+        own: of one forward in our own arithmetic; `output` itself where the format keeps to that.
+    """
+
+    output: Tensor
+    decoded: Tensor | None
+    own: Tensor
 
 
 def verify_export(
@@ -105,6 +127,8 @@ def verify_export(
             check_written(model, folder)
     except CompressError as error:
         return _failed(f"the folder does not open: {_without(Path(folder), error.message)}")
+    if stored.manifest.kv_cache != model.kv_cache:
+        return _failed("the folder's manifest does not say how the cache is compressed as the model does")
     format_ = stored.quant_method or "dequantized"
     dtype, own_code = name_of(model.spec.dtype), is_mapped(stored.config)
     ways, loads_with = ways_of(stored.class_name, dtype, format_, own_code=own_code)
@@ -113,44 +137,42 @@ def verify_export(
     generator = torch.Generator().manual_seed(seed)
     inputs = model.family.example_inputs(model.module, _BATCH, generator)
     inputs = put_first(feature_of(shipped.module), inputs)
+    decoding = decoding_of(model.kv_cache, model.config, _BATCH, generator)
     request = request_of(
         folder, stored.class_name, format_, ways, dtype=dtype, device=str(device),
-        seed=seed ^ _OTHER_SEED, threads=threads,
+        seed=seed ^ _OTHER_SEED, threads=threads, decoding=decoding,
     )  # fmt: skip
     with step(progress, "verify in a fresh process", len(ways)) as bar:
         answer = ask_fresh_process(request, inputs)
         if answer.missing:
             return Verification(False, False, None, {}, [], notes=(NOT_EXECUTED,))
-        expected = _run(shipped.module, inputs, threads)
-        own = expected if shipped is model else _run(model.module, inputs, threads)
+        output = _run(shipped.module, inputs, threads)
+        own = output if shipped is model else _run(model.module, inputs, threads)
+        expected = _Expected(output, _decode(shipped.module, decoding, threads), own)
         bar.advance(len(ways))
-    return _judge(answer, ways, loads_with, expected, own, format_)
+    return _judge(answer, ways, loads_with, expected, format_)
 
 
 def _judge(
-    answer: Answer, ways: list[str], loads_with: list[str], expected: Tensor, own: Tensor, format_: str
+    answer: Answer, ways: list[str], loads_with: list[str], expected: _Expected, format_: str
 ) -> Verification:
     """Hold the outputs of the fresh process against those of the model in memory."""
     errors: dict[str, float | None] = {}
     failures = []
-    sqnr = None if own is expected else _sqnr_db(expected, own)
+    sqnr = None if expected.own is expected.output else _sqnr_db(expected.output, expected.own)
     for way in ways:
         output = answer.outputs.get(way)
-        errors[way] = None if output is None else largest_difference(output, expected)
         if output is None:
+            errors[way] = None
             failures.append(f"does not load the {way!r} way in a fresh process: {answer.errors[way]}")
         elif format_ == "sdnq":
-            sqnr = _sqnr_db(output, expected) if errors[way] is not None else -math.inf
+            errors[way] = largest_difference(output, expected.output)
+            sqnr = _sqnr_db(output, expected.output) if errors[way] is not None else -math.inf
             if not sqnr >= _SAME_INTEGERS_DB:
                 failures.append(f"loaded the {way!r} way, the outputs are {sqnr:.1f} dB from our runtime's")
-        elif not torch.equal(output, expected):
-            size = "in shape or by values that are not finite"
-            if errors[way] is not None:
-                size = f"by up to {errors[way]:.3g}"
-            failures.append(
-                f"loaded the {way!r} way in a fresh process, the outputs differ from the model's in"
-                f" memory {size}"
-            )
+        else:
+            errors[way], different = _differences(way, output, answer.decoded.get(way), expected)
+            failures += different
     known = [error for error in errors.values() if error is not None]
     failure = "; ".join(failures) or None
     if sqnr is not None and not math.isfinite(sqnr):
@@ -158,6 +180,9 @@ def _judge(
     notes = [] if failure is None else [failure]
     if sqnr is not None:
         notes.insert(0, f"on random inputs its outputs are {sqnr:.1f} dB from those of our integer runtime")
+    if expected.decoded is not None and failure is None:
+        steps = expected.decoded.shape[1] - 1
+        notes.append(f"a fresh process decodes {steps} tokens through the compressed cache with equal logits")
     return Verification(
         verified=failure is None,
         executed=len(answer.outputs) == len(ways),
@@ -168,6 +193,31 @@ def _judge(
         runtime_sqnr_db=sqnr,
         notes=tuple(notes),
     )
+
+
+def _differences(
+    way: str, output: Tensor, decoded: Tensor | None, expected: _Expected
+) -> tuple[float | None, list[str]]:
+    """Return the largest difference of all outputs, None without a finite one, and what speaks against it."""
+    pairs = [("the outputs differ", output, expected.output)]
+    if expected.decoded is not None and way != "stock":
+        if decoded is None:
+            return None, [f"loaded the {way!r} way in a fresh process, nothing was decoded"]
+        pairs.append(("what it decodes through the compressed cache differs", decoded, expected.decoded))
+    found: list[float | None] = []
+    failures = []
+    for what, actual, wanted in pairs:
+        found.append(largest_difference(actual, wanted))
+        if torch.equal(actual, wanted):
+            continue
+        size = "in shape or by values that are not finite"
+        if found[-1] is not None:
+            size = f"by up to {found[-1]:.3g}"
+        failures.append(
+            f"loaded the {way!r} way in a fresh process, {what} from the model's in memory {size}"
+        )
+    known = [error for error in found if error is not None]
+    return (max(known) if len(known) == len(found) else None), failures
 
 
 def _failed(failure: str) -> Verification:
@@ -210,6 +260,7 @@ def request_of(
     device: str,
     seed: int,
     threads: int | None,
+    decoding: Decoding | None = None,
 ) -> dict[str, Any]:
     """Return what the fresh process is to do: all that `verify_worker` reads of a request but the inputs.
 
@@ -222,12 +273,15 @@ def request_of(
         device: to compute on.
         seed: of its global generator.
         threads: of its arithmetic; None: as many as this process uses.
+        decoding: what is decoded through a compressed cache; None: it is not compressed.
     """
     return {
         "folder": str(Path(folder).resolve()),
         "library": library_of(class_name), "class_name": loader_of(class_name), "dtype": dtype,
         "device": device, "seed": seed, "threads": threads or torch.get_num_threads(), "ways": ways,
         "needs": packages_of(format_),
+        "unexpected": list(decoding.factors) if decoding else [],
+        "decoding": {"ids": decoding.ids.tolist(), "prompt": decoding.prompt} if decoding else None,
     }  # fmt: skip
 
 
@@ -235,6 +289,13 @@ def _run(module: nn.Module, inputs: Mapping[str, Any], threads: int | None) -> T
     with torch.no_grad(), computing_with(threads or torch.get_num_threads()):
         output: Tensor = module(**inputs, return_dict=False)[0]
     return output.cpu()
+
+
+def _decode(module: nn.Module, decoding: Decoding | None, threads: int | None) -> Tensor | None:
+    if decoding is None:
+        return None
+    with computing_with(threads or torch.get_num_threads()):
+        return decoding.run(module)
 
 
 def _flat(inputs: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -290,9 +351,11 @@ def ask_fresh_process(request: dict[str, Any], inputs: Mapping[str, Any]) -> Ans
             lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
             return _no_answer(request, f"the process ended with {done.returncode}: {lines[-1]}")
         answer = json.loads((place / "answer.json").read_text(encoding="utf-8"))
-        outputs = load_file(place / "outputs.safetensors") if not answer["missing"] else {}
+        found = load_file(place / "outputs.safetensors") if not answer["missing"] else {}
+        decoded = {name: found.pop(name) for name in list(found) if name.endswith(DECODED)}
+        decoded = {name.removesuffix(DECODED): tensor for name, tensor in decoded.items()}
         errors = {way: _without(Path(request["folder"]), text) for way, text in answer["errors"].items()}
-        return Answer(outputs, errors, answer["missing"])
+        return Answer(found, errors, answer["missing"], decoded)
 
 
 def _without(folder: Path, text: str) -> str:

@@ -12,6 +12,7 @@ from ..errors import SourceError
 from ..models.origins import NAME as DEPTH_FILE
 from ..models.origins import blocks_of_first
 from ..runtime.fetch import fetch
+from ..runtime.kv.stored import is_factor
 from ..runtime.manifest import ActivationScheme, QuantizedModule
 from ..runtime.validate import (
     ITEM_BYTES,
@@ -22,6 +23,7 @@ from ..runtime.validate import (
     open_folder,
 )
 from .attachments import read_attachments
+from .cache_stored import cache_stored
 from .experts_stored import experts_stored
 
 _TORCHAO_PART = "._weight_"
@@ -32,12 +34,14 @@ def inspect(path: str | Path, *, revision: str | None = None, subfolder: str | N
 
     Returns:
         A JSON value: `path, class, format, dtype, files, bytes, tensor_bytes, parameters,
-        parameters_stored, bits_per_weight, quantized_bits, shared, cut, depth, experts, layers,
+        parameters_stored, bits_per_weight, quantized_bits, shared, cut, depth, experts, kv_cache, layers,
         history`. Bytes are on disk; `bits_per_weight` is 8 * tensor_bytes / parameters; `quantized_bits`
         is the average over the weights of the quantized layers, scales not counted, None without any;
         `cut` is how many modules have other sizes than the stock class builds from the config; `depth`,
         where blocks were removed, list of blocks -> `of` (the original's number) and `kept` (their
-        places there); `experts` as `experts_stored` has it, None of other models. A layer:
+        places there); `experts` as `experts_stored` has it, None of other models; `kv_cache` as
+        `cache_stored` has it, None of models with a plain cache, and its factors are neither layers nor
+        parameters of the model. A layer:
         `name, shape, bits, bytes` (all its tensors), `dtype` (of the stored weight),
         `activation_bits` (None: floating point), `activation_scope` (what shares a scale: `token`,
         `sample`, or `tensor`, which is static), `first_token_stored` (its output, in floating point),
@@ -68,6 +72,7 @@ def inspect(path: str | Path, *, revision: str | None = None, subfolder: str | N
         "cut": len(stored.manifest.surgery),
         "depth": _depth(stored),
         "experts": experts_stored(stored),
+        "kv_cache": cache_stored(stored),
         "layers": layers,
         "history": [entry.model_dump(mode="json") for entry in stored.manifest.history],
     }
@@ -153,7 +158,7 @@ def _layers(stored: StoredCheckpoint) -> list[dict[str, Any]]:
         owned[name.rpartition(".")[0]] += entry.bytes
     for name, entry in stored.tensors.items():
         layer, suffix = name.rpartition(".")[::2]
-        if layer in quantized:
+        if layer in quantized or is_factor(name):
             continue
         if suffix == "weight" and (len(entry.shape) >= 2 or f"{layer}.scale" in stored.tensors):
             rows.append(_plain_row(stored, layer, entry) | {"bytes": owned[layer]})
@@ -236,6 +241,8 @@ def _parameters(stored: StoredCheckpoint, names: Iterable[str]) -> Iterable[int]
     rows = {row["name"]: row["shape"] for row in _layers(stored)} if foreign else {}
     for name in names:
         layer, suffix = name.rpartition(".")[::2]
+        if is_factor(name):
+            continue
         if layer in schemes:
             if suffix == "qweight":
                 yield prod(schemes[layer].shape)

@@ -4,7 +4,8 @@
 
 A script and not a module of the package: stock ways must be shown to work without importing it.
 Ways: "stock" (the library alone, after the packages that it `needs`), "registered" (stock class after
-`import compress`), "compress".
+`import compress`), "compress". Where the model's cache is compressed, those two also decode through it; the
+library alone must compute what it computes without the factors, which it reports as unexpected.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+DECODED = "/decoded"
+
 
 def main(request_path: str) -> None:
     """Answer one request.
@@ -23,8 +26,10 @@ def main(request_path: str) -> None:
     Args:
         request_path: JSON with `folder`, `library`, `class_name`, `dtype`, `device`, `threads`, `seed`,
             `ways`, `needs` (packages without which nothing is tried), `inputs` (safetensors),
-            `constants`, and the files to write: `outputs` (safetensors) and `answer`, JSON with
-            `missing`, packages that are not installed, and `errors`, by way.
+            `constants`, `unexpected` (tensors that are none of the library's, sorted), `decoding` (None, or
+            `ids`, a list of rows, and `prompt`, see `decode`), and the files to write: `outputs`
+            (safetensors, by way; decoded: by way and `DECODED`) and `answer`, JSON with `missing`, packages
+            that are not installed, and `errors`, by way.
     """
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     missing = [name for name in request["needs"] if find_spec(name) is None]
@@ -52,11 +57,44 @@ def _run(request: dict[str, Any]) -> dict[str, str]:
             with torch.no_grad():
                 output = module(**_nested(tensors, request["constants"]), return_dict=False)[0]
             outputs[way] = output.cpu().contiguous()
+            if request["decoding"] and way != "stock":
+                outputs[way + DECODED] = _decode_anew(module, request)
             del module
         except Exception as error:
             errors[way] = " ".join(f"{type(error).__name__}: {error}".split())
     save_file(outputs, request["outputs"])
     return errors
+
+
+def _decode_anew(module: Any, request: dict[str, Any]) -> Any:
+    import torch
+
+    new_cache = import_module("compress.runtime.kv.attach").new_cache
+    ids = torch.tensor(request["decoding"]["ids"], dtype=torch.int64, device=request["device"])
+    return decode(module, new_cache(module), ids, request["decoding"]["prompt"])
+
+
+def decode(module: Any, cache: Any, ids: Any, prompt: int) -> Any:
+    """Feed a prompt at once and what follows it token by token, whatever the model would have written.
+
+    Args:
+        module: a language model of transformers.
+        cache: empty.
+        ids: [batch, tokens] int64.
+        prompt: how many of the tokens are fed at once.
+
+    Returns:
+        Logits [batch, tokens - prompt + 1, vocabulary] after the prompt and after every further token.
+    """
+    import torch
+
+    ends = [prompt, *range(prompt + 1, ids.shape[1] + 1)]
+    logits = []
+    with torch.no_grad():
+        for start, end in zip([0, *ends], ends, strict=False):
+            output = module(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True)
+            logits.append(output.logits[:, -1:].cpu())
+    return torch.cat(logits, dim=1).contiguous()
 
 
 def _load(way: str, request: dict[str, Any]) -> Any:
@@ -78,7 +116,9 @@ def _load(way: str, request: dict[str, Any]) -> Any:
         import_module(name)
     stock = getattr(import_module(request["library"]), request["class_name"])
     module, info = stock.from_pretrained(request["folder"], output_loading_info=True, **options)
-    if any(info.values()):
+    known = set(request["unexpected"]) if way == "stock" else set()
+    others = [value for key, value in info.items() if key != "unexpected_keys"]
+    if any(others) or set(info["unexpected_keys"]) != known:
         raise RuntimeError(f"the stock loader reports {info}")
     return module.to(request["device"])
 

@@ -1,0 +1,48 @@
+"""What a checkpoint says of its compressed key-value cache: ranks, window, bytes. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..models.cache_bytes import kv_bytes_per_token
+from ..runtime.headers import ITEM_BYTES
+from ..runtime.kv.scheme import factor_tensors
+from ..runtime.kv.sizes import break_even_tokens, factor_parameters, window_bytes
+from ..runtime.transformers_config import complete_transformers_config
+from ..runtime.validate import CONFIG_NAME, DTYPE_CODES, StoredCheckpoint
+
+
+def cache_stored(stored: StoredCheckpoint) -> dict[str, Any] | None:
+    """Describe the compressed cache of a folder; None where the cache is a plain one.
+
+    Returns:
+        A JSON value: `window` (tokens kept exactly), `mode`, `bits` (None: the model's own type),
+        `key_group`, `bytes_per_token` (`before` and `after`, of all layers, in the model's type),
+        `window_bytes`, `factor_parameters`, `factor_bytes` (as stored), `break_even_tokens` (None:
+        never) and `layers`, each with `name, width, rank_k, rank_v`.
+    """
+    scheme = stored.manifest.kv_cache
+    if scheme is None:
+        return None
+    where = str(stored.folder / CONFIG_NAME)
+    config: Mapping[str, Any] = complete_transformers_config(stored.class_name, stored.config, where)
+    item_bytes = ITEM_BYTES[DTYPE_CODES[stored.dtype]]
+    return {
+        "window": scheme.window,
+        "mode": scheme.mode,
+        "bits": scheme.bits,
+        "key_group": scheme.key_group,
+        "bytes_per_token": {
+            "before": kv_bytes_per_token(config, item_bytes),
+            "after": kv_bytes_per_token(config, item_bytes, scheme),
+        },
+        "window_bytes": window_bytes(scheme, item_bytes),
+        "factor_parameters": factor_parameters(scheme),
+        "factor_bytes": sum(stored.tensors[name].bytes for name in factor_tensors(scheme)),
+        "break_even_tokens": break_even_tokens(scheme, item_bytes),
+        "layers": [
+            {"name": name, "width": layer.width, "rank_k": layer.rank_k, "rank_v": layer.rank_v}
+            for name, layer in scheme.layers.items()
+        ],
+    }
