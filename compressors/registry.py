@@ -23,6 +23,7 @@ METHODS: Mapping[str, tuple[str, str]] = {
     "smoothquant": (".quantization.smoothquant", "SmoothQuant"),
     "vidit_q": (".quantization.vidit_q", "ViditQ"),
     "mixdq": (".quantization.mixdq", "Mixdq"),
+    "cskv": (".kv_cache.cskv", "Cskv"),
 }
 
 

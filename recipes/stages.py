@@ -19,6 +19,7 @@ from pydantic import (
 from .allocation import AllocationSettings, BudgetSettings
 from .depth import DepthSettings, TinyFusionSettings
 from .experts import EepSettings
+from .kv_cache import CskvSettings
 from .pruning import IsomorphicSettings
 from .recovery import FinetuneSettings, MaskedDistillSettings
 from .stage_base import PHASES, Phase, StageSettings
@@ -285,5 +286,6 @@ STAGES: dict[str, type[StageSettings]] = {
     for settings in (
         IsomorphicSettings, TinyFusionSettings, DepthSettings, EepSettings, FinetuneSettings,
         MaskedDistillSettings, RtnSettings, SmoothQuantSettings, ViditQSettings, MixdqSettings,
+        CskvSettings,
     )
 }  # fmt: skip

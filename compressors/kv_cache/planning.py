@@ -1,0 +1,186 @@
+"""Predict the stage from shapes: ranks, bytes per token, factors, memory, and what stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...errors import PlanError
+from ...models.base import ModelSpec
+from ...recipes.kv_cache import CskvSettings
+from ...runtime.kv import sizes
+from ...runtime.kv.scheme import KvCacheScheme
+from ...runtime.kv.support import Attentions, KvAttention, Skipped, layers_of, unsupported
+from ...runtime.language_config import language_shape
+from ...runtime.moe_classes import is_moe_class
+from ...runtime.moe_config import moe_shape
+from ..base import StagePlan
+from .energies import ENERGY_BUDGET_BYTES, FLOAT64_BYTES, ROWS_AT_ONCE
+from .ranks import removed_shares, scheme_of, uniform_ranks
+from .training import STATE_BUDGET_BYTES, state_bytes
+
+FLOAT32_BYTES = 4
+_WEIGHT_COPIES = 4  # in float64: a weight, its product with the second moments, and the decomposition's
+_SQUARE_COPIES = 4  # [h_kv, h_kv] in float64: covariance, directions, and the decomposition's work
+_STEP_COPIES = 10  # [tokens, h_kv]: keys, values, states, targets, and gradients of these
+_NAMES_SHOWN = 3
+
+
+def attentions_of(config: Mapping[str, Any]) -> Attentions:
+    """Return the attentions whose cache can be compressed, and those that keep a plain one.
+
+    Args:
+        config: completed, with `_class_name`, of a language model.
+
+    Raises:
+        PlanError: the model as a whole cannot have a compressed cache.
+    """
+    reason = unsupported(config)
+    if reason is not None:
+        raise PlanError(f"the cache of this model cannot be compressed: {reason}")
+    return layers_of(config)
+
+
+def context_length(config: Mapping[str, Any]) -> int:
+    """Return the longest sequence of a language model, in tokens."""
+    if is_moe_class(config["_class_name"]):
+        return moe_shape(config).positions
+    return language_shape(config).positions
+
+
+def plan_cskv(spec: ModelSpec, settings: CskvSettings) -> StagePlan:
+    """Predict the stage. Where data deal out the channels, their sum is known, and equal ranks stand for it.
+
+    Raises:
+        PlanError: the cache is compressed already, the model cannot, or a share leaves no channel.
+    """
+    if spec.kv_cache is not None:
+        raise PlanError(
+            "the cache of this model is compressed already", hint="start from the model before that stage"
+        )
+    attentions = attentions_of(spec.config)
+    sites = attentions.compressible
+    scheme = scheme_of(sites, uniform_ranks(sites, settings), settings)
+    after = spec.with_kv_cache(scheme)
+    before_size, after_size = spec.size(), after.size()
+    per_token = (before_size.kv_bytes_per_token, after_size.kv_bytes_per_token)
+    notes = [
+        *_rank_notes(sites, scheme, settings),
+        *_byte_notes(scheme, spec, per_token),
+        *_method_notes(settings),
+        *_skipped_notes(attentions.skipped),
+    ]
+    return StagePlan(
+        method=settings.method,
+        before=before_size,
+        after=after_size,
+        spec=after,
+        peak_memory_bytes=before_size.bytes + peak_bytes(sites, scheme, settings),
+        notes=notes,
+        layers=_rows(scheme),
+        disk_bytes=FLOAT32_BYTES * sizes.factor_parameters(scheme) if settings.steps else 0,
+    )
+
+
+def peak_bytes(sites: Sequence[KvAttention], scheme: KvCacheScheme, settings: CskvSettings) -> int:
+    """Return what the stage holds at its worst moment beside the model's weights."""
+    hidden, width = max(site.hidden for site in sites), max(site.width for site in sites)
+    grams = [FLOAT64_BYTES * site.hidden**2 for site in sites]
+    held = max(max(grams), min(sum(grams), ENERGY_BUDGET_BYTES))
+    weights = _WEIGHT_COPIES * hidden * width + _SQUARE_COPIES * width**2
+    work = FLOAT64_BYTES * max(2 * ROWS_AT_ONCE * hidden, weights)
+    factors = FLOAT32_BYTES * sizes.factor_parameters(scheme)
+    peak = held + work + factors
+    if settings.steps:
+        states = [state_bytes(layer, settings) for layer in scheme.layers.values()]
+        step = FLOAT32_BYTES * settings.batch_tokens * (2 * hidden + _STEP_COPIES * width)
+        peak = max(peak, held + factors + max(max(states), min(sum(states), STATE_BUDGET_BYTES)) + step)
+    return peak
+
+
+def _rows(scheme: KvCacheScheme) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "width": layer.width, "rank_k": layer.rank_k, "rank_v": layer.rank_v}
+        for name, layer in scheme.layers.items()
+    ]
+
+
+def _rank_notes(sites: Sequence[KvAttention], scheme: KvCacheScheme, settings: CskvSettings) -> list[str]:
+    layer = scheme.layers[sites[0].name]
+    shares = removed_shares(scheme)
+    both = (shares["k"] + shares["v"]) / 2
+    if settings.allocate == "energy":
+        what = "in all layers together" if settings.splits_freely else "of keys and of values in all layers"
+        return [
+            f"{100 * both:.2f} % of the channels are removed {what}; how many stay in which layer is decided"
+            f" on calibration data ({layer.rank_k} of keys and {layer.rank_v} of values of {layer.width} are"
+            " counted for each)"
+        ]
+    return [
+        f"of {layer.width} channels of keys {layer.rank_k} stay ({100 * shares['k']:.2f} % removed), of"
+        f" values {layer.rank_v} ({100 * shares['v']:.2f} % removed); {100 * both:.2f} % of both are removed,"
+        f" in {len(scheme.layers)} attentions"
+    ]
+
+
+def _byte_notes(
+    scheme: KvCacheScheme, spec: ModelSpec, per_token: tuple[float | None, float | None]
+) -> list[str]:
+    item = spec.dtype.itemsize
+    notes = []
+    before, after = per_token
+    if before is not None and after is not None:
+        notes.append(
+            f"cache: {before:,.0f} -> {after:,.0f} bytes per token ({100 * (1 - after / before):.2f} % less),"
+            f" and {sizes.window_bytes(scheme, item):,} bytes per sequence for the window of {scheme.window}"
+        )
+    if scheme.bits is not None:
+        stored = sizes.bytes_per_token(scheme, item)
+        metadata = sizes.metadata_bytes_per_token(scheme)
+        whole = sizes.full_bytes_per_token(scheme, item)
+        notes.append(
+            f"{scheme.bits} bits, packed: {metadata:,.0f} of the {stored:,.0f} bytes of a compressed token"
+            f" are scales and offsets; with them {100 * (1 - stored / whole):.2f} % of these layers' cache"
+            " are saved"
+        )
+    even = sizes.break_even_tokens(scheme, item)
+    factors = sizes.factor_parameters(scheme)
+    pays = (
+        "never pay off: a token takes no less" if even is None else f"pay off from {even:,} cached tokens on"
+    )
+    notes.append(
+        f"factors: {factors:,} parameters, {factors * item:,} bytes beside the model's weights; they {pays}"
+    )
+    tokens = context_length(spec.config)
+    notes.append(
+        f"rebuilding keys and values costs {sizes.rebuild_flops(scheme, tokens):.3g} FLOPs per decoded token"
+        f" at {tokens:,} cached tokens"
+    )
+    return notes
+
+
+def _method_notes(settings: CskvSettings) -> list[str]:
+    if not settings.steps:
+        return []
+    through = ", through the rounding of the cache" if settings.trains_through_rounding else ""
+    notes = [
+        f"training: {settings.steps:,} steps of {settings.batch_tokens:,} tokens for the factors of every"
+        f" attention, on its own error{through}"
+    ]
+    if settings.init == "whiten" and not settings.trains_through_rounding:
+        notes.append(
+            "init: whiten is the optimum of what is trained for already; steps can only come near it"
+        )
+    return notes
+
+
+def _skipped_notes(skipped: Sequence[Skipped]) -> list[str]:
+    by_reason: dict[str, list[str]] = {}
+    for layer in skipped:
+        by_reason.setdefault(layer.why, []).append(layer.name)
+    return [f"keep a plain cache ({why}): {_few(names)}" for why, names in by_reason.items()]
+
+
+def _few(names: Sequence[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,289 @@
+"""Training of the factors, attention by attention, on what each gets wrong (arXiv 2409.10593).
+
+The loss is the mean square error of keys plus that of values. Attentions read what the model computes with
+its own keys and values, so the factors of one decide nothing for another: no gradient passes through the
+model, and each attention has an optimizer and a gradient norm of its own. Published: AdamW, learning rate
+5e-5 with a linear decay, no weight decay, gradients clipped to norm 1, 1024 tokens a step, float32 weights.
+There the norm is taken over all attentions together and the arithmetic is in bfloat16; here it is float32.
+
+Where the cache is rounded, so are the states between the two factors, with the arithmetic of the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...calibration.base import Calibration
+from ...errors import StageError
+from ...models.base import OpenModel
+from ...progress import Progress, step
+from ...recipes.kv_cache import CskvSettings
+from ...runtime.atomic import atomic_file, sweep_partials
+from ...runtime.kv.rounding import fake_quantize
+from ...runtime.kv.scheme import KvCacheScheme, KvLayer
+from ...runtime.tensor_hashes import tensors_sha256
+from .energies import portions
+from .factorise import KvFactors, weight_of
+
+STATE_BUDGET_BYTES = 2 * 2**30
+"""States of attentions that are trained in one replay; one is, however large it is."""
+CLIP_NORM = 1.0
+_FLOAT32_BYTES = 4
+_COPIES = 4  # weights, gradients, and AdamW's two moments
+_SHA256 = "sha256"
+
+
+def state_bytes(layer: KvLayer, settings: CskvSettings) -> int:
+    """Return what an attention's training holds: the optimizer, the targets' weights, tokens that wait."""
+    factors = _COPIES * (layer.hidden + layer.width) * (layer.rank_k + layer.rank_v)
+    return _FLOAT32_BYTES * (factors + 2 * layer.hidden * layer.width + settings.batch_tokens * layer.hidden)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How states are rounded between the factors.
+
+    Attributes:
+        bits: of a stored number.
+        key_group: consecutive tokens of a key's channel that share a scale.
+        value_group: channels of a value that do.
+    """
+
+    bits: int
+    key_group: int
+    value_group: int
+
+    def keys(self, c: Tensor) -> Tensor:
+        """Round states of keys, [tokens, r]; tokens come in whole groups."""
+        return fake_quantize(c[None], self.bits, "tokens", self.key_group)[0]
+
+    def values(self, c: Tensor) -> Tensor:
+        """Round states of values, [tokens, r]."""
+        return fake_quantize(c[None], self.bits, "channels", self.value_group)[0]
+
+
+def reconstruction_loss(
+    x: Tensor, weights: tuple[Tensor, Tensor], factors: Mapping[str, Tensor], rounding: Rounding | None
+) -> Tensor:
+    """Return MSE(K) + MSE(V), a scalar.
+
+    Args:
+        x: what the attention reads, [tokens, h] float32.
+        weights: of keys and values, [h_kv, h] float32; biases would cancel.
+        factors: `k_a`, `k_b`, `v_a`, `v_b`, as of linears.
+        rounding: of the states between them; None: they are not rounded.
+    """
+    c_k, c_v = F.linear(x, factors["k_a"]), F.linear(x, factors["v_a"])
+    if rounding is not None:
+        c_k, c_v = rounding.keys(c_k), rounding.values(c_v)
+    keys = F.mse_loss(F.linear(c_k, factors["k_b"]), F.linear(x, weights[0]))
+    return keys + F.mse_loss(F.linear(c_v, factors["v_b"]), F.linear(x, weights[1]))
+
+
+class LayerTraining:
+    """The training of one attention: takes tokens as they come, and steps whenever there are enough.
+
+    Args:
+        factors: that it starts from; copies are trained.
+        weights: of keys and values, [h_kv, h] float32.
+        settings: `steps`, `lr`, `batch_tokens`.
+        rounding: None: states are not rounded.
+    """
+
+    def __init__(
+        self,
+        factors: KvFactors,
+        weights: tuple[Tensor, Tensor],
+        settings: CskvSettings,
+        rounding: Rounding | None,
+    ) -> None:
+        self.weights, self.settings, self.rounding = weights, settings, rounding
+        device = weights[0].device
+        self.parameters = {
+            name: nn.Parameter(tensor.to(device=device, dtype=torch.float32, copy=True))
+            for name, tensor in factors.tensors().items()
+        }
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=0.0)
+        self.steps = 0
+        self.tokens = 0
+        self._rows: Tensor | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are taken."""
+        return self.steps >= self.settings.steps
+
+    def take(self, x: Tensor) -> int:
+        """Take sequences [sequences, tokens, h], and return how many steps that made.
+
+        Of rounded states only whole groups of consecutive tokens of a sequence are of use.
+        """
+        if self.rounding is not None:
+            group = self.rounding.key_group
+            x = x[:, : x.shape[1] // group * group]
+        rows = x.reshape(-1, x.shape[-1]).float()
+        self.tokens += len(rows)
+        if self._rows is not None:
+            rows = torch.cat([self._rows, rows])
+        size, before = self.settings.batch_tokens, self.steps
+        while len(rows) >= size and not self.done:
+            self._step(rows[:size])
+            rows = rows[size:]
+        self._rows = None if self.done else rows.clone()
+        return self.steps - before
+
+    def _step(self, x: Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr * (1 - self.steps / self.settings.steps)
+        with torch.enable_grad():
+            loss = reconstruction_loss(x, self.weights, self.parameters, self.rounding)
+            loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.parameters.values(), CLIP_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+
+    def result(self, name: str) -> KvFactors:
+        """Return the trained factors, on the CPU.
+
+        Raises:
+            StageError: they are not finite.
+        """
+        tensors = {key: parameter.detach().cpu() for key, parameter in self.parameters.items()}
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+            raise StageError(
+                f"{name}: the training of its factors diverged", hint="write a smaller lr, or steps: 0"
+            )
+        return KvFactors.of(tensors)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came out.
+
+    Attributes:
+        factors: attention -> its factors, float32 on the CPU.
+        seconds: wall-clock time of this run.
+        kept: attentions that an earlier run had finished.
+    """
+
+    factors: dict[str, KvFactors]
+    seconds: float
+    kept: int
+
+
+def train(
+    model: OpenModel,
+    start: Mapping[str, KvFactors],
+    scheme: KvCacheScheme,
+    settings: CskvSettings,
+    calibration: Calibration,
+    folder: Path,
+    progress: Progress,
+) -> Trained:
+    """Train the factors of all attentions; what is finished is kept in `folder`, a file each.
+
+    The tokens are those of the calibration in their order, from the start again where they end. What
+    comes out of one attention does not depend on which others are trained with it.
+
+    Args:
+        model: as it is without a compressed cache.
+        start: attention -> the factors to start from.
+        scheme: of the cache.
+        settings: of the stage.
+        calibration: to learn on.
+        folder: named by all that the result depends on.
+        progress: to report to.
+
+    Raises:
+        StageError: the training diverged, or the calibration has no whole group of tokens.
+    """
+    began = time.perf_counter()
+    found = _kept(folder, start, progress)
+    kept = len(found)
+    missing = {name: state_bytes(scheme.layers[name], settings) for name in start if name not in found}
+    for part in portions(missing, STATE_BUDGET_BYTES):
+        for name, factors in _train_part(model, part, start, scheme, settings, calibration, progress).items():
+            _keep(folder, name, factors)
+            found[name] = factors
+    return Trained({name: found[name] for name in start}, time.perf_counter() - began, kept)
+
+
+def _train_part(
+    model: OpenModel,
+    part: list[str],
+    start: Mapping[str, KvFactors],
+    scheme: KvCacheScheme,
+    settings: CskvSettings,
+    calibration: Calibration,
+    progress: Progress,
+) -> dict[str, KvFactors]:
+    """Train some attentions side by side, one replay of the calibration after the other."""
+    trainings: dict[str, LayerTraining] = {}
+    for name in part:
+        attention = model.module.get_submodule(name)
+        weights = [weight_of(attention.get_submodule(f"{side}_proj"), name).float() for side in "kv"]
+        rounding = _rounding(scheme, name) if settings.trains_through_rounding else None
+        trainings[f"{name}.k_proj"] = LayerTraining(start[name], (weights[0], weights[1]), settings, rounding)
+
+    def observe(name: str, x: Tensor, timesteps: Tensor) -> None:
+        progress.advance(trainings[name].take(x.detach()), name)
+
+    first = trainings[f"{part[0]}.k_proj"]
+    with step(progress, "training the factors", settings.steps * len(part)):
+        while not first.done:  # all of them see the same tokens
+            calibration.observe(model, list(trainings), observe, progress)
+            if not first.tokens:
+                raise StageError(
+                    f"no sequence of the calibration has the {scheme.key_group} tokens that share a scale",
+                    hint=f"write `calibration: {{length: {scheme.key_group}}}` or more, or less key_group",
+                )
+    return {name: trainings[f"{name}.k_proj"].result(name) for name in part}
+
+
+def _rounding(scheme: KvCacheScheme, name: str) -> Rounding | None:
+    if scheme.bits is None:
+        return None
+    return Rounding(scheme.bits, scheme.key_group, scheme.layers[name].value_group)
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
+
+
+def _keep(folder: Path, name: str, factors: KvFactors) -> None:
+    tensors = {key: tensor.contiguous() for key, tensor in factors.tensors().items()}
+    with atomic_file(_file(folder, name)) as temporary:
+        save_file(tensors, temporary, metadata={_SHA256: json.dumps(tensors_sha256(tensors))})
+
+
+def _kept(folder: Path, start: Mapping[str, KvFactors], progress: Progress) -> dict[str, KvFactors]:
+    """Read what an earlier run had finished; what is damaged is trained again."""
+    sweep_partials(folder)
+    found: dict[str, KvFactors] = {}
+    for name, factors in start.items():
+        path = _file(folder, name)
+        if not path.is_file():
+            continue
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in factors.tensors()}
+                whole = json.loads(file.metadata()[_SHA256]) == tensors_sha256(tensors)
+        except (OSError, SafetensorError, TypeError, LookupError, ValueError):
+            whole = False
+        same = whole and all(tensors[key].shape == tensor.shape for key, tensor in factors.tensors().items())
+        if same:
+            found[name] = KvFactors.of(tensors)
+        else:
+            progress.note(f"{path.name}: the kept factors are damaged, and are trained again")
+    return found
