@@ -51,9 +51,11 @@ def fill_factors(module: torch.nn.Module, seed: int = 7) -> None:
             weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[1] ** -0.5)
 
 
-def with_cache(folder: Path, **changes: Any) -> OpenModel:
-    """Open a folder and compress its cache, as a stage would leave it."""
+def with_cache(folder: Path, *, quantized: bool = False, **changes: Any) -> OpenModel:
+    """Open a folder, perhaps quantize its linears, and compress its cache, as stages would leave it."""
     model = open_model(ModelRef(id=str(folder)), progress=SilentProgress())
+    if quantized:
+        quantize_linears(model)
     model.kv_cache = scheme_of(model.config, **changes)
     put_kv_cache(model.module, model.kv_cache)
     fill_factors(model.module)
@@ -67,3 +69,23 @@ def decoded(module: torch.nn.Module, tokens: int = 24, prompt: int = 10) -> torc
 
     ids = torch.randint(0, 60, (2, tokens), generator=torch.Generator().manual_seed(3))
     return decode(module, new_cache(module), ids, prompt)
+
+
+def quantize_linears(model: OpenModel) -> None:
+    """Round every linear but the head to 8 bits, as a stage would leave it."""
+    from compress.runtime.linear import QuantizedLinear
+    from compress.runtime.manifest import QuantizedModule
+
+    for site in model.linears():
+        if site.role == "head":
+            continue
+        linear = model.module.get_submodule(site.name)
+        bias = linear.bias is not None
+        scheme = QuantizedModule(shape=site.shape, bits=8, symmetric=True, bias=bias, method="test")
+        scale = linear.weight.float().abs().amax(1, keepdim=True) / 127
+        tensors = {"qweight": torch.round(linear.weight.float() / scale).to(torch.int8), "scale": scale}
+        tensors |= {"bias": linear.bias.detach()} if bias else {}
+        owner, _, attribute = site.name.rpartition(".")
+        layer = QuantizedLinear.from_tensors(scheme, linear.weight.dtype, tensors)
+        setattr(model.module.get_submodule(owner), attribute, layer)
+        model.quantization[site.name] = scheme
