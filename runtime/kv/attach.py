@@ -171,10 +171,10 @@ def _checked(module: nn.Module, name: str, layer: KvLayer) -> nn.Module:
 
 def _dtype(module: nn.Module, attention: nn.Module) -> torch.dtype:
     """The floating-point type of an attention; of the whole model where its weights are integers."""
-    for source in (attention.k_proj, module):
-        for parameter in source.parameters():
-            if parameter.is_floating_point():
-                return parameter.dtype
+    weight = getattr(attention.k_proj, "weight", None)
+    for tensor in (weight, *module.parameters()):
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            return tensor.dtype
     return torch.get_default_dtype()
 
 

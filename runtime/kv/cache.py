@@ -28,6 +28,19 @@ _OWN_CACHE = (
 _STOCK = "pass past_key_values=DynamicCache() of transformers to generate() for the uncompressed cache"
 
 
+class _Held:
+    """A module that a cache works with and does not own: a copy of the cache works with the same one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Held:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a compressed cache cannot be pickled: it belongs to a model in this process")
+
+
 class Positions:
     """Positions of all cached tokens, per row, once for all layers; and their angles during one forward.
 
@@ -37,7 +50,7 @@ class Positions:
 
     def __init__(self, rotary: nn.Module) -> None:
         self.ids: Tensor | None = None
-        self._rotary = rotary
+        self._rotary = _Held(rotary)
         self._angles: tuple[int, Angles] | None = None
 
     @property
@@ -74,7 +87,7 @@ class Positions:
         if self.ids is None:
             raise ValueError("no positions")
         if self._angles is None or self._angles[0] != tokens:
-            self._angles = tokens, self._rotary(like, self.ids[:, :tokens].long().to(like.device))
+            self._angles = tokens, self._rotary.module(like, self.ids[:, :tokens].long().to(like.device))
         cos, sin = self._angles[1]
         return cos.to(like.device), sin.to(like.device)
 
@@ -108,11 +121,16 @@ class CskvLayer(CacheLayerMixin):
     def __init__(self, name: str, attention: nn.Module, scheme: KvCacheScheme, positions: Positions) -> None:
         super().__init__()
         self.name = name
-        self.attention = attention
+        self._attention = _Held(attention)
         self.scheme = scheme
         self.positions = positions
         self.latents = Latents(scheme, scheme.layers[name])
         self._staged: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def attention(self) -> nn.Module:
+        """The attention that this is the cache of."""
+        return self._attention.module
 
     def stage(self, x: Tensor, position_ids: Tensor) -> None:
         """Compress the attention's input, before the attention itself runs.
