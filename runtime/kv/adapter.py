@@ -217,7 +217,7 @@ def sizes_of(config: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         config: of the module, as transformers completes it (`module.config.to_dict()`).
     """
-    return {key: config[key] for key in _SIZES if config.get(key) is not None}
+    return {key: config[key] for key in _SIZES if key in config}
 
 
 _SIZES = (
@@ -279,6 +279,8 @@ def _at(revision: str | None) -> str:
 def check_sizes(adapter: StoredAdapter, name: str, config: Mapping[str, Any]) -> None:
     """Refuse a model whose heads or positions are others than those the adapter was made for.
 
+    What only one of both says is of another release of transformers, and no difference.
+
     Args:
         adapter: that is to be loaded.
         name: of the model, for messages.
@@ -288,8 +290,11 @@ def check_sizes(adapter: StoredAdapter, name: str, config: Mapping[str, Any]) ->
         SourceError: naming the key and both values.
     """
     expected, found = adapter.document.base.sizes, json.loads(json.dumps(sizes_of(config)))
-    for key in _SIZES:
-        wanted, there = expected.get(key), found.get(key)
+    for key in (key for key in _SIZES if key in expected and key in found):
+        wanted, there = expected[key], found[key]
+        if isinstance(wanted, dict) and isinstance(there, dict):
+            common = wanted.keys() & there.keys()
+            wanted, there = ({item: side[item] for item in sorted(common)} for side in (wanted, there))
         if wanted != there:
             raise SourceError(
                 f"{adapter.folder / FILE_NAME}: the adapter was made for {key} {wanted!r}, and {name} has"
