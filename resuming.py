@@ -16,6 +16,7 @@ from .models.origins import kept_blocks
 from .models.shallower import shallower_spec
 from .progress import SilentProgress
 from .recipes.schema import ModelRef
+from .runtime.kv.adapter import is_adapter
 from .runtime.load import read_checkpoint
 from .runtime.validate import CONFIG_NAME, read_json
 
@@ -32,7 +33,12 @@ def resume(model: OpenModel, folder: Path) -> None:
 
 
 def take_depth(model: OpenModel, folder: Path) -> None:
-    """Let a model say of its blocks what a checkpoint of it says: its config, copies and attachments."""
+    """Let a model say of its blocks what a checkpoint of it says: its config, copies and attachments.
+
+    An adapter says nothing of them: it goes with the model as it was opened.
+    """
+    if is_adapter(folder):
+        return
     attachments = read_attachments(folder)
     kept = kept_blocks(attachments[DEPTH_FILE]) if DEPTH_FILE in attachments else {}
     if kept:

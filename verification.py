@@ -36,8 +36,9 @@ from .recipes.gates import failures, judge
 from .recipes.schema import ModelRef, Recipe
 from .recipes.streamed import is_streamed
 from .resuming import take_depth
+from .runtime.kv.adapter import is_adapter, open_adapter
 from .runtime.kv.scheme import KvCacheScheme
-from .runtime.load import load, read_checkpoint
+from .runtime.load import load, load_adapter, read_checkpoint
 from .runtime.validate import open_folder
 
 
@@ -144,6 +145,10 @@ class _Loaded:
 
 
 def _load(folder: Path, format_: str, model: OpenModel) -> _Loaded:
+    if is_adapter(folder):
+        adapter = open_adapter(folder)
+        module = load_adapter(adapter, model.source.folder).requires_grad_(False)
+        return _Loaded(module, {}, {}, _stored_bytes(folder, model), adapter.document.scheme)
     surgery = stored_surgery(folder, model.family, model.config)
     size_bytes = _stored_bytes(folder, model)
     if format_ == "compress":
@@ -154,7 +159,9 @@ def _load(folder: Path, format_: str, model: OpenModel) -> _Loaded:
 
 
 def _stored_bytes(folder: Path, model: OpenModel) -> int:
-    """Return the bytes of a folder's tensors, copies once."""
+    """Return the bytes of a folder's tensors, copies once; with an adapter those of the original, too."""
+    if is_adapter(folder):
+        return model.spec.size().bytes + open_adapter(folder).bytes
     stored = open_folder(folder).tensors
     return sum(entry.bytes for name, entry in stored.items() if name not in model.shared)
 

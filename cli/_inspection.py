@@ -62,6 +62,7 @@ def _head(document: Document) -> Table:
         ("path", document["path"]),
         ("class", document["class"]),
         ("format", document["format"]),
+        ("adapter of", _base(document.get("base"))),
         ("dtype", document["dtype"]),
         ("bytes of the weight files", size(document["bytes"])),
         ("bytes of the tensors", size(document["tensor_bytes"])),
@@ -75,6 +76,13 @@ def _head(document: Document) -> Table:
         ("modules with sizes of their own", f"{cut}, listed in compress.json" if cut else None),
     ]
     return Table("", ["", "value"], [[name, plain(value)] for name, value in rows if value is not None])
+
+
+def _base(base: Document | None) -> str | None:
+    """Name the model that an adapter goes with."""
+    if base is None:
+        return None
+    return base["id"] + (f"@{base['revision']}" if base["revision"] else "")
 
 
 def _layers(layers: list[Document]) -> Table:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..models.cache_bytes import kv_bytes_per_token
 from ..runtime.headers import ITEM_BYTES
-from ..runtime.kv.scheme import factor_tensors
+from ..runtime.kv.scheme import KvCacheScheme, factor_tensors
 from ..runtime.kv.sizes import break_even_tokens, factor_parameters, window_bytes
 from ..runtime.transformers_config import complete_transformers_config
 from ..runtime.validate import CONFIG_NAME, DTYPE_CODES, StoredCheckpoint
@@ -28,18 +28,34 @@ def cache_stored(stored: StoredCheckpoint) -> dict[str, Any] | None:
     where = str(stored.folder / CONFIG_NAME)
     config: Mapping[str, Any] = complete_transformers_config(stored.class_name, stored.config, where)
     item_bytes = ITEM_BYTES[DTYPE_CODES[stored.dtype]]
+    per_token = {
+        "before": kv_bytes_per_token(config, item_bytes),
+        "after": kv_bytes_per_token(config, item_bytes, scheme),
+    }
+    factor_bytes = sum(stored.tensors[name].bytes for name in factor_tensors(scheme))
+    return described_cache(scheme, per_token, item_bytes, factor_bytes)
+
+
+def described_cache(
+    scheme: KvCacheScheme, bytes_per_token: Mapping[str, float | None], item_bytes: int, factor_bytes: int
+) -> dict[str, Any]:
+    """Return what `cache_stored` does.
+
+    Args:
+        scheme: of the cache.
+        bytes_per_token: `before` and `after`.
+        item_bytes: of a number of the model's type.
+        factor_bytes: as stored.
+    """
     return {
         "window": scheme.window,
         "mode": scheme.mode,
         "bits": scheme.bits,
         "key_group": scheme.key_group,
-        "bytes_per_token": {
-            "before": kv_bytes_per_token(config, item_bytes),
-            "after": kv_bytes_per_token(config, item_bytes, scheme),
-        },
+        "bytes_per_token": dict(bytes_per_token),
         "window_bytes": window_bytes(scheme, item_bytes),
         "factor_parameters": factor_parameters(scheme),
-        "factor_bytes": sum(stored.tensors[name].bytes for name in factor_tensors(scheme)),
+        "factor_bytes": factor_bytes,
         "break_even_tokens": break_even_tokens(scheme, item_bytes),
         "layers": [
             {"name": name, "width": layer.width, "rank_k": layer.rank_k, "rank_v": layer.rank_v}

@@ -14,10 +14,11 @@ from ..errors import CompressError
 from ..models.registry import family_for
 from ..progress import Progress, step
 from ..runtime.first_token import put_first
+from ..runtime.kv.adapter import base_folder, is_adapter, open_adapter
+from ..runtime.kv.assembled import open_whole
 from ..runtime.load import read_tensor, skeleton
-from ..runtime.mapped_routing import is_mapped
 from ..runtime.modules import dtype_of
-from ..runtime.validate import StoredCheckpoint, open_folder
+from ..runtime.validate import StoredCheckpoint
 from .decoding import decoding_of
 from .fresh_process import Answer, ask_fresh_process, largest_difference, request_of, ways_of
 
@@ -61,14 +62,18 @@ def compare_folders(
         threads: CPU threads of their arithmetic; None: as many as this process uses.
     """
     try:
-        stored, copy = open_folder(folder), open_folder(other)
+        base = _base(folder)
+    except CompressError as error:
+        return Comparison({}, notes=(f"its hashes match; it was not run: {error.message}",))
+    try:
+        stored, copy = open_whole(folder, base), open_whole(other, base)
     except CompressError as error:
         return Comparison({}, f"the folder does not open: {error.message}")
     if (stored.class_name, stored.quant_method) != (copy.class_name, copy.quant_method):
         return Comparison({}, f"holds a {copy.class_name} in another format")
     format_ = stored.quant_method or "dequantized"
-    own_code = is_mapped(stored.config)
-    ways, _ = ways_of(stored.class_name, stored.dtype, format_, own_code=own_code)
+    ours_alone = stored.own_code or base is not None
+    ways, _ = ways_of(stored.class_name, stored.dtype, format_, ours_alone=ours_alone)
     if device.startswith("cuda") and not torch.cuda.is_available():
         device = "cpu"
     inputs = _inputs(stored)
@@ -79,7 +84,7 @@ def compare_folders(
         for path in (folder, other):
             request = request_of(
                 path, stored.class_name, format_, ways, dtype=stored.dtype, device=device, seed=_SEED,
-                threads=threads, decoding=decoding,
+                threads=threads, decoding=decoding, base=base,
             )  # fmt: skip
             answers.append(ask_fresh_process(request, inputs))
             bar.advance()
@@ -87,6 +92,16 @@ def compare_folders(
         names = ", ".join(answers[0].missing)
         return Comparison({}, notes=(f"its hashes match; it was not run: {names} is not installed",))
     return _judge(ways, *answers)
+
+
+def _base(folder: Path) -> Path | None:
+    """Return the folder of the original of an adapter; None of a whole checkpoint.
+
+    Raises:
+        SourceError: it is not on this machine any more.
+        HubError: it could not be fetched.
+    """
+    return base_folder(open_adapter(folder)) if is_adapter(folder) else None
 
 
 def _inputs(stored: StoredCheckpoint) -> dict[str, Any]:

@@ -22,10 +22,11 @@ from ..models.base import OpenModel
 from ..progress import Progress, step
 from ..recipes.secrets import TOKEN_VARIABLES
 from ..runtime.first_token import feature_of, put_first
-from ..runtime.mapped_routing import is_mapped
+from ..runtime.kv.adapter import is_adapter
+from ..runtime.kv.assembled import open_whole
 from ..runtime.modules import name_of
 from ..runtime.threads import computing_with
-from ..runtime.validate import QUANT_METHOD, open_folder
+from ..runtime.validate import QUANT_METHOD
 from .decoding import Decoding, decoding_of
 from .formats import as_shipped
 from .sdnq_format import check_written
@@ -121,8 +122,9 @@ def verify_export(
         threads: CPU threads of both processes' arithmetic; None: as many as this one uses.
         shipped: `formats.as_shipped` of the model where the caller has it; None: made here.
     """
+    base = model.source.folder if is_adapter(folder) else None
     try:
-        stored = open_folder(folder)
+        stored = open_whole(folder, base)
         if stored.quant_method == "sdnq":
             check_written(model, folder)
     except CompressError as error:
@@ -130,8 +132,8 @@ def verify_export(
     if stored.manifest.kv_cache != model.kv_cache:
         return _failed("the folder's manifest does not say how the cache is compressed as the model does")
     format_ = stored.quant_method or "dequantized"
-    dtype, own_code = name_of(model.spec.dtype), is_mapped(stored.config)
-    ways, loads_with = ways_of(stored.class_name, dtype, format_, own_code=own_code)
+    dtype, ours_alone = name_of(model.spec.dtype), stored.own_code or base is not None
+    ways, loads_with = ways_of(stored.class_name, dtype, format_, ours_alone=ours_alone)
     shipped = shipped or as_shipped(model, format_)
     device = next(shipped.module.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -140,7 +142,7 @@ def verify_export(
     decoding = decoding_of(model.kv_cache, model.config, _BATCH, generator)
     request = request_of(
         folder, stored.class_name, format_, ways, dtype=dtype, device=str(device),
-        seed=seed ^ _OTHER_SEED, threads=threads, decoding=decoding,
+        seed=seed ^ _OTHER_SEED, threads=threads, decoding=decoding, base=base,
     )  # fmt: skip
     with step(progress, "verify in a fresh process", len(ways)) as bar:
         answer = ask_fresh_process(request, inputs)
@@ -225,7 +227,7 @@ def _failed(failure: str) -> Verification:
 
 
 def ways_of(
-    class_name: str, dtype: str, format_: str, *, own_code: bool = False
+    class_name: str, dtype: str, format_: str, *, ours_alone: bool = False
 ) -> tuple[list[str], list[str]]:
     """Return the ways of loading a format for the worker, and as Python.
 
@@ -233,9 +235,10 @@ def ways_of(
         class_name: of config.json.
         dtype: "float32", "float16" or "bfloat16".
         format_: of the folder.
-        own_code: transformers loads it by code that lies in it; that is nobody's to run but the user's.
+        ours_alone: no other way is tried. Code that lies in the folder, by which transformers loads it, is
+            nobody's to run but the user's; and of an adapter transformers knows nothing.
     """
-    if own_code:
+    if ours_alone:
         return ["compress"], ["compress.load(path)"]
     stock = stock_way(class_name, dtype)
     if format_ == QUANT_METHOD:
@@ -261,6 +264,7 @@ def request_of(
     seed: int,
     threads: int | None,
     decoding: Decoding | None = None,
+    base: Path | None = None,
 ) -> dict[str, Any]:
     """Return what the fresh process is to do: all that `verify_worker` reads of a request but the inputs.
 
@@ -274,9 +278,11 @@ def request_of(
         seed: of its global generator.
         threads: of its arithmetic; None: as many as this process uses.
         decoding: what is decoded through a compressed cache; None: it is not compressed.
+        base: folder of the original of an adapter; None of whole checkpoints.
     """
     return {
         "folder": str(Path(folder).resolve()),
+        "base": None if base is None else str(Path(base).resolve()),
         "library": library_of(class_name), "class_name": loader_of(class_name), "dtype": dtype,
         "device": device, "seed": seed, "threads": threads or torch.get_num_threads(), "ways": ways,
         "needs": packages_of(format_),

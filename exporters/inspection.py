@@ -12,6 +12,7 @@ from ..errors import SourceError
 from ..models.origins import NAME as DEPTH_FILE
 from ..models.origins import blocks_of_first
 from ..runtime.fetch import fetch
+from ..runtime.kv.adapter import is_adapter
 from ..runtime.kv.stored import is_factor
 from ..runtime.manifest import ActivationScheme, QuantizedModule
 from ..runtime.validate import (
@@ -22,6 +23,7 @@ from ..runtime.validate import (
     expected_tensors,
     open_folder,
 )
+from .adapter_stored import inspect_adapter
 from .attachments import read_attachments
 from .cache_stored import cache_stored
 from .experts_stored import experts_stored
@@ -33,7 +35,8 @@ def inspect(path: str | Path, *, revision: str | None = None, subfolder: str | N
     """Describe a checkpoint in any format that `compress` writes, or a dense one.
 
     Returns:
-        A JSON value: `path, class, format, dtype, files, bytes, tensor_bytes, parameters,
+        Of an adapter of a compressed cache what `inspect_adapter` says; of all else
+        a JSON value: `path, class, format, dtype, files, bytes, tensor_bytes, parameters,
         parameters_stored, bits_per_weight, quantized_bits, shared, cut, depth, experts, kv_cache, layers,
         history`. Bytes are on disk; `bits_per_weight` is 8 * tensor_bytes / parameters; `quantized_bits`
         is the average over the weights of the quantized layers, scales not counted, None without any;
@@ -52,6 +55,8 @@ def inspect(path: str | Path, *, revision: str | None = None, subfolder: str | N
         HubError: the Hub or the network refused.
     """
     folder = fetch(path, revision=revision, subfolder=subfolder)
+    if is_adapter(folder):
+        return {"path": str(path), **inspect_adapter(folder)}
     stored = open_folder(folder)
     files = sorted({entry.file for entry in stored.tensors.values()})
     layers, once, copies = _count(stored)

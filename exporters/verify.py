@@ -14,6 +14,8 @@ from ..errors import CompressError, SourceError, VerifyError
 from ..models.source_card import is_text_name
 from ..recipes.gates import Gate, failures, judge
 from ..runtime.hashes import file_sha256
+from ..runtime.kv.adapter import FILE_NAME as ADAPTER_NAME
+from ..runtime.kv.adapter import is_adapter, open_adapter
 from ..runtime.validate import QUANT_METHOD, open_folder, read_json
 from .recorded_recipe import check_recipe
 
@@ -187,6 +189,8 @@ def _unlisted(folder: Path, listed: set[str], elsewhere: set[str]) -> list[str]:
 
 
 def _check_tensors(folder: Path) -> str:
+    if is_adapter(folder):
+        return f"{len(open_adapter(folder).tensors)} factors fit {ADAPTER_NAME}"
     stored = open_folder(folder)
     count = len(stored.manifest.quantization)
     # Other formats than our own say in their own way which layers they quantize; their library reads it.

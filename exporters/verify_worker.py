@@ -24,8 +24,9 @@ def main(request_path: str) -> None:
     """Answer one request.
 
     Args:
-        request_path: JSON with `folder`, `library`, `class_name`, `dtype`, `device`, `threads`, `seed`,
-            `ways`, `needs` (packages without which nothing is tried), `inputs` (safetensors),
+        request_path: JSON with `folder`, `base` (of an adapter: folder of its original; or None), `library`,
+            `class_name`, `dtype`, `device`, `threads`, `seed`, `ways`, `needs` (packages without which
+            nothing is tried), `inputs` (safetensors),
             `constants`, `unexpected` (tensors that are none of the library's, sorted), `decoding` (None, or
             `ids`, a list of rows, and `prompt`, see `decode`), and the files to write: `outputs`
             (safetensors, by way; decoded: by way and `DECODED`) and `answer`, JSON with `missing`, packages
@@ -103,7 +104,7 @@ def _load(way: str, request: dict[str, Any]) -> Any:
     if way == "compress":
         import compress
 
-        return compress.load(request["folder"], device=request["device"])
+        return compress.load(request["folder"], device=request["device"], base=request["base"])
     keyword = "dtype" if request["library"] == "transformers" else "torch_dtype"
     options: dict[str, Any] = {keyword: getattr(torch, request["dtype"])}
     if way == "registered":

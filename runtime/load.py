@@ -17,7 +17,8 @@ from ..errors import PlanError, SourceError, UsageError
 from .config import DEFAULTS, SPARE_TABLE_BYTES
 from .encoders import check_encoders
 from .fetch import fetch
-from .kv.adapter import StoredAdapter, base_folder, check_base, check_sizes, is_adapter, open_adapter
+from .kv.adapter import StoredAdapter, base_folder, check_sizes, is_adapter, open_adapter
+from .kv.assembled import assembled
 from .language_config import implied_copies, is_language_class
 from .layered import check_layers_agree
 from .manifest import FILE_NAME as MANIFEST_NAME
@@ -86,28 +87,17 @@ def load_adapter(
     Raises:
         SourceError: the folder is damaged or of another model, or a factor is not finite.
     """
-    from .kv.attach import put_kv_cache
-
-    name, stored, document = str(folder), open_folder(folder), adapter.document
-    check_base(adapter, name, stored.config, stored.tensors)
-    if stored.manifest.kv_cache is not None:
-        raise SourceError(
-            f"{name}: its cache is compressed already, by factors of its own",
-            hint="load it without the adapter, or name the original as `base`",
-        )
-    module = _load_whole(stored, dtype or document.dtype)
-    check_sizes(adapter, name, module.config.to_dict())  # type: ignore[operator, union-attr]
-    put_kv_cache(module, document.scheme)
-    target = dtype_of(dtype or document.dtype)
-    for factor, entry in adapter.tensors.items():
-        tensor = read_tensor(entry)
-        if not torch.isfinite(tensor).all():
+    stored, own = assembled(adapter, folder), adapter.document.dtype
+    module: Any = _load_whole(stored, dtype or (None if stored.dtype == own else own))
+    check_sizes(adapter, str(folder), module.config.to_dict())
+    for name, entry in adapter.tensors.items():
+        if not torch.isfinite(module.get_parameter(name)).all():
             raise SourceError(
-                f"{entry.file}: tensor {factor} holds what is no finite number",
+                f"{entry.file}: tensor {name} holds what is no finite number",
                 hint="the file is damaged; fetch the adapter again, or export it again",
             )
-        place(module, factor, tensor.to(target), requires_grad=True)
-    return module.eval()
+    loaded: nn.Module = module
+    return loaded
 
 
 def _load_whole(stored: StoredCheckpoint, dtype: str | torch.dtype | None) -> nn.Module:

@@ -17,9 +17,11 @@ from typing import Any
 from ..errors import SourceError
 from .config import check_config
 from .headers import ITEM_BYTES, TensorEntry, read_header
+from .kv.custom_config import check_same, is_custom, stock_config
 from .kv.stored import check_factors
 from .language_config import class_name_of, is_language_class
 from .manifest import FILE_NAME, MAX_BYTES, VERSION, Manifest, QuantizedModule
+from .mapped_routing import is_mapped
 from .stored_values import check_values
 from .strict_json import parse_object
 from .transformers_config import check_transformers_config, is_transformers_class, named_as_modules
@@ -46,6 +48,7 @@ class StoredCheckpoint:
         quant_method: of config.json: "compress", another library's, or None for a dense checkpoint.
         manifest: of compress.json, or made from config.json where only that is present.
         metadata: free text of the tensor files.
+        own_code: transformers loads it by code that lies beside the weights; `config` is the stock class's.
     """
 
     folder: Path
@@ -54,6 +57,7 @@ class StoredCheckpoint:
     manifest: Manifest
     tensors: dict[str, TensorEntry]
     metadata: dict[str, str] = field(default_factory=dict)
+    own_code: bool = False
 
     @property
     def class_name(self) -> str:
@@ -280,7 +284,9 @@ def open_folder(folder: Path) -> StoredCheckpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise SourceError(f"{folder} is not a folder")
-    config = read_json(folder / CONFIG_NAME)
+    written = read_json(folder / CONFIG_NAME)
+    own_code = is_custom(written)
+    config = stock_config(written, str(folder / CONFIG_NAME)) if own_code else written
     if class_name_of(config) is None:
         raise SourceError(
             f"{folder / CONFIG_NAME}: no _class_name and no architectures",
@@ -307,7 +313,11 @@ def open_folder(folder: Path) -> StoredCheckpoint:
         )
     manifest = manifest or Manifest(history=())
     _check_cache(class_name_of(config), manifest, tensors, folder)
-    return StoredCheckpoint(folder, config, method, manifest, tensors, metadata)
+    if own_code:
+        check_same(written, manifest.kv_cache, str(folder / CONFIG_NAME))
+    return StoredCheckpoint(
+        folder, config, method, manifest, tensors, metadata, own_code or is_mapped(config)
+    )
 
 
 def _check_cache(

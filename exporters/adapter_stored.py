@@ -1,0 +1,52 @@
+"""What is in the folder of an adapter of a compressed cache; its original is not looked at. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..runtime.headers import ITEM_BYTES
+from ..runtime.kv.adapter import DTYPE_CODES, WEIGHTS_NAME, open_adapter
+from ..runtime.kv.sizes import bytes_per_token, factor_parameters, full_bytes_per_token
+from .cache_stored import described_cache
+
+
+def inspect_adapter(folder: Path) -> dict[str, Any]:
+    """Describe an adapter in the form of `inspection.inspect`, with `base` besides.
+
+    Returns:
+        A JSON value as that of a checkpoint without layers, whose `parameters` are the factors'; `class` is
+        that of the original, and `base` has its `id`, `revision` and `subfolder`. The bytes per token
+        of `kv_cache` are those of the attentions that it lists: what others keep only the original says.
+
+    Raises:
+        SourceError: a file is missing, damaged or contradicts the other.
+    """
+    adapter = open_adapter(folder)
+    document, size = adapter.document, (folder / WEIGHTS_NAME).stat().st_size
+    scheme, item_bytes = document.scheme, ITEM_BYTES[DTYPE_CODES[document.dtype]]
+    parameters = factor_parameters(scheme)
+    per_token = {
+        "before": full_bytes_per_token(scheme, item_bytes),
+        "after": bytes_per_token(scheme, item_bytes),
+    }
+    return {
+        "class": document.base.class_name,
+        "format": "adapter",
+        "base": document.base.model_dump(mode="json", include={"id", "revision", "subfolder"}),
+        "dtype": document.dtype,
+        "files": [{"name": WEIGHTS_NAME, "bytes": size}],
+        "bytes": size,
+        "tensor_bytes": adapter.bytes,
+        "parameters": parameters,
+        "parameters_stored": parameters,
+        "bits_per_weight": round(8 * adapter.bytes / parameters, 4),
+        "quantized_bits": None,
+        "shared": 0,
+        "cut": 0,
+        "depth": {},
+        "experts": None,
+        "kv_cache": described_cache(scheme, per_token, item_bytes, adapter.bytes),
+        "layers": [],
+        "history": [entry.model_dump(mode="json") for entry in document.history],
+    }
