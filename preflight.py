@@ -25,7 +25,7 @@ from .fitting_images import check_images
 from .models.registry import FAMILY_NAMES
 from .models.shapes import expected_shapes
 from .recipes import patterns
-from .recipes.export import REJECTED, overlap
+from .recipes.export import PACKAGES, REJECTED, overlap
 from .recipes.stages import GridSettings
 
 _TABLES = (".embedding_table.weight", ".embed_tokens.weight", ".style_embedder.weight")
@@ -187,10 +187,12 @@ def check_access(exports: Sequence[ExportSettings], *, strict: bool = False) -> 
     """
     pushes = [(export, export.push) for export in exports if export.push is not None]
     for export, push in pushes:
-        if export.format == "sdnq" and find_spec("sdnq") is None:
+        package = PACKAGES.get(export.format)
+        if package is not None and find_spec(package) is None:
             raise PlanError(
-                f"{export.path}: to be pushed to {push.repo}, it must be executed, and sdnq is not installed",
-                hint="install the package sdnq, or leave out `push` for this export",
+                f"{export.path}: to be pushed to {push.repo}, it must be executed, and {package} is not"
+                " installed",
+                hint=f"install the package {package}, or leave out `push` for this export",
             )
     if pushes:
         from .exporters import hub

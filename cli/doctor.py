@@ -20,7 +20,7 @@ _REQUIRED = (
     "torch", "diffusers", "transformers", "accelerate", "torch-pruning", "safetensors", "huggingface-hub",
     "numpy", "pillow", "pydantic",
 )  # fmt: skip
-_OPTIONAL = ("torchao", "sdnq", "optimum-quanto", "bitsandbytes", "matplotlib", "ray")
+_OPTIONAL = ("torchao", "sdnq", "optimum-quanto", "compressed-tensors", "bitsandbytes", "matplotlib", "ray")
 
 
 def doctor(

@@ -18,7 +18,7 @@ from .pruning_table import prunings
 def export_notes(subject: Subject) -> Iterator[str]:
     """Yield the section of what the format could not carry over, or nothing."""
     export = subject.export
-    notes = [note for note in export.get("notes", ()) if note != NOT_EXECUTED]
+    notes = [note for note in export.get("notes", ()) if note not in NOT_EXECUTED.values()]
     if notes:
         yield "## Notes on the export" if export["format"] == "compress" else "## What the format changes"
         yield ""
@@ -58,12 +58,16 @@ def limits(subject: Subject) -> Iterator[str]:
         than = "the pruned model before" if pruned else "the original"
         yield "- This format stores the rounded weights in floating point: neither smaller nor faster than"
         yield f"  {than}, and activations are not quantized."
-    if any(row["weight_bits"] < 8 for row in linears):
+    unpacked = subject.export["format"] == "compressed-tensors"
+    if unpacked:
+        yield "- transformers unpacks the weights into floating point: the file is smaller, but there neither"
+        yield "  the memory nor the time of a product is; rounded inputs are floating point, too."
+    elif any(row["weight_bits"] < 8 for row in linears):
         yield (
             "- Weights below 8 bits make the file smaller; the product itself runs on 8-bit integers and is"
             " no faster than with 8-bit weights."
         )
-    if any(row["activation_bits"] is None for row in linears):
+    if not unpacked and any(row["activation_bits"] is None for row in linears):
         yield "- Quantized layers without activation bits are weight-only: their product is floating point."
     if prunings(subject.document):
         yield "- Narrower layers have fewer multiply-accumulates, by the share stated above. Time falls less"

@@ -59,6 +59,7 @@ def _introduction(way: str, format_: str, library: str) -> str:
         "compress": "With the stock class, which `import compress` teaches the format:",
         "torchao": f"With stock {library} and torchao, without compress:",
         "sdnq": f"With stock {library} and the package sdnq, without compress:",
+        "compressed-tensors": f"With stock {library} and compressed-tensors, without compress:",
         "dequantized": f"With stock {library} alone:",
     }[format_ if "import compress" in way or format_ != "compress" else "dequantized"]
 
@@ -99,8 +100,9 @@ def _verified(export: Mapping[str, Any]) -> str:
             " computed: it was made from disk to disk, without opening the model."
         )
     if not export["verified"]:
-        if NOT_EXECUTED in export.get("notes", ()):
-            return f"**It was not run before it was published**: {NOT_EXECUTED}."
+        unrun = NOT_EXECUTED.get(export["format"])
+        if unrun in export.get("notes", ()):
+            return f"**It was not run before it was published**: {unrun}."
         what = "it does not load, or gives other outputs" if error is None else f"the error is {error:.3g}"
         return f"**The verification failed**: reopened in a fresh process, {what}; see the notes below."
     done = f"Before it was published it was reopened in a fresh process {ways}: the largest difference"

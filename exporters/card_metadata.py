@@ -86,7 +86,7 @@ def _tags(subject: Subject) -> list[str]:
         tags.append("mixed-precision")
     elif subject.label:
         tags.append(subject.label.lower())
-    if subject.export["format"] in ("torchao", "sdnq"):
+    if subject.export["format"] not in ("compress", "dequantized"):
         tags.append(subject.export["format"])
     return list(dict.fromkeys(tags))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
 
 import torch
@@ -15,6 +15,19 @@ from ..runtime.manifest import KernelScheme
 from ..runtime.modules import quantized_layers
 
 
+def swapped(module: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    """Return a module of the same structure with other layers in the named places.
+
+    All other tensors are shared with `module`; change neither of the two afterwards.
+    """
+    tensors = chain(module.parameters(), module.buffers())
+    clone = copy.deepcopy(module, memo={id(tensor): tensor for tensor in tensors})
+    for name, layer in layers.items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(clone.get_submodule(parent), attribute, layer)
+    return clone.eval()
+
+
 def replaced(module: nn.Module, weight_of: Callable[[str, QuantizedLinear], Tensor]) -> nn.Module:
     """Return a module of the same structure whose quantized layers are `nn.Linear`s and `nn.Conv2d`s.
 
@@ -24,17 +37,14 @@ def replaced(module: nn.Module, weight_of: Callable[[str, QuantizedLinear], Tens
         weight_of: called with the name and the layer; returns the weight of its linear [out, in], or of
             its convolution [out, in, height, width].
     """
-    tensors = chain(module.parameters(), module.buffers())
-    clone = copy.deepcopy(module, memo={id(tensor): tensor for tensor in tensors})
+    layers: dict[str, nn.Module] = {}
     for name, layer in quantized_layers(module).items():
-        parent, _, attribute = name.rpartition(".")
         weight = weight_of(name, layer)
         if isinstance(layer, QuantizedConv2d):
-            dense: nn.Module = conv_around(weight, layer.bias, layer.window)
+            layers[name] = conv_around(weight, layer.bias, layer.window)
         else:
-            dense = linear_around(weight, layer.bias)
-        setattr(clone.get_submodule(parent), attribute, dense)
-    return clone.eval()
+            layers[name] = linear_around(weight, layer.bias)
+    return swapped(module, layers)
 
 
 def conv_around(weight: Tensor, bias: Tensor | None, kernel: KernelScheme) -> nn.Conv2d:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from ..errors import PlanError
 from ..models.base import Family, ModelSpec, OpenModel
+from ..models.registry import task_of
 from ..recipes.kv_export import KvForm
 from ..runtime.kv.adapter import WEIGHTS_NAME as ADAPTER_NAME
 from ..runtime.mapped_routing import is_mapped
@@ -26,10 +27,15 @@ FORMATS: Mapping[str, str] = {
     "compress": "compress_format",
     "torchao": "torchao_format",
     "sdnq": "sdnq_format",
+    "compressed-tensors": "compressed_tensors_format",
     "dequantized": "dequantized_format",
 }
 _KV_FORMS: Mapping[str, str] = {"adapter": "kv_adapter", "custom": "kv_custom"}
 """Forms of a compressed cache that the format itself does not write -> their modules."""
+
+
+OF_LANGUAGE_MODELS = frozenset({"compressed-tensors"})
+"""Formats that are written for language models alone."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +105,16 @@ def _check_library(family: Family, format: str) -> None:
         PlanError: naming the format.
     """
     if family.library == "transformers" and format in ("torchao", "sdnq"):
+        of_language = task_of(family.name) == "language"
         raise PlanError(
             f"export.format: {format} is written as the loader of diffusers reads it, and a model of the"
             f" family {family.name} is loaded by transformers",
+            hint=f"use compress, {'compressed-tensors, ' if of_language else ''}or dequantized",
+        )
+    if format in OF_LANGUAGE_MODELS and task_of(family.name) != "language":
+        raise PlanError(
+            f"export.format: {format} is written as transformers loads language models, and a model of the"
+            f" family {family.name} is none",
             hint="use compress, or dequantized",
         )
 

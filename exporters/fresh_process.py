@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import CompressError
 from ..models.base import OpenModel
 from ..progress import Progress, step
+from ..recipes.export import PACKAGES
 from ..recipes.secrets import TOKEN_VARIABLES
 from ..runtime.first_token import feature_of, put_first
 from ..runtime.kv.adapter import is_adapter
@@ -39,7 +40,15 @@ _TIMEOUT_SECONDS = 1800
 _OTHER_SEED = 0x5EED
 
 
-NOT_EXECUTED = "written and decoded back to the model's integers; not executed, because sdnq is not installed"
+NOT_EXECUTED: Mapping[str, str] = {
+    "sdnq": "written and decoded back to the model's integers; not executed, because sdnq is not installed",
+    **{
+        format_: f"written, but not executed, because {package} is not installed"
+        for format_, package in PACKAGES.items()
+        if format_ != "sdnq"
+    },
+}
+"""Format -> what is said of a folder that could not be run here."""
 # Equal integers under other rules for activations stay above 20 dB; one wrong layer is far below.
 _SAME_INTEGERS_DB = 10.0
 
@@ -58,7 +67,7 @@ class Verification:
         failure: what speaks against the folder, in one sentence. None if nothing does, also where
             nothing could be executed because an optional package is not installed.
         runtime_sqnr_db: the exported model against our own integer runtime, where the format
-            computes differently (torchao, sdnq, dequantized); None where it must be equal.
+            computes differently (all but compress); None where it must be equal.
         notes: for the report and the card; a failure is among them.
     """
 
@@ -147,7 +156,7 @@ def verify_export(
     with step(progress, "verify in a fresh process", len(ways)) as bar:
         answer = ask_fresh_process(request, inputs)
         if answer.missing:
-            return Verification(False, False, None, {}, [], notes=(NOT_EXECUTED,))
+            return Verification(False, False, None, {}, [], notes=(NOT_EXECUTED[format_],))
         output = _run(shipped.module, inputs, threads)
         own = output if shipped is model else _run(model.module, inputs, threads)
         expected = _Expected(output, _decode(shipped.module, decoding, threads), own)
@@ -250,7 +259,7 @@ def ways_of(
 
 def packages_of(format_: str) -> list[str]:
     """Return the packages without which a format cannot be run."""
-    return ["sdnq"] if format_ == "sdnq" else []
+    return [PACKAGES[format_]] if format_ in PACKAGES else []
 
 
 def request_of(

@@ -11,11 +11,15 @@ from typing import Any
 from ..errors import SourceError
 from ..models.origins import NAME as DEPTH_FILE
 from ..models.origins import blocks_of_first
+from ..models.shapes import expected_shapes
 from ..runtime.fetch import fetch
 from ..runtime.kv.adapter import is_adapter
 from ..runtime.kv.stored import is_factor
+from ..runtime.library_sections import is_known, library_schemes
 from ..runtime.manifest import ActivationScheme, QuantizedModule
+from ..runtime.transformers_config import complete_transformers_config
 from ..runtime.validate import (
+    CONFIG_NAME,
     ITEM_BYTES,
     QUANT_METHOD,
     StoredCheckpoint,
@@ -111,7 +115,7 @@ def _depth(stored: StoredCheckpoint) -> dict[str, dict[str, Any]]:
 
 
 def foreign_schemes(folder: Path) -> dict[str, QuantizedModule]:
-    """Describe the layers that torchao loads as integers, as `as_shipped` does; none in other formats.
+    """Describe the layers that another library loads as quantized ones, as `as_shipped` does.
 
     What the package sdnq stores is not described: its layers have tensors of their own.
 
@@ -119,6 +123,8 @@ def foreign_schemes(folder: Path) -> dict[str, QuantizedModule]:
         SourceError: the folder is missing, damaged or contradicts itself.
     """
     stored = open_folder(folder)
+    if is_known(stored):
+        return _library_schemes(stored)
     if stored.quant_method != "torchao":
         return {}
     layers, _, _ = _count(stored)
@@ -137,8 +143,48 @@ def foreign_schemes(folder: Path) -> dict[str, QuantizedModule]:
     }
 
 
+def _library_schemes(stored: StoredCheckpoint) -> dict[str, QuantizedModule]:
+    where = str(stored.folder / CONFIG_NAME)
+    config = complete_transformers_config(stored.class_name, stored.config, where)
+    return library_schemes(stored, expected_shapes(stored.class_name, config))
+
+
+def _count_library(stored: StoredCheckpoint) -> tuple[list[dict[str, Any]], int, int]:
+    """Do the same for a format of which `runtime.library_load` knows all tensors."""
+    schemes, owned = _library_schemes(stored), Counter[str]()
+    rows, parameters = [], sum(prod(scheme.shape) for scheme in schemes.values())
+    for name, entry in stored.tensors.items():
+        layer, suffix = name.rpartition(".")[::2]
+        layer = layer.removesuffix(".weight")  # of bitsandbytes, which has names such as M.weight.absmax
+        owned[layer] += entry.bytes
+        if layer not in schemes or suffix == "bias":
+            parameters += prod(entry.shape)
+        if layer not in schemes and suffix == "weight" and len(entry.shape) >= 2:
+            rows.append(_row(layer, entry))
+    for name, scheme in schemes.items():
+        parts = (f"{name}.{part}" for part in ("weight_packed", "weight"))
+        weight = next(stored.tensors[part] for part in parts if part in stored.tensors)
+        activation = scheme.activation
+        rows.append(
+            _row(
+                name,
+                weight,
+                shape=list(scheme.shape),
+                bits=scheme.bits,
+                activation_bits=activation and activation.bits,
+                activation_scope=activation and activation.scope,
+                group_size=scheme.group_size,
+                method=scheme.method,
+            )  # fmt: skip
+        )
+    rows = [row | {"bytes": owned[row["name"]]} for row in rows]
+    return sorted(rows, key=lambda row: _natural(row["name"])), parameters, 0
+
+
 def _count(stored: StoredCheckpoint) -> tuple[list[dict[str, Any]], int, int]:
     """Return the rows of the layers, and the parameters stored once and as copies."""
+    if is_known(stored):
+        return _count_library(stored)
     try:
         return (
             _layers(stored),

@@ -21,6 +21,8 @@ from .kv.adapter import StoredAdapter, base_folder, check_sizes, is_adapter, ope
 from .kv.assembled import assembled
 from .language_config import implied_copies, is_language_class
 from .layered import check_layers_agree
+from .library_load import load_by_library
+from .library_sections import is_known
 from .manifest import FILE_NAME as MANIFEST_NAME
 from .manifest import Manifest
 from .modules import dtype_of, exact_names, name_of, place, swap_linears
@@ -103,7 +105,6 @@ def load_adapter(
 def _load_whole(stored: StoredCheckpoint, dtype: str | torch.dtype | None) -> nn.Module:
     if stored.quant_method in (None, QUANT_METHOD):
         return _build(stored, dtype)
-    _refuse_other_formats(stored)
     return _load_stock(stored, dtype)
 
 
@@ -136,19 +137,18 @@ def model_class(stored: StoredCheckpoint) -> Any:
     return found
 
 
-def _refuse_other_formats(stored: StoredCheckpoint) -> None:
-    if is_transformers_class(stored.class_name):
+def _load_stock(stored: StoredCheckpoint, dtype: str | torch.dtype | None) -> nn.Module:
+    if is_transformers_class(stored.class_name) and not is_known(stored):
         raise SourceError(
             f"{stored.folder} is in {stored.quant_method} format, which compress does not write for models of"
-            " transformers",
+            " transformers of this kind",
             hint="load it with transformers and the package of that format",
         )
-
-
-def _load_stock(stored: StoredCheckpoint, dtype: str | torch.dtype | None) -> nn.Module:
     target = dtype_of(dtype or stored.dtype)
     bare = _without_memory(stored, target)
     _check_tables(stored, bare)
+    if is_known(stored):
+        return load_by_library(stored, bare, target)
     for name, tensor in dense_tensors(bare, stored.tensors):
         check_dtype(name, stored.tensors[name], tensor.dtype)
     try:

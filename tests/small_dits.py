@@ -28,7 +28,9 @@ def make_embedders_equal(tensors: dict[str, Tensor]) -> None:
 
 
 def equal_embedders(folder: Path) -> Path:
-    """Do the same to the file of a folder, which is returned."""
+    """Do the same to the file of a folder, which is returned; other models have no such embedders."""
+    if not (folder / WEIGHTS).is_file():
+        return folder
     tensors = load_file(folder / WEIGHTS)
     make_embedders_equal(tensors)
     save_file(tensors, folder / WEIGHTS)

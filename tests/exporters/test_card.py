@@ -42,11 +42,11 @@ def test_what_a_format_changes_is_listed(document, ways):
 def test_a_folder_that_nothing_could_run_is_not_called_verified(document, ways):
     document["export"] |= {
         "format": "sdnq", "loads_with": ways["sdnq"], "verified": False, "max_abs_error": None,
-        "notes": ["sdnq has a rule of its own", NOT_EXECUTED],
+        "notes": ["sdnq has a rule of its own", NOT_EXECUTED["sdnq"]],
     }  # fmt: skip
     card = render_card(document, [], RECIPE)
-    assert f"**It was not run before it was published**: {NOT_EXECUTED}." in card
-    assert card.count(NOT_EXECUTED) == 1
+    assert f"**It was not run before it was published**: {NOT_EXECUTED['sdnq']}." in card
+    assert card.count(NOT_EXECUTED["sdnq"]) == 1
     assert "reopened" not in card
     assert "The verification failed" not in card
     assert "import sdnq\n" in card
