@@ -34,8 +34,14 @@ def _title(subject: Subject) -> Iterator[str]:
     yield from (f"# {subject.name}", "")
     millions = f"{model['parameters'] / 1e6:.4g} M parameters"
     yield f"{code(subject.source)} ({model['class']}, {millions}), compressed"
-    yield f"with {methods}. The weights take {size(subject.size_bytes)} instead of {size(model['bytes'])}:"
-    yield from (f"**{share:.3f}** of the original.", "")
+    if subject.is_adapter:
+        yield f"with {methods}. An adapter of {size(subject.export['bytes'])}, loaded onto the original,"
+        yield "whose weights stay as they are."
+    else:
+        taken, before = size(subject.size_bytes), size(model["bytes"])
+        yield f"with {methods}. The weights take {taken} instead of {before}:"
+        yield f"**{share:.3f}** of the original."
+    yield from (*_cache(subject), "")
     if subject.label:
         if subject.mixed_label:
             yield f"**{subject.mixed_label} on average, mixed**: layers have bits of their own, and this is"
@@ -49,6 +55,15 @@ def _title(subject: Subject) -> Iterator[str]:
         if subject.mixed_label is None:
             yield from exceptions(subject.linears, subject.label)
             yield ""
+
+
+def _cache(subject: Subject) -> Iterator[str]:
+    """Say how much smaller the key-value cache is, where it was compressed."""
+    found = subject.metrics.get("kv_bytes_ratio", 1)
+    if found != 1:
+        after = subject.metrics["kv_bytes_per_token"]
+        yield f"Its key-value cache takes {size(after)} per token instead of {size(after / found)}:"
+        yield f"**{found:.3f}** of the original's."
 
 
 def render_card(

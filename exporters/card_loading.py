@@ -22,7 +22,7 @@ def loading(subject: Subject) -> Iterator[str]:
     export = subject.export
     yield from ("## Load it", "")
     for way in export["loads_with"]:
-        yield from (_introduction(way, export["format"], library_of(subject.model["class"])), "")
+        yield from (_introduction(way, subject), "")
         yield from fenced("\n".join(_lines(way, subject)), "python")
     if any("compress" in way for way in export["loads_with"]):
         yield "`compress` is the toolkit that made this, in the version that stands below: install it"
@@ -33,11 +33,37 @@ def loading(subject: Subject) -> Iterator[str]:
         yield "Import `compress` before the stock class loads: without it, loading stops with an error"
         yield from (f"{what}; it never fills in random weights.", "")
     yield from _use(subject)
+    yield from _generating(export)
     yield from (_verified(export), "")
+
+
+def _generating(export: Mapping[str, Any]) -> Iterator[str]:
+    """Say which cache a loaded model uses, where one was compressed."""
+    form = export.get("kv_cache")
+    if form is not None:
+        here = "Loaded by compress," if form == "checkpoint" else "Loaded so,"
+        yield f"{here} `model.generate` uses the compressed cache by itself; with"
+        yield "`past_key_values=transformers.DynamicCache()` it uses a plain one."
+
+
+def _original(subject: Subject) -> str:
+    """Return the original of an adapter as Python arguments."""
+    revision = subject.source_revision
+    arguments = json.dumps(subject.source, ensure_ascii=False)
+    return arguments if revision is None else f"{arguments}, revision={json.dumps(revision)}"
 
 
 def _use(subject: Subject) -> Iterator[str]:
     """Say what the loaded object is, and what goes with it."""
+    if subject.is_adapter:
+        yield "The model is the original with factors beside its attentions. `compress.load` finds the"
+        yield "original by the name in `cskv.json`, or takes another place of it as `base`, and refuses a"
+        yield "model whose projections of keys and values have other hashes. The tokenizer is the original's"
+        if subject.base_model is not None:
+            yield f"(`transformers.AutoTokenizer.from_pretrained({_original(subject)})`)."
+        else:
+            yield "and lies beside that."
+        return
     if task_of(subject.model["family"]) == "classify":
         yield "This is the whole classifier. How an image is prepared for it is unchanged and lies beside it:"
         yield f"`transformers.AutoImageProcessor.from_pretrained({_arguments(subject)})`."
@@ -50,11 +76,14 @@ def _use(subject: Subject) -> Iterator[str]:
     yield f"This is the denoiser and its scheduler, not a whole pipeline: pass it on as `{part}=model`."
 
 
-def _introduction(way: str, format_: str, library: str) -> str:
+def _introduction(way: str, subject: Subject) -> str:
+    format_, library = subject.export["format"], library_of(subject.model["class"])
     if "compress.load" in way:
         return "With compress:"
     if _TRUSTING in way:
         return f"With stock {library}, which runs the code that lies beside the weights; read it first:"
+    if subject.export.get("kv_cache") == "checkpoint" and "import compress" not in way:
+        return f"With stock {library} alone, which names the factors as unexpected and keeps a plain cache:"
     return {
         "compress": "With the stock class, which `import compress` teaches the format:",
         "torchao": f"With stock {library} and torchao, without compress:",
@@ -82,6 +111,8 @@ def _arguments(subject: Subject) -> str:
     arguments = json.dumps(subject.place or subject.folder, ensure_ascii=False)
     if subject.place and subject.revision:
         arguments += f", revision={json.dumps(subject.revision)}"
+    if subject.is_adapter and subject.place and subject.is_local:  # whose folder nobody else has
+        arguments += f", base={json.dumps(f'path/to/{subject.source}', ensure_ascii=False)}"
     return arguments
 
 

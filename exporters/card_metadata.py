@@ -37,7 +37,8 @@ def metadata(subject: Subject) -> dict[str, Any]:
     values = {
         **_licence(model.get("license"), model.get("license_name")),
         "license_link": model.get("license_link"),
-        "library_name": library_of(model["class"]),
+        # Not the library of the original: it cannot open an adapter.
+        "library_name": "compress" if subject.is_adapter else library_of(model["class"]),
         "pipeline_tag": model.get("pipeline_tag") or _task(model["class"]),
         "base_model": subject.base_model,
         "base_model_relation": relation(subject) if subject.base_model else None,
@@ -73,6 +74,8 @@ def relation(subject: Subject) -> str:
     is none of these exactly; `finetune` is nearest (other weights, same task) and what the Hub takes a
     model with a base for that does not say. Rounded weights that are stored as floats are quantized.
     """
+    if subject.is_adapter:
+        return "adapter"
     for stage in subject.document["stages"]:
         settings = settings_class(stage["method"])
         if settings is not None and settings.phase == "quantize":

@@ -74,6 +74,11 @@ class Subject:
         return PurePath(self.place or self.folder).name
 
     @property
+    def is_adapter(self) -> bool:
+        """Whether it is loaded onto the original, and holds no weights of a model."""
+        return self.export.get("kv_cache") == "adapter"
+
+    @property
     def target(self) -> str:
         """The checkpoint as an argument of a command."""
         if self.place is None:
