@@ -16,7 +16,6 @@ from compress.compressors.kv_cache.factorise import (
     scaled,
     spectrum_of,
     weight_of,
-    whitened,
 )
 from compress.errors import StageError
 from torch import nn
