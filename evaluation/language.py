@@ -22,13 +22,17 @@ from ..calibration.text import text_key
 from ..calibration.tokens import sequences_of
 from ..models.base import OpenModel
 from ..progress import Progress, step, track
+from ..recipes.decoding import PasskeySettings
 from ..recipes.schema import CalibrationSettings, EvaluateSettings, FidelitySettings
 from ..runtime.hashes import digest
+from ..runtime.kv.attach import kv_scheme_of
 from .answers import add_answers, ask
 from .call_store import CallWriter
+from .decoding import ONE_PASS, add_decoding
 from .evaluator import Evaluation
 from .layers import Powers
 from .metrics import powers
+from .passkey import find, passkeys
 from .reference import CALLS, VERSION, Reference, recorded
 from .size import linear_inventory
 from .watched import compare_watched, record_watched, whole_call
@@ -120,8 +124,10 @@ class LanguageEvaluator:
 
         # Of the calibration, how the text is cut and what is left for measuring; not how it is batched.
         key = text_key(model, settings, self._seed)
-        measured = self._settings.model_dump(mode="json", exclude={"answers"})
+        measured = self._settings.model_dump(mode="json", exclude={"answers", "decoding"})
         asked = {} if self._questions is None else {"questions": self._questions.key}
+        hidden = self._hidden
+        asked |= {} if hidden is None else {"passkey": hidden.model_dump(mode="json")}
         chosen = {"version": VERSION, "settings": measured, "text": key, **asked}
         return recorded(cache, digest(chosen), record, fresh=fresh)
 
@@ -140,14 +146,28 @@ class LanguageEvaluator:
             return result
         with step(progress, "fidelity on the same text"):
             self._compare_logits(model, self._settings.fidelity, reference, result, progress)
+        if kv_scheme_of(model.module) is not None:
+            result.details["text"]["note"] = ONE_PASS
+        if self._settings.decoding is not None:
+            add_decoding(model, self._settings.decoding, reference, self._seed, result, progress)
         if self._settings.layers:
             with step(progress, "error per layer"):
                 result.details["layers"] = compare_watched(model, reference)
         return result
 
+    @property
+    def _hidden(self) -> PasskeySettings | None:
+        """How numbers are hidden in long texts; None: none are."""
+        decoding = self._settings.decoding
+        return None if decoding is None else decoding.passkey
+
     def _record(self, model: OpenModel, folder: Path, progress: Progress) -> dict[str, Any]:
-        settings = self._settings.fidelity
-        asked = {} if self._questions is None else {"answers": ask(model, self._questions, progress)}
+        settings, hidden = self._settings.fidelity, self._hidden
+        asked: dict[str, Any] = {}
+        if self._questions is not None:
+            asked["answers"] = ask(model, self._questions, progress)
+        if hidden is not None:
+            asked["passkey"] = find(model, passkeys(model, hidden, self._seed), progress)
         if settings is None:
             return {"prefix": 0, **asked}
         sequences = sequences_of(model, self._calibration, self._seed)

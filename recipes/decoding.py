@@ -12,7 +12,7 @@ MOST_ANSWER = 16
 """Tokens of an answer to a hidden number: room for its digits and what a model puts before them."""
 _USUAL_PROMPT = 32
 
-PromptTokens = Annotated[int, Field(ge=128, le=2**22)]
+PromptTokens = Annotated[int, Field(ge=64, le=2**22)]
 
 
 class PasskeySettings(BaseModel):
