@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..exporters.tensors_seen import compared_tensors
-from . import _allocation, _experts, _pruning
+from . import _allocation, _experts, _kv, _pruning
 from ._tables import Section, Table
 from ._units import amount, duration, plain, size
 
@@ -18,7 +18,7 @@ _SIZES = (
     ("macs", "multiply-accumulates", amount),
     ("bytes", "bytes", size),
     ("bits_per_weight", "bits per weight", plain),
-    ("kv_bytes_per_token", "KV bytes per token", size),
+    ("kv_bytes_per_token", "KV cache, bytes per token", size),
 )
 
 
@@ -82,6 +82,7 @@ def report(document: Document) -> list[Section]:
         sections += [line for stage in stages for line in _allocation.lines(stage)]
         sections += _experts.sections(document)
         sections += _pruning.sections(document)
+        sections += _kv.sections(document)
         sections += _pruning.advice(document)
         sections.append(before_after(stages[0]["before"], stages[-1]["after"]))
     for single in single_reports(document):
@@ -100,6 +101,7 @@ def judgement(document: Document) -> list[Section]:
     return [
         *metrics(document["evaluation"].get("metrics", {})),
         *_experts.answered(document["evaluation"]),
+        *_kv.decoded(document["evaluation"]),
         *gates(document["gates"]),
         f"{export['path']}  ({export['format']}, {size(export['bytes'])}; {seen})",
         *pushed(export.get("push")),

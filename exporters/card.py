@@ -15,6 +15,7 @@ from ..runtime.hashes import file_sha256
 from .card_allocation import allocation
 from .card_experts import experts
 from .card_figures import gates, measured
+from .card_kv import compressed_cache
 from .card_layers import export_notes, layers, limits
 from .card_loading import loading
 from .card_metadata import front_matter, metadata
@@ -94,6 +95,7 @@ def render_card(
         gates(subject),
         experts(subject),
         pruning(subject),
+        compressed_cache(subject),
         allocation(subject),
         layers(subject),
         limits(subject),

@@ -27,6 +27,9 @@ _CAPTIONS = {
     "widths.png": "Width of every layer before and after pruning.",
     "scores.png": "Scores of the channels that competed with each other: kept and removed."
     " A head goes as a whole.",
+    "kv_singular_values.png": "Singular values of every layer's keys and values on the calibration text."
+    " Those up to the mark are kept.",
+    "decoding.png": "Mean loss of a decoded token by its distance from the prompt.",
     "training_loss.png": "Loss of the training after pruning.",
 }
 _COUNTED = ("blocks.png", "experts.png")  # whose places are those of the model before
@@ -105,13 +108,29 @@ def _rows(subject: Subject) -> list[tuple[str, str, str]]:
     rows += _classifier_rows(metrics)
     if "perplexity" in metrics:
         before, after = f"{metrics['perplexity_original']:.4f}", f"{metrics['perplexity']:.4f}"
-        rows.append(("perplexity on text that was not calibrated on", before, after))
+        # Beside a compressed cache this says what happened to the weights, and nothing of the cache.
+        one_pass = ", read in one pass" if "note" in subject.document["evaluation"].get("text", {}) else ""
+        rows.append((f"perplexity on text that was not calibrated on{one_pass}", before, after))
         rows.append(("divergence of the next token's distribution, nats", "0", f"{metrics['kl']:.5f}"))
+    rows += _cache_rows(metrics)
     rows += _answer_rows(subject.document["evaluation"])
     if "class_agreement" in metrics:
         before, after = f"{metrics['class_agreement_original']:.1%}", f"{metrics['class_agreement']:.1%}"
         rows.append(("class agreement", before, after))
         rows.append(("feature FID", f"{metrics['fid_original']:.3f}", f"{metrics['fid']:.3f}"))
+    return rows
+
+
+def _cache_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return what a key-value cache takes where it was compressed, and how the model decodes with it."""
+    rows = []
+    if metrics.get("kv_bytes_ratio", 1) != 1:
+        after = metrics["kv_bytes_per_token"]
+        before = f"{after / metrics['kv_bytes_ratio']:,.0f}"
+        rows.append(("KV cache, bytes per token", before, f"{after:,.7g} ({metrics['kv_bytes_ratio']:.1%})"))
+    if "decode_perplexity" in metrics:
+        before, after = (f"{metrics[f'decode_perplexity{name}']:.4f}" for name in ("_original", ""))
+        rows.append(("perplexity of the same text, token by token through the cache", before, after))
     return rows
 
 
@@ -160,6 +179,7 @@ def _notes(details: Mapping[str, Any]) -> Iterator[str]:
             f"- Fidelity: {text['samples']} sequences of {text['length']} tokens of the recipe's text, chosen"
             f" with seed {text['seed']}, none of them calibrated on; {text['tokens']:,} tokens are scored."
             " Each sequence is read by itself: the perplexities compare within this table only."
+            + (f" {sentence(text['note'])}" if "note" in text else "")
         )
     if fidelity:
         yield (

@@ -1,0 +1,123 @@
+"""What a compressed key-value cache comes to, in pieces for all who show it. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from .experts_table import spans
+
+Document = Mapping[str, Any]
+
+KEY = "kv_cache"
+_INITS = {
+    "whiten": "closed-form optimum on the calibration text (whitened SVD)",
+    "asvd": "SVD scaled by the inputs' magnitudes (ASVD)",
+    "svd": "SVD of the weights",
+    "random": "random numbers",
+}
+
+
+def kv_stages(document: Document) -> list[Document]:
+    """Return the stages that compressed the cache, in order."""
+    return [stage for stage in document.get("stages", ()) if _tells(stage.get("details") or {})]
+
+
+def _tells(details: Document) -> bool:
+    # A manifest is anybody's, and other methods may have details of this name.
+    found = details.get(KEY)
+    return isinstance(found, Mapping) and isinstance(found.get("bytes_per_token"), Mapping)
+
+
+def cache_of(stage: Document) -> Document:
+    """Return what a stage of `kv_stages` tells."""
+    found: Document = stage["details"][KEY]
+    return found
+
+
+def ranks_told(layers: Sequence[Document]) -> str:
+    """Say what is kept: "keys at rank 6-8 and values at rank 10 of 32, in 5 layers".
+
+    Args:
+        layers: rows with `width`, `rank_k` and `rank_v`; at least one.
+    """
+    keys, values, widths = (_some({row[key] for row in layers}) for key in ("rank_k", "rank_v", "width"))
+    where = f"in {len(layers)} layers" if len(layers) > 1 else "in 1 layer"
+    return f"keys at rank {keys} and values at rank {values} of {widths}, {where}"
+
+
+def _some(numbers: set[int]) -> str:
+    """Write a few different numbers; of many the first and the last."""
+    rising = sorted(numbers)
+    return spans(rising) if len(rising) <= 4 else f"{rising[0]} to {rising[-1]}"
+
+
+def stored_told(cache: Document) -> str:
+    """Say how the cache keeps tokens: "window of 32 tokens (sliding), packed to 4 bits"."""
+    window = f"window of {cache['window']} tokens ({cache['mode']})" if cache["window"] else "no window"
+    bits = cache.get("bits")
+    return f"{window}, {f'packed to {bits} bits' if bits else 'in floating point'}"
+
+
+def init_told(cache: Document) -> str:
+    """Say where the factors come from, and whether they were trained."""
+    begun = _INITS.get(cache["init"], str(cache["init"]))
+    trained = cache.get("training")
+    return f"{begun}, then trained for {trained['steps']:,} steps" if trained else begun
+
+
+def removed_told(cache: Document) -> str:
+    """Say which share of the channels went, of keys and of values; ranks are whole numbers."""
+    removed = cache["removed"]
+    return f"{removed['k']:.2%} of the channels of keys and {removed['v']:.2%} of those of values"
+
+
+def layer_rows(layers: Sequence[Document]) -> list[tuple[str, str, str, str, str]]:
+    """Return (layer, rank of its keys, discarded share, rank of its values, discarded share)."""
+    return [
+        (
+            row["name"],
+            f"{row['rank_k']} of {row['width']}", share(row["discarded_k"]),
+            f"{row['rank_v']} of {row['width']}", share(row["discarded_v"]),
+        )
+        for row in layers
+    ]  # fmt: skip
+
+
+LAYER_HEADER = ("attention", "rank of keys", "discarded", "rank of values", "discarded")
+
+
+def share(value: float | None) -> str:
+    """Write a share of the variance, small ones as well; empty where it was not measured."""
+    return "" if value is None else f"{value:.2%}" if value >= 1e-4 or value == 0 else f"{value:.0e}"
+
+
+def skipped_told(cache: Document) -> list[tuple[str, list[str]]]:
+    """Return (reason, attentions) of the layers that keep a plain cache."""
+    found: dict[str, list[str]] = {}
+    for row in cache.get("skipped") or ():
+        found.setdefault(row["why"], []).append(row["name"])
+    return list(found.items())
+
+
+def decoding_of(document: Document) -> Document | None:
+    """Return what was measured token by token, or None."""
+    found = document["evaluation"].get("decoding")
+    return found if found and "by_distance" in found else None
+
+
+def passkey_rows(decoding: Document) -> Iterator[tuple[int, int, int, int | None]]:
+    """Yield (tokens, texts, found by the original, found by the result or None) of every length."""
+    found = decoding.get("passkey") or {}
+    after = {row["length"]: row["found"] for row in found.get("compressed") or ()}
+    for row in found.get("original") or ():
+        yield row["length"], row["samples"], row["found"], after.get(row["length"])
+
+
+def operations(count: float) -> str:
+    """Write a count of floating-point operations: "13.7 TFLOP"."""
+    for unit in ("", "k", "M", "G", "T"):
+        if count < 1000:
+            return f"{count:.3g} {unit}FLOP"
+        count /= 1000
+    return f"{count:.3g} PFLOP"
