@@ -8,7 +8,7 @@ from compress.recipes.decoding import DecodingSettings
 from compress.recipes.loader import load_recipe
 
 CSKV = {"cskv": {"removed": {"k": 0.5, "v": 0.5}}}
-RTN = {"rtn": {"bits": 4}}
+RTN = {"rtn": {}}
 
 
 def loaded(stage, **keys):
