@@ -34,7 +34,7 @@ def kv_bytes_per_token(
     if width is None or scheme is None:
         return None if width is None else float(width * item_bytes)
     full = width * item_bytes
-    return full - full_bytes_per_token(scheme, item_bytes) + bytes_per_token(scheme, item_bytes)
+    return float(full - full_bytes_per_token(scheme, item_bytes) + bytes_per_token(scheme, item_bytes))
 
 
 def _cached_width(config: Mapping[str, Any]) -> int | None:
