@@ -19,12 +19,14 @@ from .encoders import check_encoders
 from .fetch import fetch
 from .kv.adapter import StoredAdapter, base_folder, check_sizes, is_adapter, open_adapter
 from .kv.assembled import assembled
+from .kv.saving import SaveWithManifest
 from .language_config import implied_copies, is_language_class
 from .layered import check_layers_agree
 from .library_load import load_by_library
 from .library_sections import is_known
 from .manifest import FILE_NAME as MANIFEST_NAME
 from .manifest import Manifest
+from .mapped_routing import is_mapped
 from .modules import dtype_of, exact_names, name_of, place, swap_linears
 from .moe_names import stored_shapes
 from .moe_tensors import place_stored
@@ -58,7 +60,9 @@ def load(
             the one that the adapter names. Either must have the projections that it was made for.
 
     Returns:
-        The stock module in evaluation mode. Where its cache is compressed, `generate` uses that cache.
+        The stock module in evaluation mode. Where its cache is compressed, `generate` uses that cache;
+        the library's own loader, with this package or without it, gives such a model a plain cache, unless it
+        has quantized layers as well.
 
     Raises:
         SourceError: anything in the folder is missing, damaged or contradicts the rest, or the base of an
@@ -284,6 +288,8 @@ def _build(stored: StoredCheckpoint, dtype: str | torch.dtype | None) -> nn.Modu
         _attach_generation(module, stored)
     if stored.quant_method == QUANT_METHOD:
         _attach(module, stored.manifest, name_of(target))
+    elif stored.manifest.kv_cache is not None and not is_mapped(stored.config):
+        module.save_pretrained = SaveWithManifest(module, stored.manifest)
     return module.eval()
 
 

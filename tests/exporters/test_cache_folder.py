@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import compress
 import pytest
 import torch
 import transformers
-from compress.errors import SourceError
+from compress.errors import SourceError, UsageError
 from compress.exporters.folder_comparison import compare_folders
 from compress.exporters.formats import as_shipped, predict_bytes, write
 from compress.exporters.fresh_process import verify_export
@@ -81,6 +82,22 @@ def test_saved_again_it_has_its_cache_again(export, tmp_path):
         loaded.save_pretrained(tmp_path / "other")
 
 
+def test_a_dense_model_is_saved_with_its_manifest(export, tmp_path):
+    model, out = export()
+    loaded = compress.load(out)
+    copy.deepcopy(loaded).save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
+    again = compress.load(tmp_path / "again")
+    assert torch.equal(decoded(again), decoded(model.module))
+    with pytest.raises(UsageError, match="push_to_hub"):
+        loaded.save_pretrained(tmp_path / "pushed", push_to_hub=True)
+    changed = copy.deepcopy(loaded)
+    changed.get_submodule("model.layers.0.self_attn").cskv.k_b.weight.data = torch.zeros(32, 9)
+    with pytest.raises(SourceError, match=f"{FACTOR} is not what was loaded"):
+        changed.save_pretrained(tmp_path / "other")
+    loaded.save_pretrained(tmp_path / "third")  # the one that was loaded is as it was
+
+
 def test_config_and_manifest_must_agree_about_the_cache(export):
     _, out = export(quantized=True)
     config = json.loads((out / "config.json").read_text())
@@ -112,6 +129,8 @@ def test_rounded_to_floats_the_cache_stays_compressed(export):
     shipped = as_shipped(model, "dequantized")
     assert shipped.kv_cache == model.kv_cache == kv_scheme_of(shipped.module)
     assert torch.equal(decoded(compress.load(out)), decoded(shipped.module))
+    ids, options = torch.arange(12)[None], {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(shipped.module.generate(ids, **options), compress.load(out).generate(ids, **options))
     _, info = _from_pretrained(out, output_loading_info=True)
     assert set(info["unexpected_keys"]) == set(factor_tensors(model.kv_cache))
 
