@@ -40,9 +40,10 @@ def put_kv_cache(module: nn.Module, scheme: KvCacheScheme) -> None:
         raise PlanError(
             "the model has a compressed cache already", hint="remove_kv_cache(model) takes it away"
         )
-    reason = unsupported({**module.config.to_dict(), "_class_name": type(module).__name__})
+    class_name = _stock_class(module)
+    reason = unsupported({**module.config.to_dict(), "_class_name": class_name})
     if reason is not None:
-        raise PlanError(f"{type(module).__name__}: {reason}")
+        raise PlanError(f"{class_name}: {reason}")
     attentions = {name: _checked(module, name, layer) for name, layer in scheme.layers.items()}
     for name, attention in attentions.items():
         factors = Factors(scheme.layers[name], _dtype(module, attention), _device(attention))
@@ -94,8 +95,9 @@ def new_cache(module: nn.Module) -> CskvCache:
 
 def _stage(attention: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     """Compress the input of an attention that is about to use a compressed cache."""
-    cache = keywords.get("past_key_values")
-    if isinstance(cache, CskvCache):
+    given = (*arguments, *keywords.values())
+    cache = next((value for value in given if isinstance(value, CskvCache)), None)
+    if cache is not None:
         x = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
         cache.stage(attention, x, keywords.get("position_ids"))
 
@@ -144,6 +146,12 @@ def _check_generation(generation_config: Any, mode: Any) -> None:
             "assisted decoding takes tokens back, which a compressed cache cannot",
             hint=f"leave the assistant out; or {_STOCK}",
         )
+
+
+def _stock_class(module: nn.Module) -> str:
+    """Name of the class of transformers that a model is, or that its class derives from."""
+    kinds = (kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] == "transformers")
+    return next(kinds, type(module)).__name__
 
 
 def _checked(module: nn.Module, name: str, layer: KvLayer) -> nn.Module:

@@ -63,8 +63,8 @@ class KvCacheScheme(_Strict):
         mode: `sliding`: every token is compressed at once, and the last `window` are kept exactly, too;
             `block`: whole blocks of `window` tokens lie compressed alone, those after them exactly as well.
         bits: of a stored number; None: the model's floating-point type.
-        key_group: consecutive tokens of a channel that share a scale where the cache is quantized. The
-            tokens after the last whole group are not quantized.
+        key_group: consecutive tokens of a channel that share a scale where the cache is quantized; in mode
+            `block` the window. The tokens after the last whole group are not quantized.
     """
 
     layers: dict[ModuleName, KvLayer] = Field(min_length=1, max_length=2**12)
@@ -77,6 +77,10 @@ class KvCacheScheme(_Strict):
     def _blocks(self) -> KvCacheScheme:
         if self.mode == "block" and self.window == 0:
             raise ValueError("mode block needs a window of at least one token")
+        if self.mode == "block" and self.bits is not None and self.key_group != self.window:
+            raise ValueError(
+                f"mode block rounds whole windows: key_group is {self.key_group}, not {self.window}"
+            )
         return self
 
 

@@ -379,6 +379,33 @@ def test_ranks_outside_the_width_are_refused(original, sizes):
         type(layer).model_validate({**layer.model_dump(), **sizes})
 
 
+def test_blocks_are_rounded_as_a_whole(original):
+    with pytest.raises(ValidationError, match="key_group is 8, not 16"):
+        scheme_for(original, mode="block", window=16, key_group=8, bits=4)
+    assert scheme_for(original, mode="block", window=16, key_group=8).key_group == 8, "it plays no part"
+    with pytest.raises(ValidationError, match="at least one token"):
+        scheme_for(original, mode="block", window=0)
+
+
+def test_an_attention_that_is_called_with_its_input_by_place(lossy):
+    cache, attention = new_cache(lossy), lossy.model.layers[0].self_attn
+    x, ids = torch.randn(1, 5, 64), torch.arange(5)[None]
+    with torch.no_grad():
+        angles = lossy.model.rotary_emb(x, ids)
+        attention(x, angles, None, cache, position_ids=ids)
+        attention(hidden_states=x, position_embeddings=angles, past_key_values=cache, position_ids=ids)
+    assert cache.layers[0].get_seq_length() == 10
+
+
+def test_a_class_of_ones_own_counts_as_the_stock_class(original):
+    class Mine(LlamaForCausalLM):
+        pass
+
+    module = Mine(original.config)
+    put_kv_cache(module, scheme_for(original))
+    assert isinstance(new_cache(module), CskvCache)
+
+
 def test_a_negative_window_is_refused(original):
     with pytest.raises(ValidationError, match="window"):
         scheme_for(original, window=-1)

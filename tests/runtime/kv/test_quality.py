@@ -86,8 +86,8 @@ def _nll(module, text, cache=None):
 
 
 def test_a_window_and_packed_integers_cost_little(original, moments, text):
-    """Window 32 at 81 % of the cache removed: within 0.15 nat; 4 bits at rank 16: within 0.01 nat of floats."""
-    text = text[:24]
+    """Window 32 with 81 % removed: within 0.15 nat; 4 bits at rank 16: within 0.01 nat of floats."""
+    text = text[:24, :100]
     base = _nll(original, text, DynamicCache())
     assert base < _nll(_whitened(original, moments, 6, 6, window=32), text) < base + 0.15
     floats = _nll(_whitened(original, moments, 16, 16, window=32), text)
@@ -102,7 +102,10 @@ def test_likelihood_by_rank_and_by_window(original, moments, text):
     ranks = [_nll(_whitened(original, moments, r, r, window=0), text) for r in (2, 6, 12, 16, 24, 32)]
     windows = [_nll(_whitened(original, moments, 6, 6, window=m), text) for m in (0, 2, 8, 32, 128)]
     splits = [_nll(_whitened(original, moments, k, 32 - k, window=0), text) for k in (12, 16, 24)]
-    print(ranks, windows, splits)
     assert all(later <= earlier + 0.01 for earlier, later in zip(ranks, ranks[1:], strict=False))
     assert all(later <= earlier + 0.01 for earlier, later in zip(windows, windows[1:], strict=False))
     assert splits[0] < splits[1] < splits[2]
+    # Measured by another implementation, on another text of the same model.
+    assert ranks == pytest.approx([3.90, 2.79, 1.72, 1.45, 1.30, 1.26], abs=0.1)
+    assert windows == pytest.approx([2.79, 1.62, 1.44, 1.34, 1.27], abs=0.1)
+    assert splits == pytest.approx([1.393, 1.445, 2.137], abs=0.1)
