@@ -92,7 +92,7 @@ def measure(
     key = _key(model, weights, calls.key, targets, [settings, str(dtype)])
     path = path / f"sensitivity-{key[:32]}.jsonl" if path.is_dir() else path
     about = {"calls": calls.key, "rows": len(places), "threads": threads}
-    plan = Plan(calls, tuple(dict.fromkeys(place[1] for place in places)), quantizer, dtype, kept_limit_bytes)
+    plan = Plan(calls, _layers(targets), quantizer, dtype, kept_limit_bytes)
     team = None if workers == 1 or opener is None else Team(opener, weights, workers, threads)
     with appending(path, key, about, replace=replace) as (table, append):
         done = _resumed(path, table, places, threads, progress)
@@ -158,7 +158,10 @@ def _key(
 
     The weights count as they are in memory, whatever stages have done to them before.
     """
-    listed = [asdict(target) for target in targets]
+    listed = [
+        {key: value for key, value in asdict(target).items() if key != "together" or value}
+        for target in targets
+    ]
     content = {"sensitivity": VERSION, "weights": weights, "calls": calls, "targets": listed}
     return content_key(model, {**content, "quantizer": list(quantizer)})
 
@@ -169,6 +172,10 @@ def _threads_of_each(workers: int, threads: int | None, opener: Callable[[], Ope
     if workers > 1 and opener is None:
         raise ValueError("several workers need an opener")
     return threads or max(1, torch.get_num_threads() // workers)
+
+
+def _layers(targets: Sequence[Target]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(layer for target in targets for layer in target.layers))
 
 
 def _places(targets: Sequence[Target]) -> list[Place]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,11 +48,19 @@ class Target:
         layer: dotted name of an `nn.Linear` or `nn.Conv2d`.
         candidates: to try, one after the other.
         metric: `sqnr_db` for quality, `ssim` for content.
+        together: names of layers that take every candidate together, the layer's own among them; empty: it
+            alone.
     """
 
     layer: str
     candidates: tuple[Candidate, ...]
     metric: Metric = "sqnr_db"
+    together: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers that compute as if quantized while one candidate is measured."""
+        return self.together or (self.layer,)
 
 
 Layer = nn.Linear | nn.Conv2d
@@ -145,7 +153,7 @@ class Probe:
         for target in targets:
             for candidate in target.candidates:
                 if (candidate.kind, target.layer, candidate.label) not in done:
-                    entry = self.runner.entries[target.layer]
+                    entry = min(self.runner.entries[layer] for layer in target.layers)
                     by_entry.setdefault(entry, []).append((target, candidate))
         most = max(1, -(-sum(map(len, by_entry.values())) // parts))
         return [
@@ -199,8 +207,11 @@ class Probe:
         kept: Sequence[Kept],
     ) -> None:
         start = time.perf_counter()
-        layer = self._layers[target.layer]
-        with _restored(target.layer, layer), self._quantizer(target.layer, layer, candidate):
+        with ExitStack() as stack:
+            for name in target.layers:
+                layer = self._layers[name]
+                stack.enter_context(_restored(name, layer))
+                stack.enter_context(self._quantizer(name, layer, candidate))
             for index, item in zip(indices, kept, strict=True):
                 output = self.runner.run(self._calls[index], item)
                 if not torch.isfinite(output).all():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StageError
+from ..runtime.moe_names import expert_linear
 
 Call = Mapping[str, Any]
 """Keyword arguments of one forward, on the model's device."""
@@ -156,13 +157,27 @@ class SuffixRunner:
                 layer = _layer(self.module, name)
                 stack.callback(layer.register_forward_pre_hook(before_layer(name)).remove)
             reference: Tensor = self.module(**call, return_dict=False)[0]
+        self._enter(reached)
+        return reference, not nested and started == list(range(len(self.blocks)))
+
+    def _enter(self, reached: Mapping[str, int]) -> None:
+        """Set the entries from the blocks in which layers were reached."""
         tied = _tied(self.module, list(self.entries))
         for name in self.entries:
-            if name not in reached:
+            if name not in reached and expert_linear(name) is None:
                 raise StageError(f"{name}: no recorded call reaches this layer")
+            # Of an expert that no token of this call meets, the block is known all the same.
+            block = reached[name] if name in reached else self._block_of(name)
             # Somebody else may read the same weight, anywhere.
-            self.entries[name] = 0 if name in tied else reached[name]
-        return reference, not nested and started == list(range(len(self.blocks)))
+            self.entries[name] = 0 if name in tied else block
+
+    def _block_of(self, name: str) -> int:
+        """Return the index of the block that a layer is inside of."""
+        layer = _layer(self.module, name)
+        inside = (
+            index for index, block in enumerate(self.blocks) if any(m is layer for m in block.modules())
+        )
+        return next(inside, len(self.blocks))
 
     def _find_mode(self, call: Call, reference: Tensor) -> Mode:
         """Return the least that has to be kept so that every entry gives the same output, bit by bit."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import StageError
 from ..runtime.conv import QuantizedConv2d
 from ..runtime.manifest import KernelScheme
+from ..runtime.moe_names import expert_linear
 from ..runtime.windows import area, kernel_of, output_size, padded, parts, windows
 
 WINDOW_ELEMENTS = 2**22
@@ -24,7 +25,8 @@ def views(name: str, layer: nn.Module, x: Tensor, timesteps: Tensor) -> Iterator
 
     A linear layer's come all at once. Those of a convolution are its windows, [items, positions,
     in * height * width] in the order of the stored weight; they come in parts, all of them over one
-    call, each once: what is added up or sampled over rows is right, and memory stays bounded.
+    call, each once: what is added up or sampled over rows is right, and memory stays bounded. An expert's
+    come as if of one item: which tokens of which it meets differs from call to call.
 
     Args:
         name: of the layer, for errors.
@@ -36,6 +38,9 @@ def views(name: str, layer: nn.Module, x: Tensor, timesteps: Tensor) -> Iterator
         StageError: a convolution that is no matrix product of windows.
     """
     if not isinstance(layer, nn.Conv2d | QuantizedConv2d):
+        if expert_linear(name) is not None:  # the tokens that meet an expert, of all items together
+            yield x[None], timesteps[:1]
+            return
         # Rows are grouped by sample wherever a layer flattens them, so this is exact.
         yield x.reshape(len(timesteps), -1, x.shape[-1]), timesteps
         return

@@ -4,7 +4,8 @@ A block's figure is about what it *adds* to the residual stream; the stream itse
 of another shape behind than before (of a U-Net) has no such stream: its figure is about its output.
 A linear's figure is the error of its output inside its block (so that of `attention.out` contains
 the errors of q, k and v). The value projection is left out, and so is whatever else a channel scale may
-be folded into: that changes its output, but not what comes of it.
+be folded into: that changes its output, but not what comes of it. So are experts: the original has no linear
+of them, and their tokens may be others; the figure of their block tells of them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..models.base import OpenModel
+from ..runtime.moe_names import expert_linear
 from .metrics import decibels, powers
 
 STREAMS = ("hidden_states", "encoder_hidden_states", "features", "skip")
@@ -103,9 +105,10 @@ def _watched(model: OpenModel, tap: _Tap) -> Iterator[None]:
                 block.register_forward_pre_hook(_block_pre_hook(name, block, tap), with_kwargs=True)
             )
             handles.append(block.register_forward_hook(_output_hook(name, tap.block_output)))
-        absorbing = {name for fold in model.family.folds(model.module) for name in fold.producers}
+        passed_over = {name for fold in model.family.folds(model.module) for name in fold.producers}
+        passed_over |= {site.name for site in model.linears() if expert_linear(site.name)}
         for site in model.linears():
-            if site.block is not None and site.role in ROLES and site.name not in absorbing:
+            if site.block is not None and site.role in ROLES and site.name not in passed_over:
                 hook = _output_hook(site.name, tap.linear_output)
                 handles.append(model.module.get_submodule(site.name).register_forward_hook(hook))
         yield

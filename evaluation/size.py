@@ -43,7 +43,7 @@ def linear_inventory(model: OpenModel) -> list[dict[str, Any]]:
     ``copy_of`` names the linear whose weight this one shares, None for all others: averages over what is
     stored leave copies out.
     """
-    shared, dense = model.shared, model.dense().tensors
+    shared, dense = model.shared, model.dense().split().tensors
     rows = []
     for site in model.linears():
         module = model.module.get_submodule(site.name)

@@ -105,7 +105,8 @@ def linear_tensors(name: str, scheme: QuantizedModule, dtype: torch.dtype) -> li
 
 def in_memory(model: OpenModel) -> nn.Module:
     """Return the module that the exported folder must reproduce bit for bit."""
-    return replaced(model.module, lambda name, layer: _weight(layer, model.spec.dtype))
+    module = replaced(model.module, lambda name, layer: _weight(layer, model.spec.dtype))
+    return model.family.fuse(module)
 
 
 def as_shipped(model: OpenModel) -> OpenModel:

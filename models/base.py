@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -199,6 +199,36 @@ class Family(ABC):
         """Patterns of linears that quantizers leave in floating point unless told otherwise."""
         return ()
 
+    def split(self, module: nn.Module) -> nn.Module:
+        """Give every matrix of what the stock class fuses a linear of its own, in place; most fuse nothing.
+
+        Quantizers do this first. What is fused for good stays so; see `beside_linears`.
+
+        Returns:
+            `module`.
+        """
+        return module
+
+    def fuse(self, module: nn.Module) -> nn.Module:
+        """Undo `split`, in place, where none of the linears that came of it is quantized; return `module`."""
+        return module
+
+    def split_tensors(
+        self, config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
+    ) -> dict[str, TensorSpec]:
+        """Return the tensors that a module of these has after `split`."""
+        return dict(tensors)
+
+    def fused_tensors(
+        self, tensors: Mapping[str, TensorSpec], quantized: Collection[str]
+    ) -> dict[str, TensorSpec]:
+        """Return the tensors that a split module has after `fuse`, with these layers quantized."""
+        return dict(tensors)
+
+    def beside_linears(self, module: nn.Module) -> list[str]:
+        """Say which large tensors belong to no linear, and stay as they are whoever quantizes; for a plan."""
+        return []
+
     def active_parameters(self, config: Mapping[str, Any]) -> int | None:
         """Count the parameters that one token meets; None where it meets all of them."""
         return None
@@ -349,6 +379,10 @@ class ModelSpec:
             raise ValueError("the cache is compressed already")
         factors = {name: TensorSpec(shape, self.dtype) for name, shape in factor_tensors(scheme).items()}
         return replace(self, kv_cache=scheme, tensors={**self.tensors, **factors})
+
+    def split(self) -> ModelSpec:
+        """Return the spec with a linear for every matrix that can have one, as `Family.split` does it."""
+        return replace(self, tensors=self.family.split_tensors(self.config, self.tensors))
 
     def size(self) -> Size:
         """Return the size that a checkpoint of this spec has."""

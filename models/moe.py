@@ -7,16 +7,21 @@ which the feed-forward network of most layers, or of all, is a mixture of expert
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import nn
 
+from ..runtime.linear_experts import fuse_experts, split_experts, why_fused
 from ..runtime.moe_classes import MOE_CLASSES
 from ..runtime.moe_config import HeadsShape, LatentShape, MoeShape, moe_shape
-from .base import AS_CONFIGURED, FoldGroup, LinearSite, Role, Shapes
+from ..runtime.moe_names import expert_linear
+from .base import AS_CONFIGURED, FoldGroup, LinearSite, Role, Shapes, TensorSpec
 from .llm import REFERENCE_TOKENS, LanguageFamily
+from .mixtures import mixtures
+from .moe_folds import moe_folds
 from .moe_shapes import active_parameters
+from .split_experts import fused_tensors, split_tensors
 from .transformer import linear_shapes, product_macs
 
 _ROLES: Sequence[tuple[str, Role]] = (
@@ -29,6 +34,9 @@ _ROLES: Sequence[tuple[str, Role]] = (
     ("self_attn.v_proj", "attention.v"),
     ("self_attn.o_proj", "attention.out"),
     ("mlp.router", "router"),
+    (r"mlp.experts.\d+.gate_proj", "ff.gate"),
+    (r"mlp.experts.\d+.up_proj", "ff.in"),
+    (r"mlp.experts.\d+.down_proj", "ff.out"),
     ("mlp.gate_proj", "ff.gate"),
     ("mlp.up_proj", "ff.in"),
     ("mlp.down_proj", "ff.out"),
@@ -40,10 +48,11 @@ _ROLES: Sequence[tuple[str, Role]] = (
 """Regular expression of a linear's name in a decoder layer -> role, in the order of a forward."""
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _HEAD = "lm_head"
+_EXPERTS = next(rank for rank, (ending, _) in enumerate(_ROLES) if ".experts." in ending)
 
 
 class MoeFamily(LanguageFamily):
-    """Adapter. The reference input is that of `llm`; experts are no linears of their own, they are fused."""
+    """Adapter. The reference input is that of `llm`. Experts are no linears of their own until `split`."""
 
     name = "moe"
     class_names = tuple(MOE_CLASSES)
@@ -55,14 +64,18 @@ class MoeFamily(LanguageFamily):
         Raises:
             KeyError: a linear that no role covers: the stock class has changed.
         """
-        found: list[tuple[tuple[int, int], LinearSite]] = []
+        found: list[tuple[tuple[int, int, int], LinearSite]] = []
         head: list[LinearSite] = []
         for name, shape in linear_shapes(module):
             if name == _HEAD:
                 head.append(LinearSite(name, "head", None, shape))
                 continue
             index, rank = self._place(name, module)
-            found.append(((index, rank), LinearSite(name, self.block_roles[rank][1], index, shape)))
+            expert = expert_linear(name)
+            role = self.block_roles[rank][1]
+            # Of one expert the modules stand in the order of a forward, which sorting keeps.
+            place = (index, rank, 0) if expert is None else (index, _EXPERTS, expert[1])
+            found.append((place, LinearSite(name, role, index, shape)))
         return [site for _, site in sorted(found, key=lambda item: item[0])] + head
 
     def _place(self, name: str, module: nn.Module) -> tuple[int, int]:
@@ -73,8 +86,44 @@ class MoeFamily(LanguageFamily):
         raise KeyError(f"{name}: no role is known for this linear of a {type(module).__name__}")
 
     def folds(self, module: nn.Module) -> list[FoldGroup]:
-        """Name none: the linears of experts, which read what the others read, are fused."""
-        return []
+        """Fold into the norms, V and the up projections, as `llm`; the router follows its norm.
+
+        Into the norm before a mixture only where its experts are linears; see `moe_folds`.
+        """
+        return moe_folds(module, self.blocks(module))
+
+    def split(self, module: nn.Module) -> nn.Module:
+        """Make linears of all experts, but for those of `why_fused`."""
+        split_experts(module)
+        return module
+
+    def fuse(self, module: nn.Module) -> nn.Module:
+        """Let experts of which no layer is quantized be what the stock class has."""
+        fuse_experts(module)
+        return module
+
+    def split_tensors(
+        self, config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
+    ) -> dict[str, TensorSpec]:
+        """Return the tensors with every expert's own in the place of the fused ones."""
+        return split_tensors(str(config["_class_name"]), tensors)
+
+    def fused_tensors(
+        self, tensors: Mapping[str, TensorSpec], quantized: Collection[str]
+    ) -> dict[str, TensorSpec]:
+        """Return the tensors with experts fused where none of their layers is quantized."""
+        return fused_tensors(tensors, quantized)
+
+    def beside_linears(self, module: nn.Module) -> list[str]:
+        """Name the routers, which are no linears in most classes, and experts that stay fused."""
+        found = mixtures(module)
+        notes = []
+        if any(not isinstance(mixture.router, nn.Linear) for mixture in found):
+            notes.append("routers stay in floating point: they decide which experts a token meets")
+        reasons = dict.fromkeys(why_fused(mixture.experts) for mixture in found)
+        for reason in filter(None, reasons):
+            notes.append(f"experts of {type(module).__name__} stay in floating point: {reason}")
+        return notes
 
     def macs(
         self, config: Mapping[str, Any], *, attention_products: bool = True, shapes: Shapes = AS_CONFIGURED

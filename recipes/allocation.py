@@ -161,6 +161,13 @@ class AllocationSettings(_Settings):
     groups: dict[Annotated[str, Field(pattern=NAME)], GroupSettings] | None = Field(
         None, description="Name -> layers and their metric; null: those of the model's family."
     )
+    experts: Literal["together", "each"] = Field(
+        "together",
+        description="Of a mixture of experts. together: the gates of all experts of a layer take one choice,"
+        " their ups another, their downs a third, and are measured so; each: every expert's layers have"
+        " choices of their own and are measured by themselves; one that no token meets counts as losing"
+        " nothing.",
+    )
     points: int = Field(12, ge=1, le=200, description="Allocations that are tried and measured, at most.")
     fixed: dict[str, AllocatedBits] = Field(
         default_factory=dict, description="Pattern of layer names -> weight bits that are not to be chosen."

@@ -44,7 +44,7 @@ class GridSettings(StageSettings):
     """The integer grids that all weight-and-activation quantizers share, bits aside."""
 
     phase: ClassVar[Phase] = "quantize"
-    families: ClassVar[frozenset[str]] = frozenset({"dit", "pixart", "sd3", "unet", "llm"})
+    families: ClassVar[frozenset[str]] = frozenset({"dit", "pixart", "sd3", "unet", "llm", "moe"})
 
     group_size: int | None = Field(
         None,

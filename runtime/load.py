@@ -24,10 +24,12 @@ from .language_config import implied_copies, is_language_class
 from .layered import check_layers_agree
 from .library_load import load_by_library
 from .library_sections import is_known
+from .linear_experts import split_experts
 from .manifest import FILE_NAME as MANIFEST_NAME
 from .manifest import Manifest
 from .mapped_routing import is_mapped
 from .modules import dtype_of, exact_names, name_of, place, swap_linears
+from .moe_classes import is_moe_class
 from .moe_names import stored_shapes
 from .moe_tensors import place_stored
 from .stored_tensors import TORCH_DTYPES, check_dtype, check_tensors, dense_tensors
@@ -193,6 +195,8 @@ def skeleton(stored: StoredCheckpoint, dtype: torch.dtype) -> nn.Module:
         module = _from_config(stored, dtype)
     apply_surgery(module, stored.manifest.surgery)
     check_layers_agree(module, stored.config, str(stored.folder / CONFIG_NAME))
+    if is_moe_class(stored.class_name):
+        split_experts(module, stored.manifest.quantization)
     swap_linears(module, stored.manifest.quantization, dtype)
     put_stored_cache(module, stored)
     return module

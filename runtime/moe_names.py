@@ -22,6 +22,9 @@ _FUSED = re.compile(r"^(?P<experts>.*\.mlp\.experts)\.(?P<leaf>gate_up_proj|down
 _PART = re.compile(
     r"^(?P<experts>.*\.mlp\.experts)\.(?P<expert>\d{1,6})\.(?P<leaf>gate_proj|up_proj|down_proj)\.weight$"
 )
+_LINEAR = re.compile(
+    r"^(?P<experts>.*\.mlp\.experts)\.(?P<expert>\d{1,6})\.(?P<leaf>gate_proj|up_proj|down_proj)$"
+)
 _STORED_PART = re.compile(r"^(.*)\.block_sparse_moe\.experts\.(\d{1,6})\.(w[123])\.weight$")
 _LEAVES: Mapping[str, str] = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _SHORT: Mapping[str, str] = {leaf: short for short, leaf in _LEAVES.items()}
@@ -73,6 +76,15 @@ def part_of(name: str) -> Part | None:
     return Part(f"{match['experts']}.{fused}", int(match["expert"]), half)
 
 
+def expert_linear(name: str) -> tuple[str, int, str] | None:
+    """Return of which experts, of which of them, and which layer a module's name is; None of any other.
+
+    Such as ("model.layers.0.mlp.experts", 3, "gate_proj"): one of a token's experts, which no token may meet.
+    """
+    match = _LINEAR.match(name)
+    return None if match is None else (match["experts"], int(match["expert"]), match["leaf"])
+
+
 def parts_of(class_name: object, name: str, shape: Shape) -> dict[str, Part]:
     """Return part -> what it is of the tensor `name`; empty where stock code stores that tensor whole."""
     match = _FUSED.match(name)
@@ -118,12 +130,18 @@ def by_module_name(class_name: str, tensors: Mapping[str, Value], where: str) ->
         named[name] = value
     for name in named:
         part = part_of(name)
-        if part is not None and part.fused in named:
+        # One without content is there to stop other readers; see `validate.guard_name`.
+        if part is not None and part.fused in named and not _is_empty(named[part.fused]):
             raise SourceError(
                 f"{where}: {part.fused!r} is stored as a whole, and expert by expert as well",
                 hint="the checkpoint was put together from two; fetch it again",
             )
     return named
+
+
+def _is_empty(value: object) -> bool:
+    """Tell whether a tensor, by whatever stands for it, has no elements."""
+    return 0 in getattr(value, "shape", ())
 
 
 def module_name(class_name: str, stored: str) -> str:

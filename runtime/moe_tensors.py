@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .modules import place
-from .moe_names import part_of
+from .moe_names import Part, part_of
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def place_stored(module: nn.Module, name: str, tensor: Tensor, *, requires_grad:
         requires_grad: of parameters.
     """
     part = part_of(name)
-    if part is None:
+    if part is None or _is_split(module, part):
         place(module, name, tensor, requires_grad=requires_grad)
         return
     fused = module.get_parameter(part.fused)
@@ -31,3 +31,9 @@ def place_stored(module: nn.Module, name: str, tensor: Tensor, *, requires_grad:
         place(module, part.fused, empty, requires_grad=requires_grad)
         fused = module.get_parameter(part.fused)
     fused[part.expert, part.rows(tuple(fused.shape))] = tensor
+
+
+def _is_split(module: nn.Module, part: Part) -> bool:
+    """Tell whether the experts of a part are linears, of one of which it is the weight."""
+    owner, _, leaf = part.fused.rpartition(".")
+    return leaf not in module.get_submodule(owner)._parameters

@@ -22,8 +22,10 @@ from ..errors import SourceError
 from .kv.stored import check_factors
 from .language_config import class_name_of
 from .layered import KEY, check_layers_agree, homogeneous
+from .linear_experts import split_experts
 from .manifest import Manifest
 from .modules import ALIGNMENT, name_of, quantized_layers, swap_linears
+from .moe_classes import is_moe_class
 from .stored_section import StoredSection, check_cut, check_kept_factors, check_layers, refuse_empty
 from .stored_tensors import check_tensors
 from .surgery import apply_surgery
@@ -101,6 +103,8 @@ class CompressQuantizer(HfQuantizer):
         target = next(item.dtype for item in model.parameters() if item.is_floating_point())
         apply_surgery(model, self._manifest.surgery)
         check_layers_agree(model, self._layered, where)
+        if is_moe_class(self._class_name):
+            split_experts(model, self._manifest.quantization)
         swap_linears(model, self._manifest.quantization, target)
         if self._manifest.kv_cache is not None:
             from .kv.attach import put_kv_cache
@@ -140,6 +144,16 @@ class CompressQuantizer(HfQuantizer):
         check_kept_factors(self._manifest, state)
         guard = guard_name(type(model).__name__, self._manifest)
         return {**state, **({guard: torch.empty(0, dtype=torch.uint8)} if guard else {})}, {}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Leave out the library's own where layers are quantized: their folders have the module's names.
+
+        It would fuse tensors of experts that are linears here.
+        """
+        if self._manifest.quantization:
+            return []
+        found: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return found
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes a folder that loads again."""
@@ -189,6 +203,8 @@ def attach(module: nn.Module, manifest: Manifest, dtype: str) -> None:
     module.quantization_method = config.quant_method
     module.is_quantized = bool(manifest.quantization)  # type: ignore[assignment]
     quantizer.postprocess_model(module)
+    if manifest.quantization:  # `save_pretrained` takes them for its own names otherwise, experts among them
+        module._weight_conversions = []  # type: ignore[assignment]
 
 
 def _with_expression(known: Collection[str] | None, expression: str) -> set[str] | list[str]:

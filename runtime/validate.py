@@ -22,6 +22,7 @@ from .kv.stored import check_factors
 from .language_config import class_name_of, is_language_class
 from .manifest import FILE_NAME, MAX_BYTES, VERSION, Manifest, QuantizedModule
 from .mapped_routing import is_mapped
+from .moe_names import expert_linear, part_of
 from .stored_values import check_values
 from .strict_json import parse_object
 from .transformers_config import check_transformers_config, is_transformers_class, named_as_modules
@@ -336,11 +337,14 @@ def guard_name(class_name: str | None, manifest: Manifest) -> str | None:
 
     transformers only warns about a `quant_method` that it does not know, and would fill the weights that
     it does not find with random numbers. A tensor of length 0 under the name of such a weight makes it
-    stop instead: it refuses a tensor of another shape.
+    stop instead: it refuses a tensor of another shape. Of an expert, whose name it may not know, it is that
+    of the tensor with all experts.
     """
     if not is_transformers_class(class_name) or not manifest.quantization:
         return None
-    return f"{min(manifest.quantization)}.weight"
+    name = min(manifest.quantization, key=lambda name: (expert_linear(name) is not None, name))
+    part = part_of(f"{name}.weight")
+    return f"{name}.weight" if part is None else part.fused
 
 
 def check_stop(value: object, where: str) -> None:

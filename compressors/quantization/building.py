@@ -154,8 +154,10 @@ def put(module: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(module.get_submodule(parent), attribute, layer)
 
 
-def output_sqnr_db(original: Original, layer: QuantizedLinear, rows: Tensor) -> float:
+def output_sqnr_db(original: Original, layer: QuantizedLinear, rows: Tensor) -> float | None:
     """Return how close a layer comes on its own inputs: 10 log10 of signal over error power, at most 200.
+
+    None where there are no inputs.
 
     Args:
         original: what it was made of.
@@ -163,6 +165,8 @@ def output_sqnr_db(original: Original, layer: QuantizedLinear, rows: Tensor) -> 
         rows: float32 [rows, in], inputs before the transform; windows of a convolution. A first token
             whose output is stored does not count, and a static grid is the one of these rows.
     """
+    if not len(rows):
+        return None
     rows = rows[ranges.off_the_stored(layer, original.as_read(rows))]
     seen = original.as_read(rows)
     if ranges.is_static(layer):

@@ -7,10 +7,33 @@ from typing import Any
 
 import torch
 
+from ...progress import Progress
 from ...recipes.stages import UniformSettings
 from ...runtime.linear import tensor_shapes
 from ...runtime.manifest import QuantizedModule
+from ...runtime.moe_names import expert_linear
 from .scheme import Choice
+
+
+def unreached(rows: Sequence[Mapping[str, Any]], progress: Progress) -> dict[str, Any]:
+    """Return `experts_unreached`, the experts that no token of the calibration met; empty without any.
+
+    They were rounded to nearest, by their weights alone.
+
+    Args:
+        rows: of all linears, with their `sqnr_db`.
+        progress: told about it.
+    """
+    names = (row["name"] for row in rows if row["quantized"] and row.get("sqnr_db", 0.0) is None)
+    experts = sorted({found[:2] for name in names if (found := expert_linear(name))})
+    if not experts:
+        return {}
+    listed = [f"{mixture}.{index}" for mixture, index in experts]
+    progress.note(
+        f"no token of the calibration met {len(listed)} expert{'s' if len(listed) > 1 else ''}"
+        f" ({', '.join(listed[:3])}{', ...' if len(listed) > 3 else ''}): rounded by their weights alone"
+    )
+    return {"experts_unreached": listed}
 
 
 def scheme_bytes(scheme: QuantizedModule, dtype: torch.dtype) -> int:

@@ -47,10 +47,16 @@ class Inputs:
     Attributes:
         maximum: [in] float32, the statistic of the channel scale.
         rows: [samples, in] float32.
+
+    Experts that no token of the calibration met are in neither.
     """
 
     maximum: dict[str, Tensor]
     rows: dict[str, Tensor]
+
+    def rows_of(self, source: str, width: int) -> Tensor:
+        """Return what was kept of a source layer [samples, width]; none of an expert that no token met."""
+        return self.rows[source] if source in self.rows else torch.zeros(0, width)
 
 
 def gather(
@@ -86,8 +92,9 @@ def gather(
 
     with step(progress, "input statistics"):
         calibration.observe(model, list(widths), observe, progress)
-    kept = {name: sink.rows.float() for name, sink in rows.items()}
-    largest = {name: _statistic(sink) for name, sink in maximum.items()}
+    # Whatever else no call reaches is an error of `observe`.
+    kept = {name: sink.rows.float() for name, sink in rows.items() if sink.seen}
+    largest = {name: _statistic(maximum[name]) for name in kept}
     for name, value in largest.items():
         if not torch.isfinite(value).all():
             raise StageError(f"{name}: its calibration inputs are not finite", hint="check the calibration")
@@ -113,7 +120,7 @@ def gather_grams(
     progress: Progress,
     stored: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """Replay the calibration once and return X^T X / rows, float32 [in, in], per source layer.
+    """Replay the calibration once and return X^T X / rows, float32 [in, in], per source layer reached.
 
     The first token does not count for the layers in `stored`.
     """
@@ -124,7 +131,7 @@ def gather_grams(
 
     with step(progress, "input correlations"):
         calibration.observe(model, list(widths), observe, progress)
-    return {name: gram.mean() for name, gram in grams.items()}
+    return {name: gram.mean() for name, gram in grams.items() if gram.rows}
 
 
 def portions(blocks: Sequence[dict[str, int]]) -> Iterable[range]:

@@ -23,7 +23,12 @@ WORKING_COPIES = 6
 
 
 def planned_tensors(spec: ModelSpec, choices: Sequence[Choice]) -> dict[str, TensorSpec]:
-    """Return the tensors after the stage, each layer's at the place of its weight."""
+    """Return the tensors after the stage, each layer's at the place of its weight.
+
+    Args:
+        spec: with a linear for every matrix that can have one; see `ModelSpec.split`.
+        choices: of all linears.
+    """
     schemes = {choice.site.name: choice.scheme for choice in choices if choice.scheme is not None}
     tensors: dict[str, TensorSpec] = {}
     for name, tensor in spec.tensors.items():
@@ -34,7 +39,7 @@ def planned_tensors(spec: ModelSpec, choices: Sequence[Choice]) -> dict[str, Ten
         elif attribute == "weight":
             for key, (shape, dtype) in tensor_shapes(scheme, spec.dtype).items():
                 tensors[f"{module}.{key}"] = TensorSpec(shape, dtype)
-    return tensors
+    return spec.family.fused_tensors(tensors, schemes)
 
 
 def _gram_bytes(choices: Sequence[Choice]) -> int:
@@ -171,7 +176,7 @@ def plan_stage(spec: ModelSpec, settings: UniformSettings) -> StagePlan:
     Raises:
         PlanError: see `scheme.choose`.
     """
-    module = spec.meta_module()
+    module, spec = spec.family.split(spec.meta_module()), spec.split()
     choices, _ = choose(spec.family, module, settings, spec.quantization)
     schemes = {choice.site.name: choice.scheme for choice in choices if choice.scheme is not None}
     after = spec.evolve(tensors=planned_tensors(spec, choices), quantization=schemes)
@@ -186,6 +191,7 @@ def plan_stage(spec: ModelSpec, settings: UniformSettings) -> StagePlan:
             *_notes(choices, settings, rows, spec.shared),
             *first_token_notes(settings, schemes),
             *convolution_notes(module, schemes, settings.group_size),
+            *spec.family.beside_linears(module),
         ],
         layers=rows,
     )

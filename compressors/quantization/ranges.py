@@ -23,6 +23,7 @@ from ...runtime import first_token, static
 from ...runtime.linear import QuantizedLinear
 from ...runtime.manifest import QuantizedModule
 from ...runtime.modules import quantized_layers
+from ...runtime.moe_names import expert_linear
 
 Average = Literal["minmax", "ema"]
 MOMENTUM = 0.95
@@ -85,7 +86,8 @@ def fill_ranges(
         layer -> (least, greatest) value that its grid covers, zero included; static layers alone.
 
     Raises:
-        StageError: naming a layer that no call reaches, or whose inputs are all zero or not finite.
+        StageError: naming a layer that no call reaches, or whose inputs are all zero or not finite. An expert
+            that no token meets takes the range of the others of its mixture.
     """
     static_layers = {name: layer for name, layer in layers.items() if is_static(layer)}
     if not static_layers:
@@ -93,7 +95,7 @@ def fill_ranges(
     found = {name: Range(average) for name in static_layers}
     with _watched(static_layers, found), torch.no_grad():
         replay()
-    ends = {name: _ends(name, found[name]) for name in static_layers}
+    ends = {name: _ends(name, _seen(name, found)) for name in static_layers}
     for name, layer in static_layers.items():
         set_range(layer, *ends[name])
     return ends
@@ -152,6 +154,19 @@ def ends_of(layer: QuantizedLinear, rows: Tensor) -> tuple[float, float]:
     values = rows if layer.scheme.kernel is not None else layer.transformed(rows)
     low, high = values.aminmax()
     return float(low), float(high)
+
+
+def _seen(name: str, found: Mapping[str, Range]) -> Range:
+    """Return the range of a layer; of an expert that no token meets, that of the same layer of all others."""
+    own, expert = found[name], expert_linear(name)
+    if own.calls or expert is None:
+        return own
+    joined = Range("minmax")
+    for other, seen in found.items():
+        theirs = expert_linear(other)
+        if theirs is not None and (theirs[0], theirs[2]) == (expert[0], expert[2]) and seen.calls:
+            joined.update(seen.low, seen.high)
+    return joined
 
 
 def _ends(name: str, found: Range) -> tuple[float, float]:

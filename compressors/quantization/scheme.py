@@ -27,7 +27,7 @@ from .first_tokens import check_wanted as check_first_token
 from .first_tokens import planned as planned_first_token
 from .grid import Clip, Grid
 
-_FLOAT_ROLES = ("embedder", "head")
+_FLOAT_ROLES = ("embedder", "head", "router")
 _MSE_BITS = 4
 _IntegerBits = Literal[4, 6, 8]
 
@@ -306,8 +306,8 @@ def choose(
     """Decide what happens to every linear of a model, with equal bits for all.
 
     A rule earlier in this list wins: a pattern of `keep`; `adaln_weight_bits` for modulation layers;
-    the family's own list of layers left in floating point; embedders and heads in floating point;
-    `weight_bits` and `activation_bits` for the rest.
+    the family's own list of layers left in floating point; embedders, heads and routers in floating
+    point; `weight_bits` and `activation_bits` for the rest.
 
     Args:
         family: of the model.

@@ -20,7 +20,7 @@ from ...runtime.manifest import QuantizedModule
 from ...runtime.memory import return_freed_memory
 from . import balance
 from .building import Original, layer_of, output_sqnr_db, put, rounded, settled
-from .details import averages, label, layer_row
+from .details import averages, label, layer_row, unreached
 from .first_tokens import FirstTokens, settle_first_tokens
 from .inputs import Inputs, gather, gather_grams, portions, sources_of
 from .ranges import calibrate_ranges
@@ -38,7 +38,8 @@ def apply_stage(
 
     Raises:
         PlanError: see `scheme.choose`.
-        StageError: the calibration never reached a layer, or its inputs are not finite.
+        StageError: the calibration never reached a layer that every token goes through, or its inputs are
+            not finite.
     """
     with torch.no_grad():
         return _Stage(model, settings, calibration, progress).run()
@@ -53,6 +54,7 @@ class _Stage:
         self.model, self.settings = model, settings
         self.calibration, self.progress = calibration, progress
         self.options: Options = options_of(settings)
+        model.family.split(model.module)
         self.choices, self.groups = choose(model.family, model.module, settings, model.quantization)
         roles = {choice.site.name: str(choice.site.role) for choice in self.choices}
         self.sources = sources_of(self.groups, roles)
@@ -80,9 +82,10 @@ class _Stage:
                     self._quantize_block(blocks[index], grams)
                     return_freed_memory()
         self._fill_ranges()
+        self.model.family.fuse(self.model.module)
         rows = [self.rows[choice.site.name] for choice in self.choices]
         facts = averages(rows, label(self.settings), self.model.shared)
-        return {**facts, **self.first_tokens.details(), "layers": rows}
+        return {**facts, **self.first_tokens.details(), **unreached(rows, self.progress), "layers": rows}
 
     def _gram_widths(self, block: list[Choice]) -> dict[str, int]:
         return {
@@ -161,7 +164,9 @@ class _Stage:
         layer = layer_of(scheme, dense.weight.dtype, tensors, bias)
         row = layer_row(choice, scheme, dense.weight.dtype)
         row["act_exponent"] = transform.exponent
-        row["sqnr_db"] = output_sqnr_db(original, layer, self.inputs.rows[self.sources[name]])
+        row["sqnr_db"] = output_sqnr_db(
+            original, layer, self.inputs.rows_of(self.sources[name], scheme.shape[1])
+        )
         put(self.model.module, name, layer)
         self.model.quantization[name] = scheme
         self.rows[name] = row

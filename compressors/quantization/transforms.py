@@ -42,14 +42,16 @@ def transform_of(
         activation: grid of the inputs; None leaves them.
     """
     weights = [_weight(module, name) for name in group.targets]
-    recorded = list(dict.fromkeys(sources[name] for name in group.targets))
+    recorded = [name for name in dict.fromkeys(sources[t] for t in group.targets) if name in inputs.maximum]
+    if not recorded:  # experts that no token of the calibration met
+        return balance.Transform()
     weight_max = torch.stack([weight.abs().amax(dim=0).float() for weight in weights]).amax(dim=0)
     return balance.choose_transform(
         _question(group.targets[0], weights[0], settings, seed),
         torch.stack([inputs.maximum[name] for name in recorded]).amax(dim=0),
         weight_max,
         [
-            balance.sampled(weight, inputs.rows[sources[name]])
+            balance.sampled(weight, inputs.rows_of(sources[name], weight.shape[1]).to(weight.device))
             for name, weight in zip(group.targets, weights, strict=True)
         ],
         kind,

@@ -14,6 +14,7 @@ from ....recipes.allocation import FLOAT_BITS, AllocationSettings
 from ....recipes.patterns import select
 from ....recipes.stages import MixdqSettings, ViditQSettings
 from ....runtime.manifest import ActivationScheme, QuantizedModule
+from ....runtime.moe_names import expert_linear
 from ..details import scheme_bytes
 from ..scheme import Survey, linear_scheme, modulation_scheme, options_of
 from .fixing import Fixed, by_pattern, refuse_twice_decided
@@ -42,7 +43,9 @@ class LayerChoices:
         metric_group: name of the group that it is measured in.
         activations: offered activation bits; 16 is floating point.
         decided_by: the rule or pattern where there is one choice only.
-        members: names of the layers that share the choice, the site's own first; empty: it alone.
+        members: names of the layers that are this one weight, the site's own first; empty: it alone.
+        together: layers with weights of their own that take the same choice, the site's own first, each as if
+            it stood alone; `costs`, `weights` and `inputs` are then those of all of them. Empty: it alone.
     """
 
     site: LinearSite
@@ -54,11 +57,23 @@ class LayerChoices:
     activations: tuple[int, ...]
     decided_by: str
     members: tuple[str, ...] = ()
+    together: tuple[LayerChoices, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         """The layers that take the choice."""
+        if self.together:
+            return tuple(single.site.name for single in self.together)
         return self.members or (self.site.name,)
+
+    @property
+    def singles(self) -> tuple[LayerChoices, ...]:
+        """The layers with weights of their own, each as if it stood alone."""
+        return self.together or (self,)
+
+    def stored(self, name: str) -> LayerChoices:
+        """Return the layer whose weight one of `names` has: itself, or of tied copies the stored one."""
+        return next((single for single in self.together if single.site.name == name), self)
 
 
 @dataclass(frozen=True)
@@ -148,7 +163,7 @@ def find_candidates(
             costs[FLOAT_LABEL] = _float_bytes(site, site.name in survey.biased, dtype)
         elements, weights = (inputs or {}).get(site.name, 0), site.shape[0] * site.shape[1]
         layers.append(LayerChoices(site, schemes, costs, weights, elements, group, activations, rule))
-    joined = _joined(layers, shared)
+    joined = _with_experts(_joined(layers, shared), allocation)
     if options_of(settings).act_exponent is not None:
         _refuse_tied(joined)
     return Candidates(tuple(joined), tuple(groups), float_rules)
@@ -251,6 +266,40 @@ def _scheme(
 def _float_bytes(site: LinearSite, biased: bool, dtype: torch.dtype) -> int:
     rows, columns = site.shape
     return (rows * columns + (rows if biased else 0)) * dtype.itemsize
+
+
+def _with_experts(layers: list[LayerChoices], allocation: AllocationSettings) -> list[LayerChoices]:
+    """Make one entry of what is to be chosen alike: all gates of the experts of a layer, all ups, all downs.
+
+    Experts that a pattern treats otherwise than the others are entries of their own.
+
+    Raises:
+        PlanError: experts are to have choices of their own, and there are none.
+    """
+    if allocation.experts == "each":
+        if not any(expert_linear(layer.site.name) for layer in layers):
+            raise PlanError("experts: each has no effect: no expert is allocated", hint="take the key out")
+        return layers
+    found: dict[tuple[Any, ...], list[LayerChoices]] = {}
+    for layer in layers:
+        expert = expert_linear(layer.site.name)
+        key: tuple[Any, ...] = (layer.site.name,)
+        if expert is not None:
+            offered = tuple(layer.costs), layer.activations, layer.metric_group, layer.decided_by
+            key = (expert[0], expert[2], *offered)
+        found.setdefault(key, []).append(layer)
+    return [_together(group) if len(group) > 1 else group[0] for group in found.values()]
+
+
+def _together(layers: Sequence[LayerChoices]) -> LayerChoices:
+    first = layers[0]
+    return replace(
+        first,
+        costs={label: sum(layer.costs[label] for layer in layers) for label in first.costs},
+        weights=sum(layer.weights for layer in layers),
+        inputs=sum(layer.inputs for layer in layers),
+        together=tuple(layers),
+    )
 
 
 def _refuse_tied(layers: Sequence[LayerChoices]) -> None:

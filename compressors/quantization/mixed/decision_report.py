@@ -114,12 +114,14 @@ def _groups(
     rows = []
     for name, metric in program.groups.items():
         entries = [entry for entry in choices if entry.metric_group == name and has_choice(entry)]
-        counted = Counter(nominal_bits(weights[entry.site.name]) for entry in entries)
+        counted = Counter[int]()
+        for entry in entries:
+            counted[nominal_bits(weights[entry.site.name])] += len(entry.singles)
         rows.append(
             {
                 "name": name,
                 "metric": metric,
-                "layers": len(entries),
+                "layers": sum(len(entry.singles) for entry in entries),
                 "weights": sum(entry.weights for entry in entries),
                 "mean_bits": mean_bits(entries, weights),
                 "histogram": {str(bits): counted[bits] for bits in sorted(counted)},
@@ -165,6 +167,7 @@ def _layers(choices: Sequence[LayerChoices], table: Table, assignment: Assignmen
             if (row := table.at("weight", entry.site.name, offered)) is not None
         }
         first = table.at("weight", entry.site.name, next(iter(measured))) if measured else None
+        own = {single.site.name: single for single in entry.singles}
         for name in entry.names:
             rows.append(
                 {
@@ -173,8 +176,8 @@ def _layers(choices: Sequence[LayerChoices], table: Table, assignment: Assignmen
                     "metric": first.metric if first else None,
                     "weight_bits": nominal_bits(label),
                     "activation_bits": assignment.activations.get(name, FLOAT_BITS),
-                    "weights": entry.weights if name == entry.site.name else 0,
-                    "bytes": entry.costs[label] if name == entry.site.name else 0,
+                    "weights": own[name].weights if name in own else 0,  # of a tied copy none
+                    "bytes": own[name].costs[label] if name in own else 0,
                     "decided_by": "allocation" if has_choice(entry) else entry.decided_by,
                     "sensitivity": measured,
                 }

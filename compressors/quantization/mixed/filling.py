@@ -99,7 +99,8 @@ class Filling:
             fold_all(self.model.module, groups, decided)
             self._transforms = Transforms.of(decided, groups)
             return self._transforms
-        schemes = {name: _near(layer, likely) for layer in layers for name in layer.names}
+        singles = [single for layer in layers for single in layer.singles]
+        schemes = {name: _near(layer, likely) for layer in singles for name in layer.names}
         decided = {}
         with step(self.progress, "choose transforms", len(groups)):
             for group in groups:
@@ -181,7 +182,7 @@ class Filling:
         name, dtype = layer.site.name, self.model.spec.dtype
         source, absorbed = self._sources[name], self._transforms.absorbed(name)
         original = self._original(name, grams.get(source))
-        rows = self._inputs.rows[source]
+        rows = self._inputs.rows_of(source, layer.site.shape[1])
         rows = rows if absorbed is None else rows * absorbed.to(rows.device)
         made = {}
         for label, scheme in layer.schemes.items():
@@ -209,7 +210,8 @@ class Filling:
             StageError: the calibration never reached a layer, its inputs are not finite, or a first token
                 cannot be stored that is to be.
         """
-        planned = {name: scheme for layer in layers for name in layer.names for scheme in _any_scheme(layer)}
+        singles = [single for layer in layers for single in layer.singles]
+        planned = {name: scheme for layer in singles for name in layer.names for scheme in _any_scheme(layer)}
         self._first_tokens = settle_first_tokens(
             self.model, planned, self.settings, self.calibration, self.progress
         )
@@ -230,7 +232,10 @@ class Filling:
 
     @staticmethod
     def _missing(bank: Bank, layers: Sequence[LayerChoices]) -> dict[str, LayerChoices]:
-        return {layer.site.name: layer for layer in layers if layer.schemes and not bank.has(layer.site.name)}
+        singles = [single for layer in layers for single in layer.singles]
+        return {
+            layer.site.name: layer for layer in singles if layer.schemes and not bank.has(layer.site.name)
+        }
 
 
 def _any_scheme(layer: LayerChoices) -> list[QuantizedModule]:

@@ -22,7 +22,7 @@ ALL, CONTENT, QUALITY, REST = "all", "content", "quality", "rest"
 
 _TWO_GROUPS = frozenset({"pixart", "unet"})
 _CONTENT_ROLES = ("cross.", "ff.")
-_WITHOUT_IMAGES = frozenset({"llm"})
+_WITHOUT_IMAGES = frozenset({"llm", "moe"})
 
 Metric = Literal["sqnr_db", "ssim"]
 

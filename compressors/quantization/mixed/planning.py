@@ -49,7 +49,7 @@ def plan_mixed(spec: ModelSpec, settings: AllocatingSettings) -> StagePlan:
         PlanError: the budget cannot be kept, with what can be asked; or see `survey_linears` and
             `find_candidates`.
     """
-    module = spec.meta_module()
+    module, spec = spec.family.split(spec.meta_module()), spec.split()
     survey = survey_linears(spec.family, module, settings, spec.quantization)
     candidates = find_candidates(spec.family, survey, settings, spec.dtype, spec.shared)
     fixed_bytes = bytes_outside(spec.tensors, spec.shared, candidates.names)
@@ -59,7 +59,7 @@ def plan_mixed(spec: ModelSpec, settings: AllocatingSettings) -> StagePlan:
         for name in layer.names:
             label = assignment.weights[name]
             if label != FLOAT_LABEL:
-                schemes[name] = layer.schemes[label]
+                schemes[name] = layer.stored(name).schemes[label]
     choices = [
         Choice(site, schemes.get(site.name), candidates.float_rules.get(site.name, "allocated"))
         for site in survey.sites
@@ -74,7 +74,8 @@ def plan_mixed(spec: ModelSpec, settings: AllocatingSettings) -> StagePlan:
         peak_memory_bytes=_peak_bytes(spec, after, candidates, settings),
         notes=_notes(settings, candidates, choices, runs, spec.family.task == "language")
         + first_token_notes(settings, schemes)
-        + convolution_notes(module, schemes, settings.group_size),
+        + convolution_notes(module, schemes, settings.group_size)
+        + spec.family.beside_linears(module),
         layers=_rows(candidates, choices, spec.dtype),
         disk_bytes=_bank_bytes(candidates),
         worker_memory_bytes=_widened_bytes(spec) + KEPT_LIMIT_BYTES,
@@ -94,7 +95,7 @@ def _peak_bytes(
     if options_of(settings).compensate:
         widest = max(columns for _, columns in shapes)
         work += GRAM_BUDGET_BYTES + 4 * 4 * widest * widest
-    laid_out = _LAID_OUT_BYTES * sum(rows * columns for rows, columns in shapes)
+    laid_out = _LAID_OUT_BYTES * sum(layer.weights for layer in candidates.layers)
     return _widened_bytes(spec) + after.size().bytes + max(work, KEPT_LIMIT_BYTES + laid_out)
 
 
@@ -106,14 +107,22 @@ def _notes(
     limits = " and ".join(_WORDS[name].format(value) for name, value in asked.items())
     chosen = [layer for layer in candidates.layers if len(layer.costs) > 1]
     offered = sorted({nominal_bits(label) for layer in chosen for label in layer.costs})
+    count = sum(len(layer.names) for layer in chosen)
     notes = [
-        f"a budget of {limits} is dealt out to {len(chosen)} layers of {', '.join(map(str, offered))} bits:"
+        f"a budget of {limits} is dealt out to {count} layers of {', '.join(map(str, offered))} bits:"
         " measured sensitivities decide which layer gets which bits; bytes are those of the budget (it is"
         " never exceeded; a plan assumes that it is used), bits per layer are open",
         _sensing_note(allocation.sensitivity, runs, language),
         "all layers at all bits are kept on the disk until the stage is finished: about"
         f" {_bank_bytes(candidates):,} bytes",
     ]
+    shared = [layer for layer in chosen if layer.together]
+    if shared:
+        count = sum(len(layer.together) for layer in shared)
+        notes.append(
+            f"{count} layers of experts share {len(shared)} choices: all gates of a mixture are alike, all"
+            " ups, and all downs"
+        )
     groups = ", ".join(
         f"{group.name} ({len(group.layers)} layers by {group.metric})" for group in candidates.groups
     )
@@ -159,7 +168,7 @@ def _row(choice: Choice, entries: Mapping[str, Any], dtype: torch.dtype) -> dict
     if entry is None or len(entry.costs) == 1:
         return row
     offered = sorted(nominal_bits(label) for label in entry.costs)
-    costs = sorted(entry.costs.values())
+    costs = sorted(entry.stored(choice.site.name).costs.values())
     return {
         **row,
         "bits": None,

@@ -16,6 +16,7 @@ from ....errors import StageError
 from ....models.base import OpenModel
 from ....recipes.allocation import ALLOCATED
 from ....runtime.linear import QuantizedLinear
+from ....runtime.moe_names import expert_linear
 from ..building import put
 from ..ranges import calibrate_ranges
 from .bank import Bank
@@ -53,7 +54,7 @@ class Installer:
         activation = activation_of(entry, self._filling.survey, self._settings, assignment.activations[name])
         changes = {"activation": activation, "decided_by": self.rule(entry)}
         original = self._model.module.get_submodule(name)
-        found = self.bank.read(entry.site.name, label)
+        found = self.bank.read(entry.stored(name).site.name, label)
         return Made(self.bank.made(found, original, changes), found.facts)
 
     def rule(self, entry: LayerChoices) -> str:
@@ -143,7 +144,8 @@ def input_elements(model: OpenModel, calls: Calls, names: Sequence[str]) -> dict
     Args:
         model: to run once.
         calls: the first one is run.
-        names: of the layers.
+        names: of the layers. Of experts each is told the mean of its mixture: which tokens meet which one
+            differs from call to call, and the mean does not.
     """
     found: dict[str, int] = {}
     call = place(next(iter(calls)), model.module)
@@ -160,4 +162,18 @@ def input_elements(model: OpenModel, calls: Calls, names: Sequence[str]) -> dict
             layer = model.module.get_submodule(name)
             stack.callback(layer.register_forward_pre_hook(see, with_kwargs=True).remove)
         model.module(**call, return_dict=False)
-    return found
+    return _averaged(found, names)
+
+
+def _averaged(found: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
+    """Return the elements of every layer's input, of experts the mean of their mixture, rounded up."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        expert = expert_linear(name)
+        if expert is not None:
+            alike.setdefault((expert[0], expert[2]), []).append(name)
+    averaged = dict(found)
+    for group in alike.values():
+        mean = -(-sum(found.get(name, 0) for name in group) // len(group))
+        averaged |= dict.fromkeys(group, mean)
+    return averaged

@@ -48,6 +48,7 @@ class Opener:
         """Open it."""
         model = self.reopen()
         widen(model.module, torch.float32)
+        model.family.split(model.module)
         if self.transforms is not None:
             survey = survey_linears(model.family, model.module, self.settings, model.quantization)
             device = next(model.module.parameters()).device
@@ -71,7 +72,8 @@ def targets_of(candidates: Candidates, survey: Survey, settings: AllocatingSetti
                 tried.append(Candidate("activation", label_of_activation(bits), bits, described))
         if tried:
             metric = candidates.metrics[layer.metric_group]
-            targets.append(Target(layer.site.name, tuple(tried), metric))
+            names = tuple(single.site.name for single in layer.together)
+            targets.append(Target(layer.site.name, tuple(tried), metric, names))
     return targets
 
 
@@ -145,11 +147,12 @@ def _depends_on(
     options = options_of(settings)
     grid = settings.model_dump(mode="json", include=set(GridSettings.model_fields) - {"keep"})
     schemes = {
-        layer.site.name: {
+        single.site.name: {
             label: scheme.model_dump(mode="json", exclude={"decided_by"})
-            for label, scheme in layer.schemes.items()
+            for label, scheme in single.schemes.items()
         }
         for layer in candidates.layers
+        for single in layer.singles
     }
     return {
         "grid": grid,

@@ -29,7 +29,7 @@ from ....progress import Progress
 from ....runtime.memory import return_freed_memory
 from ...base import Workspace
 from ..building import put
-from ..details import averages, layer_row, scheme_bytes
+from ..details import averages, layer_row, scheme_bytes, unreached
 from ..scheme import Choice, survey_linears
 from .budgets import check_activation_budget
 from .candidates import AllocatingSettings, Candidates, Settle, allocation_of, bytes_outside, find_candidates
@@ -105,6 +105,7 @@ class MixedStage:
     ) -> None:
         self.model, self.settings, self.allocation = model, settings, allocation_of(settings)
         self.calibration, self.workspace, self.progress = calibration, workspace, progress
+        model.family.split(model.module)
         self.survey = survey_linears(model.family, model.module, settings, model.quantization)
         self.original_bytes = model.size().bytes
         self.planned = self._candidates()
@@ -135,12 +136,14 @@ class MixedStage:
             )
             rows = self._install(candidates, installer, decision.assignment, ready.transforms)
         self._count_as_stored(decision.details)
+        self.model.family.fuse(self.model.module)
         return_freed_memory()
         label = stage_label(candidates, decision.assignment)
         return {
             **averages(rows, label, self.model.shared),
             "allocation": decision.details,
             "sensitivity": compact(ready.table),
+            **unreached(rows, self.progress),
             "layers": rows,
         }
 
