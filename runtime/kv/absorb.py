@@ -9,6 +9,7 @@ values. Keys cannot be absorbed: the rotation by position stands between the que
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class AbsorbedOutput:
     bias: Tensor | None
 
     @classmethod
-    def of(cls, attention: nn.Module) -> AbsorbedOutput:
+    def of(cls, attention: Any) -> AbsorbedOutput:
         """Multiply the matrices of an attention whose o_proj is a floating-point linear.
 
         Raises:

@@ -25,7 +25,7 @@ _PREPARE = "_prepare_cache_for_generation"
 _STOCK = "pass past_key_values=DynamicCache() of transformers to generate() for the uncompressed cache"
 
 
-def put_kv_cache(module: nn.Module, scheme: KvCacheScheme) -> None:
+def put_kv_cache(module: Any, scheme: KvCacheScheme) -> None:
     """Put factors, all zero, below the attentions of a scheme, and let generate() use the compressed cache.
 
     Args:

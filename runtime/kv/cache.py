@@ -70,7 +70,7 @@ class Positions:
             UsageError: the layers do not hold the same tokens: a forward was broken off.
         """
         new = ids.shape[1]
-        if self.tokens == before + new and self.ids is not None and before < self.tokens:
+        if self.tokens == before + new:
             return
         if self.tokens != before:
             raise UsageError(
@@ -239,7 +239,7 @@ class CskvLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.keys = self.values = None
+        self.keys = self.values = None  # type: ignore[assignment]
         self.is_initialized = False
         self.latents.clear()
         self._staged = None
@@ -270,7 +270,7 @@ class CskvCache(Cache):
         self.positions = positions
         self._last = max(i for i, layer in enumerate(layers) if isinstance(layer, CskvLayer))
 
-    def stage(self, attention: nn.Module, x: Tensor, position_ids: Tensor | None) -> None:
+    def stage(self, attention: Any, x: Tensor, position_ids: Tensor | None) -> None:
         """Compress the input of an attention of the model that this cache was made for.
 
         Raises:
@@ -350,7 +350,7 @@ def _refuse_offloading() -> NoReturn:
     raise UsageError("a compressed cache is not offloaded", hint=_STOCK)
 
 
-def cache_of(module: nn.Module, scheme: KvCacheScheme, rotary: nn.Module) -> CskvCache:
+def cache_of(module: Any, scheme: KvCacheScheme, rotary: nn.Module) -> CskvCache:
     """Return an empty cache: stock layers, and compressed ones for the attentions of the scheme."""
     positions = Positions(rotary)
     layers = list(DynamicCache(config=module.config.get_text_config(decoder=True)).layers)

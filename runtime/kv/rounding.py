@@ -103,6 +103,11 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0] * inside, None, None, None
 
 
+def _rounded(c: Tensor, bits: int, axis: Axis, group: int) -> Tensor:
+    found: Tensor = _StraightThrough.apply(c, bits, axis, group)  # type: ignore[no-untyped-call]
+    return found
+
+
 def fake_quantize(c: Tensor, bits: int, axis: Axis, group: int) -> Tensor:
     """Round compressed states as the cache would and return them as floats; differentiable.
 
@@ -119,11 +124,11 @@ def fake_quantize(c: Tensor, bits: int, axis: Axis, group: int) -> Tensor:
         Of c's shape and dtype.
     """
     if axis == "channels":
-        return _StraightThrough.apply(c, bits, axis, group)
+        return _rounded(c, bits, axis, group)
     whole = c.shape[1] // group * group
     if not whole:
         return c
-    rounded: Tensor = _StraightThrough.apply(c[:, :whole].contiguous(), bits, axis, group)
+    rounded = _rounded(c[:, :whole].contiguous(), bits, axis, group)
     return rounded if whole == c.shape[1] else torch.cat([rounded, c[:, whole:]], dim=1)
 
 
@@ -176,16 +181,19 @@ class PackedStates:
 
     def extended(self, later: PackedStates) -> PackedStates:
         """Return these states with later ones of the same rows behind them."""
-        pairs = zip(self.tensors(), later.tensors(), strict=True)
-        return self._with([torch.cat(pair, dim=1) for pair in pairs])
+        return self._with(
+            torch.cat([self.integers, later.integers], dim=1),
+            torch.cat([self.scale, later.scale], dim=1),
+            torch.cat([self.offset, later.offset], dim=1),
+        )
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> PackedStates:
         """Return these states with every tensor changed, as rows are chosen or repeated."""
-        return self._with([change(tensor) for tensor in self.tensors()])
+        return self._with(change(self.integers), change(self.scale), change(self.offset))
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that is stored."""
         yield from (self.integers, self.scale, self.offset)
 
-    def _with(self, tensors: list[Tensor]) -> PackedStates:
-        return PackedStates(*tensors, self.bits, self.axis, self.group, self.rank)
+    def _with(self, integers: Tensor, scale: Tensor, offset: Tensor) -> PackedStates:
+        return PackedStates(integers, scale, offset, self.bits, self.axis, self.group, self.rank)

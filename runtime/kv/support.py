@@ -137,11 +137,14 @@ def _windows(config: Mapping[str, Any], layers: int) -> list[int | None]:
 
 
 def _default_kinds(name: str, config: Mapping[str, Any], layers: int) -> list[str]:
+    """Which layers slide by the stock class, where a config with a window has no `layer_types`."""
     first = int(config.get("max_window_layers", 28))
-    slides = {
-        "GptOssForCausalLM": lambda i: i % 2 == 0,
-        "Qwen2ForCausalLM": lambda i: i >= first,
-        "Qwen3ForCausalLM": lambda i: i >= first,
-        "Qwen2MoeForCausalLM": lambda i: i % 2 == 0 and i < first,
-    }.get(name, lambda i: True)
+
+    def slides(index: int) -> bool:
+        if name == "GptOssForCausalLM":
+            return index % 2 == 0
+        if name == "Qwen2MoeForCausalLM":
+            return index % 2 == 0 and index < first
+        return index >= first if name in ("Qwen2ForCausalLM", "Qwen3ForCausalLM") else True
+
     return ["sliding_attention" if slides(index) else "full_attention" for index in range(layers)]

@@ -108,6 +108,12 @@ def test_rotary_positions_that_are_scaled(dense, kind):
     _assert_full_rank_is_exact(module)
 
 
+def test_eager_attention(dense):
+    module = dense("LlamaForCausalLM")
+    module.set_attn_implementation("eager")
+    _assert_full_rank_is_exact(module)
+
+
 def test_layers_with_a_sliding_window_keep_their_stock_cache(dense):
     module = dense(
         "Qwen2ForCausalLM",

@@ -115,6 +115,12 @@ def test_a_left_padded_row_is_the_row_alone(lossy):
         assert torch.equal(together[index, 30:], alone[0, len(row) :])
 
 
+def test_beams_of_left_padded_rows_are_the_originals_at_full_rank(original, lossless):
+    ids, mask = _left_padded([_ids(1, tokens, seed=tokens)[0] for tokens in (22, 9)])
+    texts = [_text(module, ids, attention_mask=mask, num_beams=3) for module in (original, lossless)]
+    assert torch.equal(*texts)
+
+
 def test_positions_count_from_their_difference(lossy):
     """Shifting all positions changes nothing, because only the differences rotate."""
     ids, found = _ids(), []
