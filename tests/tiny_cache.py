@@ -51,9 +51,11 @@ def fill_factors(module: torch.nn.Module, seed: int = 7) -> None:
             weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[1] ** -0.5)
 
 
-def with_cache(folder: Path, *, quantized: bool = False, **changes: Any) -> OpenModel:
-    """Open a folder, perhaps quantize its linears, and compress its cache, as stages would leave it."""
-    model = open_model(ModelRef(id=str(folder)), progress=SilentProgress())
+def with_cache(
+    folder: Path | str, *, quantized: bool = False, dtype: str | None = None, **changes: Any
+) -> OpenModel:
+    """Open a model, perhaps quantize its linears, and compress its cache, as stages would leave it."""
+    model = open_model(ModelRef(id=str(folder), dtype=dtype), progress=SilentProgress())
     if quantized:
         quantize_linears(model)
     model.kv_cache = scheme_of(model.config, **changes)
@@ -71,13 +73,13 @@ def decoded(module: torch.nn.Module, tokens: int = 24, prompt: int = 10) -> torc
     return decode(module, new_cache(module), ids, prompt)
 
 
-def quantize_linears(model: OpenModel) -> None:
-    """Round every linear but the head to 8 bits, as a stage would leave it."""
+def quantize_linears(model: OpenModel, keep: tuple[str, ...] = ()) -> None:
+    """Round every linear but the head and those of such names to 8 bits, as a stage would leave it."""
     from compress.runtime.linear import QuantizedLinear
     from compress.runtime.manifest import QuantizedModule
 
     for site in model.linears():
-        if site.role == "head":
+        if site.role == "head" or (keep and site.name.endswith(keep)):
             continue
         linear = model.module.get_submodule(site.name)
         bias = linear.bias is not None
