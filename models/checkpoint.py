@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SourceError
 from ..runtime.fetch import DENOISERS
 from ..runtime.hashes import file_sha256
+from ..runtime.kv.adapter import is_adapter
+from ..runtime.kv.custom_config import is_custom
 from ..runtime.kv.stored import is_factor
 from ..runtime.language_config import class_name_of, implied_copies
 from ..runtime.moe_classes import is_moe_class
@@ -241,6 +243,8 @@ def _component(root: Path, subfolder: str | None, ref_id: str) -> tuple[Path, Pa
         parts = (root / name for name in DENOISERS)
         folder = next((part for part in parts if (part / CONFIG_NAME).is_file()), root)
     if not (folder / CONFIG_NAME).is_file():
+        if is_adapter(folder):
+            raise SourceError(f"{folder}: is an adapter of a compressed key-value cache", hint=_DENSE)
         raise SourceError(
             f"{folder}: no {CONFIG_NAME}",
             hint="give a component folder (config.json beside the weights), or a pipeline with"
@@ -252,6 +256,10 @@ def _component(root: Path, subfolder: str | None, ref_id: str) -> tuple[Path, Pa
 
 
 def _class_name(raw: Mapping[str, Any], where: Path) -> str:
+    if is_custom(raw):
+        raise SourceError(
+            f"{where}: the key-value cache of the checkpoint is already compressed", hint=_DENSE
+        )
     given = class_name_of(raw)
     class_name = stock_class_name(given, raw)
     if class_name is None:

@@ -245,7 +245,17 @@ def test_config_and_manifest_must_say_the_same(tmp_path):
         compress.load(folder)
 
 
-def test_it_is_no_source_of_another_run(tmp_path):
-    folder = _written(with_cache(save_llama(tmp_path / "model")), tmp_path / "out")
-    with pytest.raises(SourceError, match="already compressed"):
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ("custom", "config.json: .* already compressed"),
+        ("adapter", "is an adapter of"),
+        (None, "already comp"),
+    ],
+)
+def test_it_is_no_source_of_another_run(tmp_path, form, words):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    write(with_cache(save_llama(tmp_path / "model")), folder, "compress", kv_cache=form)
+    with pytest.raises(SourceError, match=words):
         open_model(ModelRef(id=str(folder)), progress=SilentProgress())
