@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 # Of a stage's details: rows per layer, per measured sensitivity, per allocation that was tried; how scores
 # and singular values spread; how a search went; and times, with which equal runs would write different files.
-_REPORT_ALONE = frozenset({"layers", "sensitivity", "points", "seconds", "histogram", "decisions", "search"})
+_REPORT_ALONE = frozenset(
+    {
+        *("layers", "sensitivity", "points", "seconds", "histogram", "decisions", "search"),
+        "singular_values",
+    }
+)
 
 
 def source_hash(source: Source, dtype: torch.dtype, config: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from ..exporters.depth_table import removals
 from ..exporters.experts_table import expert_stages
 from ..exporters.pruning_table import prunings, recoveries
-from . import _depth, _experts, _pruning
+from . import _depth, _experts, _kv, _pruning
 from ._tables import Section, Table
 from ._units import amount, plain, size
 
@@ -70,6 +70,7 @@ def _head(document: Document) -> Table:
         ("parameters, copies counted", amount(stored) if stored != once else None),
         ("depth", _depth.of_original(document["depth"]) if document["depth"] else None),
         ("experts", _experts.of_original(document["experts"]) if document["experts"] else None),
+        *(_kv.of_folder(document["kv_cache"]) if document["kv_cache"] else ()),
         ("bits per weight, everything counted", document["bits_per_weight"]),
         ("bits of the quantized weights", document["quantized_bits"]),
         ("copies that are not stored", shared or None),

@@ -63,14 +63,17 @@ def costs(cache: Document) -> Iterator[str]:
     counted = f", {size(metadata)} of them scales and offsets" if metadata else ""
     yield f"{size(before)} -> {size(after)} of cache per token ({after / before:.1%}{counted})"
     window = f"the window adds {size(cache['window_bytes'])} per sequence" if cache["window"] else "no window"
-    tokens = cache["break_even_tokens"]
-    even = f", which pays off from {tokens:,} cached tokens on" if tokens is not None else ""
-    yield f"{window}; the factors take {size(cache['factor_bytes'])}{even}"
+    yield f"{window}; the factors take {size(cache['factor_bytes'])}{_pays_off(cache)}"
     rebuild = cache["rebuild_flops"]
     yield (
         f"keys and values are rebuilt for every decoded token: {operations(rebuild['per_token'])} behind"
         f" {rebuild['tokens']:,} tokens"
     )
+
+
+def _pays_off(cache: Document) -> str:
+    tokens = cache["break_even_tokens"]
+    return "" if tokens is None else f", which pays off from {tokens:,} cached tokens on"
 
 
 def decoded(evaluation: Document) -> Iterator[str]:
@@ -97,11 +100,10 @@ def decoded(evaluation: Document) -> Iterator[str]:
         yield f"note: hidden numbers: {note}"
 
 
-def short(stage: Document) -> str:
-    """Return all in one line, for a history, which has no rows of layers."""
-    cache = cache_of(stage)
+def of_folder(cache: Document) -> Iterator[tuple[str, str]]:
+    """Yield (what it is, value) of a checkpoint's compressed cache, as `inspect` tells it."""
     per_token = cache["bytes_per_token"]
-    return (
-        f"{stage['method']}: {size(per_token['before'])} -> {size(per_token['after'])} of cache per token,"
-        f" {stored_told(cache)}"
-    )
+    share = f"{per_token['after'] / per_token['before']:.1%}"
+    yield "KV cache", f"{ranks_told(cache['layers'])}; {stored_told(cache)}"
+    yield "KV cache, bytes per token", f"{size(per_token['before'])} -> {size(per_token['after'])} ({share})"
+    yield "KV cache, factors", f"{size(cache['factor_bytes'])}{_pays_off(cache)}"

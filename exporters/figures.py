@@ -23,7 +23,9 @@ from .experts_table import expert_stages
 from .figures_bits import draw_bits, draw_points, draw_sensitivity
 from .figures_depth import draw_choices, draw_kept
 from .figures_experts import chooses_experts, draw_experts, draw_fitness, searches
+from .figures_kv import draw_decoding, draw_singular_values
 from .figures_pruning import draw_scores, draw_training, draw_widths
+from .kv_table import cache_of, decoding_of, kv_stages
 from .layer_table import allocation_of, has_quantizer, label_of, mixed_label_of
 from .pruning_table import numbered, prunings, recoveries, widths_of
 
@@ -32,9 +34,10 @@ SENSITIVITY, POINTS = "sensitivity.png", "error_over_bytes.png"
 SCORES, WIDTHS, TRAINING = "scores.png", "widths.png", "training_loss.png"
 KEPT, CHOICES = "blocks.png", "choices.png"
 EXPERTS, FITNESS = "experts.png", "fitness.png"
+SINGULAR_VALUES, DECODING = "kv_singular_values.png", "decoding.png"
 ORDER = (
     SAMPLES, TIMESTEPS, LAYERS, BITS, SENSITIVITY, POINTS, KEPT, CHOICES, EXPERTS, FITNESS, WIDTHS, SCORES,
-    TRAINING,
+    SINGULAR_VALUES, DECODING, TRAINING,
 )  # fmt: skip
 """In which a card shows the pictures."""
 
@@ -186,6 +189,15 @@ def _of_pruning(document: Mapping[str, Any]) -> Iterator[Drawing]:
         yield numbered(TRAINING, number), True, partial(draw_training, stage["details"])
 
 
+def _of_cache(document: Mapping[str, Any]) -> Iterator[Drawing]:
+    """Yield the pictures of a compressed key-value cache."""
+    for stage in kv_stages(document)[-1:]:  # a cache is compressed once
+        cache, found = cache_of(stage), decoding_of(document)
+        spread = bool(cache.get("singular_values"))
+        yield SINGULAR_VALUES, spread, partial(draw_singular_values, cache)
+        yield DECODING, found is not None, partial(draw_decoding, found or {}, cache["window"])
+
+
 def figures_in(folder: Path) -> list[str]:
     """Return the names of the pictures that `write_figures` put into a folder, in the order of a card."""
     found = []
@@ -238,6 +250,7 @@ def write_figures(folder: Path, evaluation: Evaluation, document: Mapping[str, A
          lambda: draw_sensitivity(allocation["layers"], details["linears"])),
         (POINTS, bool(allocation.get("points")), lambda: draw_points(allocation)),
         *_of_pruning(document),
+        *_of_cache(document),
     ]  # fmt: skip
     written = []
     with plain_defaults():
