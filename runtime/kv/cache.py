@@ -80,7 +80,6 @@ class Positions:
             )
         ids = ids.to(torch.int32).expand(batch, new)
         self.ids = ids.clone() if self.ids is None else torch.cat([self.ids, ids.to(self.ids.device)], dim=1)
-        self._angles = None
 
     def angles(self, tokens: int, like: Tensor) -> Angles:
         """Return cos and sin of the first `tokens` positions, in the dtype and on the device of `like`."""

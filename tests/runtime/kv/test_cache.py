@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
+from compress.errors import UsageError
 from compress.models.open import open_model
 from compress.progress import SilentProgress
 from compress.recipes.schema import ModelRef
 from compress.runtime.kv.attach import kv_scheme_of, new_cache, remove_kv_cache
+from compress.runtime.kv.cache import Positions
 from compress.runtime.kv.sizes import cache_bytes
 from transformers import DynamicCache
 
@@ -70,6 +72,24 @@ def test_stored_bytes_are_the_formula(original, prompt, mode, bits):
             expected = cache_bytes(kv_scheme_of(module), cache.get_seq_length(), 2, 4)
             assert cache.stored_bytes() == expected
             assert sum(tensor.untyped_storage().nbytes() for tensor in cache.tensors()) == expected
+
+
+def test_positions_are_kept_once_and_their_angles_for_as_long_as_they_hold(original):
+    """Two layers extend them by the same tokens; angles follow the tokens asked for, and rows that change."""
+    rotary = original.model.rotary_emb
+    positions, like = Positions(rotary), torch.zeros(1)
+    for before, ids in ((0, [[3, 4, 5]]), (3, [[6], [9]])):
+        for _layer in range(2):
+            positions.extend(torch.tensor(ids), 2, before)
+    assert positions.ids.tolist() == [[3, 4, 5, 6], [3, 4, 5, 9]]
+    with pytest.raises(UsageError, match="positions of 4 tokens and a layer of 5"):
+        positions.extend(torch.tensor([[1]]), 2, 5)
+    for tokens in (2, 4):
+        found = positions.angles(tokens, like)
+        assert torch.equal(found[0], rotary(like, positions.ids[:, :tokens])[0])
+    assert positions.angles(4, like)[0] is found[0], "worked out once for all layers"
+    positions.change(lambda ids: ids[[1, 1]])
+    assert torch.equal(positions.angles(4, like)[1], rotary(like, torch.tensor([[3, 4, 5, 9]] * 2))[1])
 
 
 def test_removed_it_is_a_stock_model_again(original, prompt):
