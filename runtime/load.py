@@ -293,7 +293,7 @@ def _build(stored: StoredCheckpoint, dtype: str | torch.dtype | None) -> nn.Modu
     if stored.quant_method == QUANT_METHOD:
         _attach(module, stored.manifest, name_of(target))
     elif stored.manifest.kv_cache is not None and not is_mapped(stored.config):
-        module.save_pretrained = SaveWithManifest(module, stored.manifest)
+        module.save_pretrained = SaveWithManifest(module, stored.manifest)  # type: ignore[assignment]
     return module.eval()
 
 

@@ -78,6 +78,7 @@ def quantize_linears(model: OpenModel, keep: tuple[str, ...] = ()) -> None:
     from compress.runtime.linear import QuantizedLinear
     from compress.runtime.manifest import QuantizedModule
 
+    model.family.split(model.module)
     for site in model.linears():
         if site.role == "head" or (keep and site.name.endswith(keep)):
             continue

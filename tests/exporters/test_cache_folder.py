@@ -144,6 +144,23 @@ def test_a_mixture_of_experts_keeps_its_factors(export, tmp_path, class_name):
     assert not any(info.values())
 
 
+@pytest.mark.parametrize("class_name", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+@pytest.mark.parametrize("format", ["compress", "dequantized"])
+def test_a_quantized_mixture_of_experts_keeps_its_factors(tmp_path, class_name, format):
+    model = with_cache(make_moe(tmp_path / "moe", class_name, dtype="bfloat16"), quantized=True, bits=4)
+    out = tmp_path / "out"
+    out.mkdir()
+    write(model, out, format)
+    expected = decoded(as_shipped(model, format).module)
+    assert torch.equal(decoded(compress.load(out)), expected)
+    stock, info = _from_pretrained(out, output_loading_info=True)
+    if format == "compress":
+        assert torch.equal(decoded(stock), expected)
+    else:
+        assert set(info.pop("unexpected_keys")) == set(factor_tensors(model.kv_cache))
+    assert not any(info.values())
+
+
 @pytest.mark.parametrize(
     ("format", "options", "ways"),
     [
