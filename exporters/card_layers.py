@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..runtime.moe_classes import is_moe_class
+from ..runtime.moe_names import expert_linear
 from .card_subject import Subject
 from .depth_table import removals
 from .experts_table import expert_stages, removes
@@ -43,7 +44,9 @@ def layers(subject: Subject) -> Iterator[str]:
         yield "size of the file above."
     else:
         rest = subject.metrics["bytes"] - sum(row["bytes"] for row in subject.linears)
-        others = "tensors, experts among them," if is_moe_class(subject.model["class"]) else "tensors"
+        listed = any(expert_linear(row["name"]) for row in subject.linears)
+        fused = is_moe_class(subject.model["class"]) and not listed
+        others = "tensors, experts among them," if fused else "tensors"
         yield f"Bytes count weights, scales, zero points and biases; all other {others} together have"
         yield f"{rest:,}. Copies, which some formats store as well, are counted once."
     yield ""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..recipes.stages import STAGES
+from ..runtime.moe_names import expert_linear
 
 Row = Mapping[str, Any]
 """One row of `evaluation.size.linear_inventory`."""
@@ -76,7 +77,10 @@ def average_bits(linears: Sequence[Row]) -> float:
 
 
 def pattern_of(name: str) -> str:
-    """Return a module's name with its first number, that of its block, as a wildcard."""
+    """Return a module's name with its first number, that of its block, as a wildcard; an expert's as well."""
+    expert = expert_linear(name)
+    if expert is not None:
+        name = f"{expert[0]}.*.{expert[2]}"
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name, count=1)
 
 

@@ -18,7 +18,7 @@ from .strict_json import parse_object
 
 FILE_NAME = "compress.json"
 VERSION = 1
-MAX_BYTES = 16 * 2**20
+MAX_BYTES = 32 * 2**20  # of the largest mixtures of experts, whose layers are 45,000
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=512)]
 Width = Annotated[int, Field(ge=1, le=2**20)]

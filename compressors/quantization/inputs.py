@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from ...calibration.statistics import ChannelAbsMax, Gram, RowSample
 from ...errors import StageError
 from ...models.base import OpenModel
 from ...progress import Progress, step
+from ...runtime.moe_names import expert_linear
 from .scheme import Group
 
 ROW_BUDGET_BYTES = 192 * 2**20
@@ -25,19 +26,42 @@ _SHARED_INPUT = (".q", ".k", ".v")
 def sources_of(groups: Sequence[Group], roles: dict[str, str]) -> dict[str, str]:
     """Return layer -> the layer whose recorded input stands for its own.
 
-    Query, key and value projections of one group read the same tensor; it is kept once. Other members
-    of a group (the two output projections of a joint attention) share a scale, not an input.
+    Query, key and value projections of one group read the same tensor; it is kept once, and so is what the
+    gate and the up projection of an expert read. Other members of a group (the two output projections of a
+    joint attention) share a scale, not an input.
+
+    Args:
+        groups: of layers that share a scale.
+        roles: of all linears.
     """
-    sources: dict[str, str] = {}
+    sources = {name: _gate_of(name) for name in roles}
     for group in groups:
         first: str | None = None
         for name in group.targets:
             if roles[name].endswith(_SHARED_INPUT):
                 first = first or name
                 sources[name] = first
-            else:
-                sources[name] = name
     return sources
+
+
+def _gate_of(name: str) -> str:
+    """Return the gate that reads what an expert's up projection reads; of any other layer itself."""
+    expert = expert_linear(name)
+    return f"{expert[0]}.{expert[1]}.gate_proj" if expert and expert[2] == "up_proj" else name
+
+
+def row_count(widths: Iterable[int]) -> int:
+    """Return how many rows are kept of every source layer, by the widths of all of them."""
+    return max(_LEAST_ROWS, min(_MOST_ROWS, ROW_BUDGET_BYTES // (4 * sum(widths))))
+
+
+def row_bytes(names: Mapping[str, int]) -> int:
+    """Return the bytes of the rows that are kept at most, of layers with these widths: the budget, mostly.
+
+    Some rows are kept of every layer, however many there are: of thousands of experts that is more.
+    """
+    widths = [width for name, width in names.items() if _gate_of(name) == name]
+    return max(ROW_BUDGET_BYTES, 4 * sum(widths) * row_count(widths)) if widths else ROW_BUDGET_BYTES
 
 
 @dataclass(frozen=True)
@@ -80,8 +104,7 @@ def gather(
     Raises:
         StageError: a layer is never reached, or its inputs are not finite.
     """
-    count = ROW_BUDGET_BYTES // (4 * sum(widths.values()))
-    count = max(_LEAST_ROWS, min(_MOST_ROWS, count))
+    count = row_count(widths.values())
     rows = {name: RowSample(count, generator_for(calibration.seed, "rows", name)) for name in widths}
     maximum = {name: ChannelAbsMax(ranges) for name in widths}
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 from torch import nn
 
-from ...models.base import ModelSpec, TensorSpec
+from ...models.base import LinearSite, ModelSpec, TensorSpec
 from ...recipes.stages import GridSettings, UniformSettings
 from ...runtime.linear import tensor_shapes
 from ...runtime.manifest import QuantizedModule
 from ...runtime.windows import kernel_of
 from ..base import StagePlan
 from .details import averages, label, layer_row
-from .inputs import GRAM_BUDGET_BYTES, ROW_BUDGET_BYTES
+from .inputs import GRAM_BUDGET_BYTES, row_bytes
 from .scheme import Choice, choose, options_of
 
 # What rounding one layer holds beside its own float32 weight: the transformed weight, integers,
@@ -42,24 +43,23 @@ def planned_tensors(spec: ModelSpec, choices: Sequence[Choice]) -> dict[str, Ten
     return spec.family.fused_tensors(tensors, schemes)
 
 
-def _gram_bytes(choices: Sequence[Choice]) -> int:
-    """What Gram matrices take: those of a block lie in memory together, however large they are."""
+def gram_bytes(sites: Iterable[LinearSite]) -> int:
+    """What Gram matrices of layers take: those of a block lie in memory together, however large they are."""
     blocks: dict[int | None, int] = {}
-    for choice in choices:
-        if choice.scheme is not None and choice.site.role != "adaln":
-            block = choice.site.block
-            blocks[block] = blocks.get(block, 0) + 4 * choice.site.shape[1] ** 2
+    for site in sites:
+        if site.role != "adaln":
+            blocks[site.block] = blocks.get(site.block, 0) + 4 * site.shape[1] ** 2
     return max(GRAM_BUDGET_BYTES, *blocks.values())
 
 
 def _peak_bytes(spec: ModelSpec, choices: Sequence[Choice], compensate: bool) -> int:
     """Weights, calibration samples, and the work on the largest layer."""
-    quantized = [choice.site.shape for choice in choices if choice.scheme is not None]
-    largest = max(rows * columns for rows, columns in quantized)
-    widest = max(columns for _, columns in quantized)
-    work = WORKING_COPIES * 4 * largest + ROW_BUDGET_BYTES
+    sites = [choice.site for choice in choices if choice.scheme is not None]
+    largest = max(prod(site.shape) for site in sites)
+    widest = max(site.shape[1] for site in sites)
+    work = WORKING_COPIES * 4 * largest + row_bytes({site.name: site.shape[1] for site in sites})
     if compensate:
-        work += _gram_bytes(choices) + 4 * 4 * widest * widest
+        work += gram_bytes(sites) + 4 * 4 * widest * widest
     return spec.size().bytes + work
 
 

@@ -59,7 +59,6 @@ class _Stage:
         roles = {choice.site.name: str(choice.site.role) for choice in self.choices}
         self.sources = sources_of(self.groups, roles)
         self.schemes = {c.site.name: c.scheme for c in self.choices if c.scheme is not None}
-        self.sources |= {name: name for name in self.schemes if name not in self.sources}
         self.folded = {name for group in self.groups if group.fold for name in group.targets}
         self.transforms: dict[str, balance.Transform] = {}
         self.rows: dict[str, dict[str, Any]] = {}

@@ -221,7 +221,6 @@ class Filling:
         roles = {site.name: str(site.role) for site in self.survey.sites}
         shapes = {name: layer.site.shape[1] for layer in layers for name in layer.names}
         self._sources = sources_of(self.survey.groups, roles)
-        self._sources |= {name: name for name in shapes if name not in self._sources}
         widths = {self._sources[name]: width for name, width in shapes.items()}
         ranges = options_of(self.settings).timestep_ranges
         stored = self._first_tokens.features

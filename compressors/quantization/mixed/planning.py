@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from ....recipes.allocation import SensitivitySettings
 from ....runtime.manifest import QuantizedModule
 from ...base import StagePlan
 from ..details import layer_row
-from ..inputs import GRAM_BUDGET_BYTES, ROW_BUDGET_BYTES
+from ..inputs import row_bytes
 from ..planning import (
     WORKING_COPIES,
     convolution_notes,
     first_token_notes,
+    gram_bytes,
     left_in_floating_point,
     planned_tensors,
     transform_notes,
@@ -90,11 +92,11 @@ def _peak_bytes(
     spec: ModelSpec, after: ModelSpec, candidates: Candidates, settings: AllocatingSettings
 ) -> int:
     """Weights in float32, integer layers beside them, outputs that are kept, work on the largest layer."""
-    shapes = [layer.site.shape for layer in candidates.layers]
-    work = WORKING_COPIES * 4 * max(rows * columns for rows, columns in shapes) + ROW_BUDGET_BYTES
+    sites = [single.site for layer in candidates.layers for single in layer.singles]
+    widths = {site.name: site.shape[1] for site in sites}
+    work = WORKING_COPIES * 4 * max(prod(site.shape) for site in sites) + row_bytes(widths)
     if options_of(settings).compensate:
-        widest = max(columns for _, columns in shapes)
-        work += GRAM_BUDGET_BYTES + 4 * 4 * widest * widest
+        work += gram_bytes(sites) + 4 * 4 * max(widths.values()) ** 2
     laid_out = _LAID_OUT_BYTES * sum(layer.weights for layer in candidates.layers)
     return _widened_bytes(spec) + after.size().bytes + max(work, KEPT_LIMIT_BYTES + laid_out)
 
