@@ -12,7 +12,7 @@ from torch import nn
 from transformers.generation import GenerationMode
 
 from ...errors import PlanError, SourceError, UsageError
-from .cache import CskvCache, cache_of
+from .cache import CskvCache, cache_of, stock_layers
 from .factors import Factor, Factors
 from .rebuild import factors_below, rotation_of
 from .scheme import FACTORS, KvCacheScheme, KvLayer
@@ -154,7 +154,7 @@ def _stock_class(module: nn.Module) -> str:
     return next(kinds, type(module)).__name__
 
 
-def _checked(module: nn.Module, name: str, layer: KvLayer) -> nn.Module:
+def _checked(module: Any, name: str, layer: KvLayer) -> nn.Module:
     """Return the attention of a name, after a look at its sizes."""
     try:
         attention = module.get_submodule(name)
@@ -173,6 +173,8 @@ def _checked(module: nn.Module, name: str, layer: KvLayer) -> nn.Module:
                 f"kv_cache: {name} has hidden {layer.hidden} and width {layer.width} there; the model's"
                 f" {part} has {found[0]} and {found[1]}"
             )
+    if stock_layers(module)[attention.layer_idx].is_sliding:
+        raise SourceError(f"kv_cache: {name} attends to a sliding window, and its cache cannot be compressed")
     rotation_of(attention)
     return attention
 

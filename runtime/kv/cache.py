@@ -349,10 +349,15 @@ def _refuse_offloading() -> NoReturn:
     raise UsageError("a compressed cache is not offloaded", hint=_STOCK)
 
 
+def stock_layers(module: Any) -> list[Any]:
+    """Return the layers of an empty stock cache of a model, as many as it has."""
+    return list(DynamicCache(config=module.config.get_text_config(decoder=True)).layers)
+
+
 def cache_of(module: Any, scheme: KvCacheScheme, rotary: nn.Module) -> CskvCache:
     """Return an empty cache: stock layers, and compressed ones for the attentions of the scheme."""
     positions = Positions(rotary)
-    layers = list(DynamicCache(config=module.config.get_text_config(decoder=True)).layers)
+    layers = stock_layers(module)
     for name in scheme.layers:
         attention = module.get_submodule(name)
         layers[attention.layer_idx] = CskvLayer(name, attention, scheme, positions)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from compress.errors import PlanError
+from compress.errors import PlanError, SourceError
 from compress.runtime.kv.attach import factors_of, new_cache, put_kv_cache
 from compress.runtime.kv.sizes import PlainLayer, cache_bytes
 from compress.runtime.kv.support import layers_of, unsupported
@@ -129,6 +129,13 @@ def test_layers_with_a_sliding_window_keep_their_stock_cache(dense):
     assert (_decoded(module, cache, _ids()) - expected).abs().max() < 2e-4
     plain = [PlainLayer(24, 5)] * 2
     assert cache.stored_bytes() == cache_bytes(scheme_for(module, 0, 0, window=2), 22, 2, 4, plain)
+
+
+def test_a_scheme_that_lists_a_layer_with_a_sliding_window_is_refused(dense):
+    sizes = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    everything = scheme_for(dense("Qwen2ForCausalLM"))
+    with pytest.raises(SourceError, match=r"model\.layers\.1\.self_attn attends to a sliding window"):
+        put_kv_cache(dense("Qwen2ForCausalLM", **sizes), everything)
 
 
 def test_a_layer_that_is_not_listed_keeps_a_stock_cache(dense):
