@@ -11,6 +11,7 @@ from .card_subject import Subject
 from .depth_table import removals
 from .experts_table import expert_stages, removes
 from .fresh_process import NOT_EXECUTED
+from .kv_table import kv_stages
 from .layer_table import grouped, has_quantizer
 from .markdown import code, sentence, table
 from .pruning_table import prunings
@@ -79,6 +80,9 @@ def limits(subject: Subject) -> Iterator[str]:
         yield "- Fewer blocks have fewer multiply-accumulates, by the share stated above. What lies before"
         yield "  and after the blocks takes its time as it did."
     yield from _experts(expert_stages(subject.document))
+    if kv_stages(subject.document):
+        yield "- A compressed cache adds work to decoding: keys and values are rebuilt for every token; the"
+        yield "  section on it counts how much."
     products = "- Attention products, softmax, normalisation and the layers listed as floating point run"
     if linears and prunings(subject.document):
         yield from (products, "  in floating point.")

@@ -81,6 +81,12 @@ def test_the_card_says_what_is_not_claimed(compressed):
     assert "long texts decode more slowly, not faster" in text
 
 
+def test_what_it_does_not_speed_up_names_the_rebuilding(document):
+    assert "keys and values are rebuilt for every token" in render_card(
+        told.told_in(document, told.cache()), [], ""
+    )
+
+
 def test_metadata_is_counted_and_a_cache_that_never_pays_off_is_told(compressed):
     per_token = {"before": 768.0, "after": 75.25, "metadata": 39.0}
     section = compressed(told.cache(bits=4, bytes_per_token=per_token, break_even_tokens=None))
