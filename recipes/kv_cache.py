@@ -60,9 +60,8 @@ class CskvSettings(StageSettings):
     )
     allocate: Literal["uniform", "energy"] = Field(
         "uniform",
-        description="uniform: all layers keep equally many channels; energy: as many in all, dealt out over"
-        " the layers, and with one number also over keys and values, so that the sum of the lost shares of"
-        " variance is least.",
+        description="uniform: all layers keep equally many channels; energy: as many in all, of keys and of"
+        " values, dealt out over the layers so that the sum of the lost shares of variance is least.",
     )
     init: Literal["whiten", "asvd", "svd", "random"] = Field(
         "whiten",
@@ -114,8 +113,8 @@ class CskvSettings(StageSettings):
         return both - values, values
 
     @property
-    def splits_freely(self) -> bool:
-        """Whether keys and values share one budget when channels are dealt out."""
+    def is_total(self) -> bool:
+        """Whether `removed` is one number for keys and values together."""
         return not isinstance(self.removed, RemovedSettings)
 
     @property

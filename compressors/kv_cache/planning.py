@@ -17,7 +17,7 @@ from ...runtime.moe_config import moe_shape
 from ..base import StagePlan
 from .energies import ENERGY_BUDGET_BYTES, FLOAT64_BYTES, ROWS_AT_ONCE
 from .ranks import removed_shares, scheme_of, uniform_ranks
-from .training import STATE_BUDGET_BYTES, state_bytes
+from .training import INPUT_BUDGET_BYTES, STATE_BUDGET_BYTES, state_bytes
 
 FLOAT32_BYTES = 4
 _WEIGHT_COPIES = 4  # in float64: a weight, its product with the second moments, and the decomposition's
@@ -94,6 +94,8 @@ def peak_bytes(sites: Sequence[KvAttention], scheme: KvCacheScheme, settings: Cs
     if settings.steps:
         states = [state_bytes(layer, settings) for layer in scheme.layers.values()]
         step = FLOAT32_BYTES * settings.batch_tokens * (2 * hidden + _STEP_COPIES * width)
+        inputs = FLOAT32_BYTES * settings.steps * settings.batch_tokens * hidden * len(sites)
+        step += min(inputs, INPUT_BUDGET_BYTES)
         peak = max(peak, held + factors + max(max(states), min(sum(states), STATE_BUDGET_BYTES)) + step)
     return peak
 
@@ -110,11 +112,11 @@ def _rank_notes(sites: Sequence[KvAttention], scheme: KvCacheScheme, settings: C
     shares = removed_shares(scheme)
     both = (shares["k"] + shares["v"]) / 2
     if settings.allocate == "energy":
-        what = "in all layers together" if settings.splits_freely else "of keys and of values in all layers"
         return [
-            f"{100 * both:.2f} % of the channels are removed {what}; how many stay in which layer is decided"
-            f" on calibration data ({layer.rank_k} of keys and {layer.rank_v} of values of {layer.width} are"
-            " counted for each)"
+            f"{100 * shares['k']:.2f} % of the channels of keys are removed and {100 * shares['v']:.2f} % of"
+            f" those of values, {100 * both:.2f} % of both; how many stay in which of {len(scheme.layers)}"
+            f" attentions is decided on calibration data ({layer.rank_k} and {layer.rank_v} of {layer.width}"
+            " on average)"
         ]
     return [
         f"of {layer.width} channels of keys {layer.rank_k} stay ({100 * shares['k']:.2f} % removed), of"

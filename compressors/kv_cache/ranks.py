@@ -54,7 +54,7 @@ def _rank(site: KvAttention, settings: CskvSettings, side: str, kept: Fraction) 
 
 
 def _hint(site: KvAttention, settings: CskvSettings, side: str, channels: int) -> str:
-    if settings.splits_freely:
+    if settings.is_total:
         part = settings.kept[0] / sum(settings.kept) if side == "k" else settings.kept[1] / sum(settings.kept)
         most = 1 - 1 / (2 * part * channels)
         key = "removed"
@@ -74,8 +74,9 @@ def dealt_out(
     """Return ranks whose sum is at most that of equal ones, with the least sum of lost shares of variance.
 
     A share counts alike whatever the variance of its layer is: plain sums of squares would give nearly all
-    channels to the layers with the largest activations, which hurts. With one number for keys and values
-    there is one budget, otherwise there are two.
+    channels to the layers with the largest activations, which hurts. Keys and values have a budget each, for
+    their shares do not compare: few directions hold nearly all of the keys' variance, and with one budget
+    keys would get so few channels that the loss rises.
 
     Args:
         sites: the attentions.
@@ -86,14 +87,16 @@ def dealt_out(
         PlanError: see `uniform_ranks`.
     """
     equal = uniform_ranks(sites, settings)
-    totals = [sum(ranks[index] for ranks in equal.values()) for index in range(2)]
-    if settings.splits_freely:
-        budgets = [Budget("channels", sum(totals), unit="channels")]
-    else:
-        budgets = [
-            Budget(f"channels of {side}", total, "channels", (side,), unit="channels")
-            for side, total in zip(SIDES, totals, strict=True)
-        ]
+    budgets = [
+        Budget(
+            f"channels of {side}",
+            sum(pair[index] for pair in equal.values()),
+            "channels",
+            (side,),
+            unit="channels",
+        )
+        for index, side in enumerate(SIDES)
+    ]
     items = [
         Item(f"{site.name}.{side}", tuple(_choices(site, settings, lost[site.name][index])), side)
         for site in sites

@@ -37,6 +37,8 @@ from .factorise import KvFactors, weight_of
 
 STATE_BUDGET_BYTES = 2 * 2**30
 """States of attentions that are trained in one replay; one is, however large it is."""
+INPUT_BUDGET_BYTES = 2**30
+"""Inputs that are kept after the first replay, so that there need be no other; more are replayed."""
 CLIP_NORM = 1.0
 _FLOAT32_BYTES = 4
 _COPIES = 4  # weights, gradients, and AdamW's two moments
@@ -236,19 +238,54 @@ def _train_part(
         rounding = _rounding(scheme, name) if settings.trains_through_rounding else None
         trainings[f"{name}.k_proj"] = LayerTraining(start[name], (weights[0], weights[1]), settings, rounding)
 
+    inputs = _Inputs()
+
     def observe(name: str, x: Tensor, timesteps: Tensor) -> None:
+        if not trainings[name].done:
+            inputs.add(name, x.detach())
         progress.advance(trainings[name].take(x.detach()), name)
 
     first = trainings[f"{part[0]}.k_proj"]
     with step(progress, "training the factors", settings.steps * len(part)):
         while not first.done:  # all of them see the same tokens
-            calibration.observe(model, list(trainings), observe, progress)
+            if inputs.complete:
+                for name, x in inputs.kept:
+                    progress.advance(trainings[name].take(x), name)
+            else:
+                calibration.observe(model, list(trainings), observe, progress)
+                inputs.end()
             if not first.tokens:
                 raise StageError(
                     f"no sequence of the calibration has the {scheme.key_group} tokens that share a scale",
                     hint=f"write `calibration: {{length: {scheme.key_group}}}` or more, or less key_group",
                 )
     return {name: trainings[f"{name}.k_proj"].result(name) for name in part}
+
+
+class _Inputs:
+    """What attentions read during the first replay, in that order, as long as all of it fits the budget.
+
+    Attributes:
+        kept: name of a linear and its input.
+        complete: `kept` is a whole replay.
+    """
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[str, Tensor]] = []
+        self.complete = False
+        self._room = INPUT_BUDGET_BYTES
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Keep an input, or give up."""
+        self._room -= x.numel() * x.element_size()
+        if self._room >= 0:
+            self.kept.append((name, x))
+        else:
+            self.kept.clear()
+
+    def end(self) -> None:
+        """Note that a replay has ended."""
+        self.complete = self._room >= 0
 
 
 def _rounding(scheme: KvCacheScheme, name: str) -> Rounding | None:

@@ -95,8 +95,8 @@ def test_a_number_is_a_total_of_which_keys_keep_three_eighths():
     assert read(removed=0.8).kept == (Fraction(15, 100), Fraction(25, 100))
     assert read(removed=0.1).kept == (Fraction(8, 10), 1)  # values cannot keep more than all
     assert read(removed={"k": 0.9, "v": 0.7}).kept == (Fraction(1, 10), Fraction(3, 10))
-    assert read(removed=0.5).splits_freely
-    assert not read(removed={"k": 0.5, "v": 0.5}).splits_freely
+    assert read(removed=0.5).is_total
+    assert not read(removed={"k": 0.5, "v": 0.5}).is_total
 
 
 def test_tokens_that_share_a_scale():

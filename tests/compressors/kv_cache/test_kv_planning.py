@@ -93,7 +93,7 @@ def test_a_number_is_planned_with_more_of_the_values(spec_of):
 def test_ranks_by_layer_are_planned_by_their_sum(spec_of):
     equal, dealt = (planned(spec_of(MISTRAL), allocate=how, **BOTH_80) for how in ("uniform", "energy"))
     assert dealt.after == equal.after
-    assert "how many stay in which layer is decided on calibration data" in "\n".join(dealt.notes)
+    assert "how many stay in which of 32 attentions is decided on calibration data" in "\n".join(dealt.notes)
 
 
 def test_layers_with_a_sliding_window_keep_their_cache(spec_of, llm_config):

@@ -233,6 +233,7 @@ def test_a_killed_training_goes_on_and_ends_at_the_same_bytes(opened, calibratio
     recorded = calibration(model)
     whole = trained(model, recorded, tmp_path / "whole")
     monkeypatch.setattr(training, "STATE_BUDGET_BYTES", 1)
+    monkeypatch.setattr(training, "INPUT_BUDGET_BYTES", 0)
     replays = 0
     observe = type(recorded).observe
 
@@ -251,6 +252,27 @@ def test_a_killed_training_goes_on_and_ends_at_the_same_bytes(opened, calibratio
     again = trained(model, recorded, tmp_path / "killed")
     assert (whole.kept, again.kept) == (0, 1)
     assert all(same(whole.factors[name], again.factors[name]) for name in whole.factors)
+
+
+@pytest.mark.parametrize(("budget", "replays"), [(2 * 120 * 48 * 4, 1), (2 * 120 * 48 * 4 - 1, 3), (0, 3)])
+def test_inputs_that_fit_are_kept_and_give_the_same_bytes(
+    opened, calibration, tmp_path, monkeypatch, budget, replays
+):
+    model = opened()
+    recorded = calibration(model)
+    expected = trained(model, recorded, tmp_path / "expected")
+    monkeypatch.setattr(training, "INPUT_BUDGET_BYTES", budget)
+    count, observe = 0, type(recorded).observe
+
+    def counting(*arguments):
+        nonlocal count
+        count += 1
+        observe(*arguments)
+
+    monkeypatch.setattr(type(recorded), "observe", counting)
+    found = trained(model, recorded, tmp_path / "found")  # 8 steps of 32 of 120 tokens
+    assert count == replays
+    assert all(same(found.factors[name], expected.factors[name]) for name in expected.factors)
 
 
 @pytest.mark.parametrize("damage", [b"", b"not tensors"])

@@ -108,7 +108,7 @@ def curves(count, width):
 def test_dealt_out_ranks_are_the_best_within_the_budget():
     attention, lost = sites(2, 1, 5), curves(2, 5)
     ranks, allocation = dealt_out(attention, settings(removed=0.4), lost)
-    budget = 2 * (2 + 3)
+    budgets = (2 * 2, 2 * 3)  # int(0.45 * 5) of keys and int(0.75 * 5) of values, each of two layers
     best = min(
         sum(
             lost[site.name][side][choice[2 * i + side] - 1]
@@ -116,14 +116,14 @@ def test_dealt_out_ranks_are_the_best_within_the_budget():
             for side in (0, 1)
         )
         for choice in itertools.product(range(1, 6), repeat=4)
-        if sum(choice) <= budget
+        if sum(choice[::2]) <= budgets[0] and sum(choice[1::2]) <= budgets[1]
     )
-    assert sum(map(sum, ranks.values())) == budget
+    assert tuple(map(sum, zip(*ranks.values(), strict=True))) == budgets
     assert allocation.loss == pytest.approx(best, abs=1e-12)
     assert allocation.gap == pytest.approx(0.0, abs=1e-9)
 
 
-def test_two_shares_are_two_budgets():
+def test_keys_and_values_have_a_budget_each():
     attention, lost = sites(4), curves(4, 32)
     keys = {"removed": {"k": 0.75, "v": 0.5}, "allocate": "energy"}
     ranks, _ = dealt_out(attention, settings(**keys), lost)
