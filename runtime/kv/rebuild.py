@@ -64,7 +64,7 @@ def rotation_of(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
 
 def _with_bias(states: Tensor, projection: Any) -> Tensor:
     bias = getattr(projection, "bias", None)
-    return states if bias is None else states + bias.to(states.dtype)
+    return states if bias is None else states + bias
 
 
 def _clipped(states: Tensor, attention: Any) -> Tensor:

@@ -26,9 +26,8 @@ def _below(x: Tensor) -> Tensor:
     """Round float32 to the next float16 that is not above."""
     x = x.clamp(-_HALF_MAX, _HALF_MAX)
     half = x.half()
-    code = half.view(torch.int16)
+    code = half.view(torch.int16)  # sign and magnitude; what is below zero rounds to no +0
     step = torch.where(half > 0, code - 1, code + 1)
-    step = torch.where(half == 0, torch.full_like(code, -(2**15) + 1), step)  # the smallest below zero
     return torch.where(half.float() > x, step, code).view(torch.float16)
 
 

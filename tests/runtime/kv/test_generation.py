@@ -23,6 +23,7 @@ from compress.runtime.kv.attach import (
 from compress.runtime.kv.cache import CskvCache
 from pydantic import ValidationError
 from transformers import DynamicCache, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from .tiny import compressed, fill, scheme_for
 
@@ -173,7 +174,9 @@ def test_rows_are_chosen_and_repeated_with_all_that_belongs_to_them(original, ch
     assert cache.batch_size in (-1, len(rows))
 
 
-def test_a_cache_starts_anew_after_reset(lossy):
+@pytest.mark.parametrize("bits", [None, 2])
+def test_a_cache_starts_anew_after_reset(original, bits):
+    lossy = compressed(copy.deepcopy(original), 4, 6, window=3, key_group=8, bits=bits)
     cache = new_cache(lossy)
     with torch.no_grad():
         first = lossy(_ids(), past_key_values=cache).logits
@@ -391,6 +394,24 @@ def test_blocks_are_rounded_as_a_whole(original):
     assert scheme_for(original, mode="block", window=16, key_group=8).key_group == 8, "it plays no part"
     with pytest.raises(ValidationError, match="at least one token"):
         scheme_for(original, mode="block", window=0)
+
+
+def test_keys_and_values_of_a_prompt_pass_as_they_are(lossy):
+    cache, k, v = new_cache(lossy), torch.randn(1, 4, 5, 8), torch.randn(1, 4, 5, 8)
+    cache.stage(lossy.model.layers[0].self_attn, torch.randn(1, 5, 64), torch.arange(5)[None])
+    keys, values = cache.update(k, v, 0)
+    assert keys is k
+    assert values is v
+
+
+def test_an_attention_of_a_derived_class_rotates_as_the_stock_one(lossy):
+    class Mine(LlamaAttention):
+        pass
+
+    expected = _text(lossy, _ids())
+    for layer in lossy.model.layers:
+        layer.self_attn.__class__ = Mine
+    assert torch.equal(_text(lossy, _ids()), expected)
 
 
 def test_an_attention_that_is_called_with_its_input_by_place(lossy):

@@ -56,6 +56,17 @@ def test_no_element_is_off_by_more_than_half_a_step(case, bits, axis):
     )
 
 
+def test_an_offset_is_never_above_a_minimum():
+    """At zeros of both signs, between the smallest float16 numbers, and at the largest one, too."""
+    values = torch.tensor(
+        [0.0, -0.0, 1e-9, -1e-9, 3e-8, -3e-8, 0.1, -0.1, 1000.3, -1000.3, 65504.0, -65504.0]
+    )
+    scale, offset = grid_of(torch.stack([values, values + values.abs() * 0.01], dim=-1), 4)
+    assert (offset[:, 0].float() <= values).all()
+    assert (values - offset[:, 0].float() <= values.abs() * 2**-10 + 2**-24).all()
+    assert (scale >= 0).all()
+
+
 def test_the_ends_of_a_range_are_kept():
     """A group that float16 can hold: minimum and maximum come back, and what lies on the grid."""
     c = torch.tensor([[[5.0], [5.5], [6.0], [6.5]]])
