@@ -24,7 +24,7 @@ from ..runtime.linear import QuantizedLinear
 from ..runtime.manifest import FILE_NAME, Manifest, QuantizedModule
 from ..runtime.modules import name_of, quantized_layers
 from .bits_file import bits_files
-from .compress_format import METADATA, stock_config
+from .compress_format import METADATA, cache_notes, check_cache, stock_config
 from .conversion import swapped
 from .dequantized_format import linear_tensors
 from .formats import Layout
@@ -42,6 +42,7 @@ def layout(model: OpenModel) -> Layout:
         PlanError: a layer has what the layout has no place for; see `check`.
     """
     check(model.quantization)
+    check_cache(model)
     class_name, dtype = str(model.config["_class_name"]), model.spec.dtype
     layers, gone = quantized_layers(model.module), left_out(model.config)
     tensors = [
@@ -58,10 +59,12 @@ def layout(model: OpenModel) -> Layout:
     config = stock_config(model)
     floats = [site.name for site in model.linears() if site.name not in layers]
     config["quantization_config"] = section_of(model.quantization, floats)
-    extra = {FILE_NAME: Manifest(history=tuple(model.history)).to_json(), **bits_files(model)}
+    manifest = Manifest(kv_cache=model.kv_cache, history=tuple(model.history))
+    extra = {FILE_NAME: manifest.to_json(), **bits_files(model)}
     ways = [stock_way(class_name, name_of(dtype)), "compress.load(path)"]
     tensors = one_by_one(class_name, tensors)
-    return Layout(tensors, config, METADATA, ways, extra, _notes(model.quantization, dtype))
+    notes = _notes(model.quantization, dtype) + cache_notes(model, ways)
+    return Layout(tensors, config, METADATA, ways, extra, notes)
 
 
 def predict(spec: ModelSpec) -> tuple[list[StoredTensor], Mapping[str, str]]:

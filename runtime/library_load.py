@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import SourceError
+from .kv.stored import is_factor
 from .library_sections import HINT, library_schemes
 from .transformers_config import auto_class_of
 from .validate import StoredCheckpoint
@@ -22,7 +23,8 @@ def load_by_library(stored: StoredCheckpoint, bare: nn.Module, dtype: torch.dtyp
         dtype: of what is not quantized.
 
     Returns:
-        The stock module with the package's layers, in evaluation mode.
+        The stock module with the package's layers, in evaluation mode. Factors of a compressed cache are
+        none of its tensors.
 
     Raises:
         SourceError: the folder is not what compress writes, or the package is not installed or refuses it.
@@ -49,7 +51,7 @@ def load_by_library(stored: StoredCheckpoint, bare: nn.Module, dtype: torch.dtyp
         raise SourceError(
             f"{stored.folder}: the loader of {stored.quant_method} format refuses it: {reason}", hint=HINT
         ) from error
-    wrong = [name for found in info.values() for name in found]
+    wrong = [name for found in info.values() for name in found if not is_factor(name)]
     if wrong:
         raise SourceError(f"{stored.folder}: tensor {wrong[0]} does not fit the model", hint=HINT)
     loaded: nn.Module = module

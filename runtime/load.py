@@ -20,6 +20,7 @@ from .fetch import fetch
 from .kv.adapter import StoredAdapter, base_folder, check_sizes, is_adapter, open_adapter
 from .kv.assembled import assembled
 from .kv.saving import SaveWithManifest
+from .kv.scheme import factor_tensors
 from .language_config import implied_copies, is_language_class
 from .layered import check_layers_agree
 from .library_load import load_by_library
@@ -154,7 +155,9 @@ def _load_stock(stored: StoredCheckpoint, dtype: str | torch.dtype | None) -> nn
     bare = _without_memory(stored, target)
     _check_tables(stored, bare)
     if is_known(stored):
-        return load_by_library(stored, bare, target)
+        module = load_by_library(stored, bare, target)
+        _fill_cache(module, stored, target)
+        return module
     for name, tensor in dense_tensors(bare, stored.tensors):
         check_dtype(name, stored.tensors[name], tensor.dtype)
     try:
@@ -258,6 +261,15 @@ def _check_tables(stored: StoredCheckpoint, module: nn.Module) -> None:
             f"but the weights have only {available}",
             hint="the config was changed by hand, or belongs to other weights",
         )
+
+
+def _fill_cache(module: nn.Module, stored: StoredCheckpoint, dtype: torch.dtype) -> None:
+    """Give a module that another library has loaded the compressed cache of its folder, if it has one."""
+    put_stored_cache(module, stored)
+    scheme = stored.manifest.kv_cache
+    for name in factor_tensors(scheme) if scheme is not None else ():
+        device = module.get_parameter(name).device
+        place(module, name, read_tensor(stored.tensors[name]).to(device, dtype))
 
 
 @contextmanager

@@ -135,6 +135,22 @@ def test_rounded_to_floats_the_cache_stays_compressed(export):
     assert set(info["unexpected_keys"]) == set(factor_tensors(model.kv_cache))
 
 
+@pytest.mark.parametrize(("format", "package"), [("compressed-tensors", "compressed_tensors")])
+def test_in_the_format_of_another_package_the_cache_stays_compressed(export, format, package):
+    pytest.importorskip(package)
+    model, out = export(format, quantized=True, bits=4)
+    expected = decoded(as_shipped(model, format).module)
+    loaded = compress.load(out)
+    assert kv_scheme_of(loaded) == model.kv_cache and torch.equal(decoded(loaded), expected)
+    _, info = _from_pretrained(out, output_loading_info=True)
+    assert set(info.pop("unexpected_keys")) == set(factor_tensors(model.kv_cache))
+    assert not any(info.values())
+    path = out / "model.safetensors"
+    save_file({**load_file(path), "model.extra": torch.zeros(3)}, path, {"format": "pt"})
+    with pytest.raises(SourceError, match=r"model\.extra belongs to no layer"):
+        compress.load(out)
+
+
 @pytest.mark.parametrize("class_name", ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM"])
 def test_a_mixture_of_experts_keeps_its_factors(export, tmp_path, class_name):
     model, out = export(source=make_moe(tmp_path / "moe", class_name))
