@@ -179,6 +179,7 @@ class ExportPlan:
         unpadded_bytes: what they would take without padding; None where nothing is padded.
         least_bytes: what they take at the least; None where data do not decide which blocks of different
             sizes stay.
+        kv_cache: form of a compressed cache; None where none is compressed.
     """
 
     export: ExportSettings
@@ -188,10 +189,12 @@ class ExportPlan:
     most_bytes: int
     unpadded_bytes: int | None = None
     least_bytes: int | None = None
+    kv_cache: KvForm | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan document's form."""
-        document = {"format": self.export.format, "path": str(self.export.path), "bytes": self.bytes}
+        document: dict[str, Any] = {"format": self.export.format, "path": str(self.export.path)}
+        document |= {"bytes": self.bytes} | ({} if self.kv_cache is None else {"kv_cache": self.kv_cache})
         if self.least_bytes is not None:
             document["bytes_at_least"] = self.least_bytes
         if self.unpadded_bytes is None:
@@ -239,7 +242,7 @@ def _plan_export(
 
     if not export.padded:
         found, stored = predict(after), predict_tensor_bytes(after, export.format, kv_cache=form)
-        return ExportPlan(export, after, found, stored, found)
+        return ExportPlan(export, after, found, stored, found, kv_cache=form)
     spec = padded_spec(after, export.format)
     # Planned layers are equally wide, and the widest of the real ones decides: the original's at the most.
     most = spec if decided else before
