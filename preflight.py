@@ -27,6 +27,7 @@ from .models.shapes import expected_shapes
 from .recipes import patterns
 from .recipes.export import PACKAGES, REJECTED, overlap
 from .recipes.stages import GridSettings
+from .runtime.moe_names import stored_shapes
 
 _TABLES = (".embedding_table.weight", ".embed_tokens.weight", ".style_embedder.weight")
 """Matrices of which rows are looked up: no linear layers."""
@@ -235,8 +236,9 @@ def check_calibration(loaded: LoadedRecipe) -> None:
 
 
 def linear_names(checkpoint: Checkpoint) -> list[str]:
-    """Return the dotted names of the checkpoint's linear layers, as its config implies them."""
-    shapes = expected_shapes(checkpoint.class_name, checkpoint.config)
+    """Return the dotted names of the checkpoint's linear layers, experts' too, as its config implies them."""
+    fused = expected_shapes(checkpoint.class_name, checkpoint.config)
+    shapes = stored_shapes(checkpoint.class_name, fused, {})
     return [
         name.removesuffix(".weight")
         for name, shape in shapes.items()
