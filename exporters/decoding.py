@@ -76,5 +76,5 @@ def lengths(scheme: KvCacheScheme, longest: int) -> tuple[int, int]:
     steps = min(STEPS, longest - 1)
     period = scheme.window if scheme.mode == "block" else scheme.key_group
     behind = scheme.window + scheme.key_group
-    end = -(-behind // period + 1) * period + steps // 2
+    end = -(-(behind + steps) // period) * period + steps // 2
     return min(end, longest) - steps, steps
