@@ -10,6 +10,7 @@ from ..runtime.moe_names import expert_linear
 from .card_subject import Subject
 from .depth_table import removals
 from .experts_table import expert_stages, removes
+from .formats import OF_LANGUAGE_MODELS
 from .fresh_process import NOT_EXECUTED
 from .kv_table import kv_stages
 from .layer_table import grouped, has_quantizer
@@ -62,16 +63,19 @@ def limits(subject: Subject) -> Iterator[str]:
         than = "the pruned model before" if pruned else "the original"
         yield "- This format stores the rounded weights in floating point: neither smaller nor faster than"
         yield f"  {than}, and activations are not quantized."
-    unpacked = subject.export["format"] == "compressed-tensors"
-    if unpacked:
+    by_library = subject.export["format"] in OF_LANGUAGE_MODELS
+    if subject.export["format"] == "compressed-tensors":
         yield "- transformers unpacks the weights into floating point: the file is smaller, but there neither"
         yield "  the memory nor the time of a product is; rounded inputs are floating point, too."
-    elif any(row["weight_bits"] < 8 for row in linears):
+    elif subject.export["format"] == "bitsandbytes-nf4":
+        yield "- The package turns weights into floating point for every product: the file and the memory are"
+        yield "  smaller, the product is no faster."
+    elif not by_library and any(row["weight_bits"] < 8 for row in linears):
         yield (
             "- Weights below 8 bits make the file smaller; the product itself runs on 8-bit integers and is"
             " no faster than with 8-bit weights."
         )
-    if not unpacked and any(row["activation_bits"] is None for row in linears):
+    if not by_library and any(row["activation_bits"] is None for row in linears):
         yield "- Quantized layers without activation bits are weight-only: their product is floating point."
     if prunings(subject.document):
         yield "- Narrower layers have fewer multiply-accumulates, by the share stated above. Time falls less"

@@ -89,6 +89,8 @@ def _introduction(way: str, subject: Subject) -> str:
         "torchao": f"With stock {library} and torchao, without compress:",
         "sdnq": f"With stock {library} and the package sdnq, without compress:",
         "compressed-tensors": f"With stock {library} and compressed-tensors, without compress:",
+        "bitsandbytes-nf4": f"With stock {library} and bitsandbytes, without compress:",
+        "bitsandbytes-int8": f"With stock {library} and bitsandbytes, without compress:",
         "dequantized": f"With stock {library} alone:",
     }[format_ if "import compress" in way or format_ != "compress" else "dequantized"]
 

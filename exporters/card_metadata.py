@@ -9,6 +9,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
+from ..recipes.export import ROUNDING_FORMATS
 from ..recipes.schema import settings_class
 from ..runtime.language_config import is_language_class
 from ..runtime.vision_sizes import is_vision_class
@@ -90,7 +91,8 @@ def _tags(subject: Subject) -> list[str]:
     elif subject.label:
         tags.append(subject.label.lower())
     if subject.export["format"] not in ("compress", "dequantized"):
-        tags.append(subject.export["format"])
+        format_ = subject.export["format"]
+        tags.append("bitsandbytes" if format_ in ROUNDING_FORMATS else format_)
     return list(dict.fromkeys(tags))
 
 

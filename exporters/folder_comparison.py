@@ -16,6 +16,7 @@ from ..progress import Progress, step
 from ..runtime.first_token import put_first
 from ..runtime.kv.adapter import base_folder, is_adapter, open_adapter
 from ..runtime.kv.assembled import open_whole
+from ..runtime.library_sections import export_format
 from ..runtime.load import read_tensor, skeleton
 from ..runtime.modules import dtype_of
 from ..runtime.validate import StoredCheckpoint
@@ -71,7 +72,7 @@ def compare_folders(
         return Comparison({}, f"the folder does not open: {error.message}")
     if (stored.class_name, stored.quant_method) != (copy.class_name, copy.quant_method):
         return Comparison({}, f"holds a {copy.class_name} in another format")
-    format_ = stored.quant_method or "dequantized"
+    format_ = export_format(stored)
     ours_alone = stored.own_code or base is not None
     ways, _ = ways_of(stored.class_name, stored.dtype, format_, ours_alone=ours_alone)
     if device.startswith("cuda") and not torch.cuda.is_available():

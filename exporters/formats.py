@@ -7,12 +7,14 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import PlanError
 from ..models.base import Family, ModelSpec, OpenModel
 from ..models.registry import task_of
+from ..recipes.export import PACKAGES, ROUNDING_FORMATS
 from ..recipes.kv_export import KvForm
 from ..runtime.kv.adapter import WEIGHTS_NAME as ADAPTER_NAME
 from ..runtime.mapped_routing import is_mapped
@@ -28,13 +30,15 @@ FORMATS: Mapping[str, str] = {
     "torchao": "torchao_format",
     "sdnq": "sdnq_format",
     "compressed-tensors": "compressed_tensors_format",
+    "bitsandbytes-nf4": "bitsandbytes_nf4",
+    "bitsandbytes-int8": "bitsandbytes_int8",
     "dequantized": "dequantized_format",
 }
 _KV_FORMS: Mapping[str, str] = {"adapter": "kv_adapter", "custom": "kv_custom"}
 """Forms of a compressed cache that the format itself does not write -> their modules."""
 
 
-OF_LANGUAGE_MODELS = frozenset({"compressed-tensors"})
+OF_LANGUAGE_MODELS = frozenset({"compressed-tensors", *ROUNDING_FORMATS})
 """Formats that are written for language models alone."""
 
 
@@ -117,6 +121,26 @@ def _check_library(family: Family, format: str) -> None:
             f" family {family.name} is none",
             hint="use compress, or dequantized",
         )
+    if format in ROUNDING_FORMATS and find_spec(PACKAGES[format]) is None:
+        raise PlanError(
+            f"export.format: what {format} comes to is measured with the package {PACKAGES[format]}, which is"
+            " not installed",
+            hint=f"install {PACKAGES[format]}, or use compress or compressed-tensors",
+        )
+
+
+def _check_cache(model: ModelSpec | OpenModel, format: str) -> None:
+    """Refuse the factors of a compressed cache where the stock class alone builds the model.
+
+    Raises:
+        PlanError: naming the format.
+    """
+    if model.kv_cache is not None and format in OF_LANGUAGE_MODELS:
+        raise PlanError(
+            f"export.format: {format} is loaded by the stock class alone, which has no place for the factors"
+            " of a compressed key-value cache",
+            hint="use compress",
+        )
 
 
 def _check_cut(model: ModelSpec | OpenModel, format: str) -> None:
@@ -178,6 +202,7 @@ def write(
     """
     _check_library(model.family, format)
     _check_mapped(model, format)
+    _check_cache(model, format)
     _check_cut(model, format)
     layout = _module(format, kv_cache).layout(model)
     name, shard = _weights(model.family, max_shard_size, kv_cache)
@@ -208,7 +233,8 @@ def as_shipped(model: OpenModel, format: str, *, padded: bool = False) -> OpenMo
     """Return the model that computes what the exported folder computes, to be measured or compared.
 
     `compress` stores the very layers that run here, so the model itself comes back. The layers of
-    `torchao` and `dequantized` are replaced; every other tensor is shared with `model`, so change
+    `torchao`, `compressed-tensors` and `dequantized` are replaced, and those that the formats of
+    `bitsandbytes` round; every other tensor is shared with `model`, so change
     neither afterwards. `quantization` then says what the file holds. For `sdnq` the model itself
     comes back too: the integers are equal, but the arithmetic of the package sdnq may differ.
     A padded model is one of other sizes, and it is what has to be written, too.
@@ -220,7 +246,8 @@ def as_shipped(model: OpenModel, format: str, *, padded: bool = False) -> OpenMo
         return pad(model)
     found: Any = _module(format)
     convert: Callable[[OpenModel], OpenModel] | None = getattr(found, "as_shipped", None)
-    return model if convert is None or not model.quantization else convert(model)
+    rounds = bool(model.quantization) or format in ROUNDING_FORMATS
+    return convert(model) if convert is not None and rounds else model
 
 
 def predict_bytes(
@@ -255,6 +282,7 @@ def _predict(
 ) -> tuple[list[StoredTensor], Mapping[str, str]]:
     _check_library(spec.family, format)
     _check_mapped(spec, format)
+    _check_cache(spec, format)
     _check_cut(spec, format)
     return _module(format, kv_cache).predict(spec)
 

@@ -25,6 +25,7 @@ from ..recipes.secrets import TOKEN_VARIABLES
 from ..runtime.first_token import feature_of, put_first
 from ..runtime.kv.adapter import is_adapter
 from ..runtime.kv.assembled import open_whole
+from ..runtime.library_sections import export_format
 from ..runtime.modules import name_of
 from ..runtime.threads import computing_with
 from ..runtime.validate import QUANT_METHOD
@@ -140,7 +141,7 @@ def verify_export(
         return _failed(f"the folder does not open: {_without(Path(folder), error.message)}")
     if stored.manifest.kv_cache != model.kv_cache:
         return _failed("the folder's manifest does not say how the cache is compressed as the model does")
-    format_ = stored.quant_method or "dequantized"
+    format_ = export_format(stored)
     dtype, ours_alone = name_of(model.spec.dtype), stored.own_code or base is not None
     ways, loads_with = ways_of(stored.class_name, dtype, format_, ours_alone=ours_alone)
     shipped = shipped or as_shipped(model, format_)

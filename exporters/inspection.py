@@ -155,7 +155,8 @@ def _count_library(stored: StoredCheckpoint) -> tuple[list[dict[str, Any]], int,
     rows, parameters = [], sum(prod(scheme.shape) for scheme in schemes.values())
     for name, entry in stored.tensors.items():
         layer, suffix = name.rpartition(".")[::2]
-        layer = layer.removesuffix(".weight")  # of bitsandbytes, which has names such as M.weight.absmax
+        if ".weight." in name:  # of bitsandbytes, which has names such as M.weight.absmax
+            layer = name.partition(".weight.")[0]
         owned[layer] += entry.bytes
         if layer not in schemes or suffix == "bias":
             parameters += prod(entry.shape)

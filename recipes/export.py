@@ -26,8 +26,15 @@ from .sizes import bytes_of
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # What git and the Hub both take; refs/pr/N is a revision that can be read but not pushed to by name.
 _REF = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w-][\w.-]*)*", re.ASCII)
-PACKAGES: Mapping[str, str] = {"sdnq": "sdnq", "compressed-tensors": "compressed_tensors"}
+PACKAGES: Mapping[str, str] = {
+    "sdnq": "sdnq",
+    "compressed-tensors": "compressed_tensors",
+    "bitsandbytes-nf4": "bitsandbytes",
+    "bitsandbytes-int8": "bitsandbytes",
+}
 """Format -> the package, as it is imported, without which the library of the model cannot load it."""
+ROUNDING_FORMATS = frozenset({"bitsandbytes-nf4", "bitsandbytes-int8"})
+"""Formats that round by themselves what no stage has rounded."""
 REJECTED = ".rejected"
 """A result that was refused is kept under its name with this at the end."""
 _DEFAULT_BRANCH = "main"  # of every repository that the Hub makes
@@ -93,11 +100,20 @@ class ExportSettings(_Settings):
     """Where a result goes, and in which form."""
 
     path: Path = Field(description="Output folder; it is whole or absent.")
-    format: Literal["compress", "torchao", "sdnq", "compressed-tensors", "dequantized"] = Field(
+    format: Literal[
+        "compress",
+        "torchao",
+        "sdnq",
+        "compressed-tensors",
+        "bitsandbytes-nf4",
+        "bitsandbytes-int8",
+        "dequantized",
+    ] = Field(
         "compress",
         description="compress: weights in their real bits; torchao, sdnq: load with stock diffusers and that "
         "library; compressed-tensors: packed integers of a language model, for transformers and that package;"
-        " dequantized: plain bfloat16.",
+        " bitsandbytes-nf4, -int8: rounded by the format itself where no stage has, for transformers and"
+        " bitsandbytes; dequantized: plain bfloat16.",
     )
     max_shard_size: Annotated[
         int,

@@ -29,7 +29,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 from .answers import AnswersSettings
 from .data import DataSettings
 from .decoding import COMPRESSES_CACHE, DecodingSettings
-from .export import Exports, ExportSettings, clash
+from .export import ROUNDING_FORMATS, Exports, ExportSettings, clash
 from .gates import METRICS, NEEDS, Gate
 from .kv_export import kv_clash
 from .stages import PHASES, STAGES, StageSettings
@@ -311,7 +311,8 @@ class Recipe(_Settings):
         CalibrationSettings.model_validate({}), description="What the methods may look at."
     )
     stages: tuple[Stage, ...] = Field(
-        min_length=1, description="The methods, in the order prune, recover, quantize, plan."
+        description="The methods, in the order prune, recover, quantize, plan; [] where the format of every "
+        "export rounds the weights by itself."
     )
     evaluate: EvaluateSettings = Field(EvaluateSettings.model_validate({}), description="What is measured.")
     require: Annotated[
@@ -334,6 +335,12 @@ class Recipe(_Settings):
         return self
 
     def _check_order(self) -> None:
+        if not self.stages and any(export.format not in ROUNDING_FORMATS for export in self.export):
+            refuse(
+                ("stages",),
+                "[] is not a list of at least 1 entry: nothing would change",
+                f"add a method, or use a format that rounds by itself: {', '.join(sorted(ROUNDING_FORMATS))}",
+            )
         latest = 0
         for index, stage in enumerate(self.stages):
             rank = PHASES.index(stage.settings.phase)

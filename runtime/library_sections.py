@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import SourceError
-from . import compressed_tensors_section
+from . import bitsandbytes_section, compressed_tensors_section
 from .headers import TensorEntry
 from .kv.stored import is_factor
 from .language_config import implied_copies, is_language_class
@@ -21,6 +21,7 @@ from .validate import CONFIG_NAME, DTYPE_CODES, StoredCheckpoint
 
 SECTIONS: Mapping[str, ModuleType] = {
     compressed_tensors_section.QUANT_METHOD: compressed_tensors_section,
+    bitsandbytes_section.QUANT_METHOD: bitsandbytes_section,
 }
 """`quant_method` of config.json -> the module that knows its section and its tensors."""
 HINT = "the folder was changed by hand or damaged; fetch it again"
@@ -29,6 +30,14 @@ HINT = "the folder was changed by hand or damaged; fetch it again"
 def is_known(stored: StoredCheckpoint) -> bool:
     """Tell whether a folder is of a language model in a format of another package that is read here."""
     return stored.quant_method in SECTIONS and is_language_class(stored.class_name)
+
+
+def export_format(stored: StoredCheckpoint) -> str:
+    """Return the format of a folder as recipes name it."""
+    if stored.quant_method == bitsandbytes_section.QUANT_METHOD:
+        four = stored.config["quantization_config"].get("load_in_4bit") is True
+        return "bitsandbytes-nf4" if four else "bitsandbytes-int8"
+    return stored.quant_method or "dequantized"
 
 
 def library_schemes(

@@ -71,6 +71,8 @@ class StoredCheckpoint:
         section = self.config.get("quantization_config")
         if self.quant_method == QUANT_METHOD and isinstance(section, dict):
             return str(section["dtype"])
+        if self.quant_method == "bitsandbytes" and self.config.get("dtype") in list(DTYPE_CODES):
+            return str(self.config["dtype"])  # its scales are float32 in every model
         sizes: dict[str, int] = {}
         for entry in self.tensors.values():
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.bytes
