@@ -71,6 +71,8 @@ def check_data(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
 
 def _check_teachers(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
     """Refuse a model that is asked to learn from itself: before the first stage it is the original."""
+    if not loaded.recipe.stages:
+        return
     stage = loaded.recipe.stages[0]
     settings = stage.settings
     if not isinstance(settings, MaskedDistillSettings) or not settings.asks_original:

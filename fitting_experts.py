@@ -22,6 +22,8 @@ def check_experts(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
     Raises:
         PlanError: layers, experts or counts do not fit; with the stage's place in the file.
     """
+    if not loaded.recipe.stages:
+        return
     settings, config = loaded.recipe.stages[0].settings, checkpoint.config
     if not isinstance(settings, EepSettings):
         return

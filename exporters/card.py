@@ -30,7 +30,8 @@ FILE_NAME = "README.md"
 
 def _title(subject: Subject) -> Iterator[str]:
     model = subject.model
-    methods = ", then ".join(code(stage["method"]) for stage in subject.document["stages"])
+    used = [stage["method"] for stage in subject.document["stages"]] or [subject.export["format"]]
+    methods = ", then ".join(code(method) for method in used)
     share = subject.size_bytes / model["bytes"]
     yield from (f"# {subject.name}", "")
     millions = f"{model['parameters'] / 1e6:.4g} M parameters"
