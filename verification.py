@@ -7,7 +7,7 @@ loaded again in a fresh process, every metric is measured again, and the gates a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from .errors import PlanError, RecipeError, SourceError
 from .evaluation.agreement import Agreement, compare_metrics
 from .evaluation.by_task import evaluator_for
 from .evaluation.evaluator import Evaluation
-from .evaluation.size import size_metrics
+from .evaluation.size import linear_inventory, size_metrics
 from .evaluation.speed import measure_speed
 from .execution import resolve_device
 from .exporters.form import stored_surgery
@@ -180,13 +180,21 @@ def _measure(
     take_depth(model, folder)
     loaded = _load(folder, exported["export"]["format"], model)
     module, speed = model.family.adopt(loaded.module).to(device), recipe.evaluate.speed
+    opened = replace(
+        model, module=module, quantization=loaded.quantization, surgery=loaded.surgery,
+        kv_cache=loaded.kv_cache,
+    )  # fmt: skip
+    # Before the first forward, at which some packages unpack what they have loaded.
+    sizes, rows = size_metrics(opened, loaded.stored_bytes), linear_inventory(opened)
     taken = measure_speed(model, module, speed, recipe.seed, progress) if speed is not None else None
     model.module, model.quantization, model.surgery = module, loaded.quantization, loaded.surgery
     model.kv_cache = loaded.kv_cache
     evaluation = evaluator.compare(model, reference, progress)
     if taken is not None:
         evaluation.add_speed(taken)
-    evaluation.metrics.update(size_metrics(model, loaded.stored_bytes))
+    evaluation.metrics.update(sizes)
+    if "linears" in evaluation.details:
+        evaluation.details["linears"] = rows
     return evaluation
 
 

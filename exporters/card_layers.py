@@ -63,20 +63,7 @@ def limits(subject: Subject) -> Iterator[str]:
         than = "the pruned model before" if pruned else "the original"
         yield "- This format stores the rounded weights in floating point: neither smaller nor faster than"
         yield f"  {than}, and activations are not quantized."
-    by_library = subject.export["format"] in OF_LANGUAGE_MODELS
-    if subject.export["format"] == "compressed-tensors":
-        yield "- transformers unpacks the weights into floating point: the file is smaller, but there neither"
-        yield "  the memory nor the time of a product is; rounded inputs are floating point, too."
-    elif subject.export["format"] == "bitsandbytes-nf4":
-        yield "- The package turns weights into floating point for every product: the file and the memory are"
-        yield "  smaller, the product is no faster."
-    elif not by_library and any(row["weight_bits"] < 8 for row in linears):
-        yield (
-            "- Weights below 8 bits make the file smaller; the product itself runs on 8-bit integers and is"
-            " no faster than with 8-bit weights."
-        )
-    if not by_library and any(row["activation_bits"] is None for row in linears):
-        yield "- Quantized layers without activation bits are weight-only: their product is floating point."
+    yield from _products(subject, linears)
     if prunings(subject.document):
         yield "- Narrower layers have fewer multiply-accumulates, by the share stated above. Time falls less"
         yield "  where a layer was small already, or its width is no multiple of what the processor works in."
@@ -94,6 +81,26 @@ def limits(subject: Subject) -> Iterator[str]:
         yield from (f"{products} as in the", "  original.")
     yield from _speed(subject)
     yield ""
+
+
+def _products(subject: Subject, linears: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Say what becomes of the products of quantized layers."""
+    format_ = subject.export["format"]
+    if format_ == "compressed-tensors":
+        yield "- transformers unpacks the weights into floating point: the file is smaller, but there neither"
+        yield "  the memory nor the time of a product is; rounded inputs are floating point, too."
+    elif format_ == "bitsandbytes-nf4":
+        yield "- The package turns weights into floating point for every product: the file and the memory are"
+        yield "  smaller, the product is no faster."
+    if format_ in OF_LANGUAGE_MODELS:
+        return
+    if any(row["weight_bits"] < 8 for row in linears):
+        yield (
+            "- Weights below 8 bits make the file smaller; the product itself runs on 8-bit integers and is"
+            " no faster than with 8-bit weights."
+        )
+    if any(row["activation_bits"] is None for row in linears):
+        yield "- Quantized layers without activation bits are weight-only: their product is floating point."
 
 
 def _experts(stages: Sequence[Mapping[str, Any]]) -> Iterator[str]:

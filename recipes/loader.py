@@ -220,7 +220,7 @@ def _resolved_text(recipe: Recipe, file: Path | None, changes: Sequence[str]) ->
     lines = [f"# Resolved from {file.name if file else 'a Python value'}."]
     lines += [f"#   {_printable(change)}" for change in changes]
     for key, value in recipe.model_dump(mode="json").items():
-        if key == "stages":
+        if key == "stages" and value:
             lines += ["stages:", *(f"  - {_json(stage)}" for stage in value)]
         else:
             lines.append(f"{key}: {_json(value)}")

@@ -171,7 +171,7 @@ def test_verify_and_evaluate_measure_the_folder_again(made, name):
     report, folder = made(name)
     again = verify(folder, against=MODEL)
     assert again["verified"] is True, again
-    measured = evaluate(None, folder)["evaluation"]["metrics"]
+    measured = evaluate(folder)["evaluation"]["metrics"]
     for metric in ("perplexity", "bytes", "bits_per_weight"):
         assert measured[metric] == pytest.approx(report["evaluation"]["metrics"][metric], rel=1e-6)
 

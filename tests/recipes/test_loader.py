@@ -342,6 +342,13 @@ class TestEnvironment:
         assert recipe.seed == 7 and recipe.stages[0].settings.weight_bits == 4
         assert recipe.export[0].path == Path("out/4")
 
+    def test_the_text_of_a_recipe_without_stages_says_so(self, tmp_path):
+        export = {"path": "o", "format": "bitsandbytes-nf4"}
+        found = load_recipe({"model": "m", "stages": [], "export": export})
+        (tmp_path / "again.yaml").write_text(found.text)
+        assert load_recipe(tmp_path / "again.yaml").recipe == found.recipe
+        assert found.recipe.stages == ()
+
     def test_the_text_of_an_expanded_recipe_needs_no_environment(self, tmp_path, monkeypatch):
         monkeypatch.setenv("COMPRESS_TEST_ID", "builtin:dit")
         loaded = load(tmp_path, "model: ${COMPRESS_TEST_ID}\n" + STAGES + "export: {path: o}\n")
