@@ -8,6 +8,7 @@ built. Torch-free. CSKV, arXiv 2409.10593.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ FORMAT = "compress-cskv"
 VERSION = 1
 DTYPE_CODES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _DAMAGED = "the file was changed by hand or damaged; fetch the adapter again, or export it again"
 _OTHER = "name the model that the adapter was made for as `base`"
 
@@ -60,6 +62,12 @@ class AdapterBase(_Strict):
     class_name: ClassName
     sizes: dict[Text, Any] = Field(max_length=64)
     hashes: dict[ModuleName, Sha256] = Field(min_length=1, max_length=2**12)
+
+    @model_validator(mode="after")
+    def _commit_of_a_repository(self) -> AdapterBase:
+        if self.revision is not None and _HUB_ID.fullmatch(self.id) is None:
+            raise ValueError(f"id {self.id!r} has a revision, and is no repository such as org/name")
+        return self
 
 
 class AdapterDocument(_Strict):

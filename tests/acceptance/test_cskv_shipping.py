@@ -227,6 +227,8 @@ def test_an_adapter_goes_through_the_hub(folder: Path, at_hub: Any, tmp_path: Pa
     assert torch.equal(
         load_file(target)["text"], _text(compress.load(tmp_path / "job" / "out", base=STORIES))
     )
+    named = compress.load("org/stories-cskv", base=f"org/stories@{base.oid}")
+    assert torch.equal(load_file(target)["text"], _text(named))
     assert inspect("org/stories-cskv")["base"]["revision"] == base.oid
     for verb in (["verify"], ["verify", "--against", f"org/stories@{base.oid}"]):
         command = [sys.executable, "-m", "compress", verb[0], "org/stories-cskv", *verb[1:]]

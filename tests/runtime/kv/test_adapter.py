@@ -17,7 +17,7 @@ from compress.recipes.schema import ModelRef
 from compress.runtime.kv.adapter import base_folder, is_adapter, open_adapter
 from compress.runtime.kv.attach import kv_scheme_of
 from compress.runtime.kv.base_hash import attention_sha256
-from compress.runtime.validate import open_folder
+from compress.runtime.validate import open_folder, read_header
 from safetensors.torch import load_file, save_file
 
 from ...tiny_cache import decoded, quantize_linears, save_llama, with_cache
@@ -189,6 +189,23 @@ def test_all_layers_that_differ_are_counted(adapter, tmp_path):
         compress.load(adapter)
 
 
+def test_the_hash_tells_types_and_norms_apart(tmp_path):
+    """Equal bytes of another type are other numbers, and keys pass through their norm."""
+    path, name = tmp_path / "model" / "model.safetensors", "model.layers.0.self_attn"
+    found = []
+    for dtype in (torch.bfloat16, torch.float16):
+        save_llama(tmp_path / "model", torch.bfloat16)
+        save_file({key: value.view(dtype) for key, value in load_file(path).items()}, path, {"format": "pt"})
+        found.append(attention_sha256(name, open_folder(tmp_path / "model").tensors))
+    assert found[0] != found[1]
+    tensors = {f"{name}.{part}.weight": torch.ones(4) for part in ("k_proj", "v_proj", "k_norm")}
+    for value in (1.0, 2.0):
+        tensors[f"{name}.k_norm.weight"] *= value
+        save_file(tensors, tmp_path / "norms.safetensors")
+        found.append(attention_sha256(name, read_header(tmp_path / "norms.safetensors")[0]))
+    assert found[2] != found[3]
+
+
 def test_the_hash_is_of_what_factors_rest_on(tmp_path):
     first = open_folder(save_llama(tmp_path / "model", attention_bias=True)).tensors
     name = "model.layers.0.self_attn"
@@ -260,6 +277,10 @@ def no_hash(_, document):
     document["base"]["hashes"]["model.layers.1.self_attn"] = "0" * 63
 
 
+def folder_of_a_commit(_, document):
+    document["base"].update(id="/etc/model", revision="a" * 40)
+
+
 def outside(_, document):
     document["base"]["subfolder"] = "../secret"
 
@@ -282,6 +303,7 @@ def outside(_, document):
         (fewer_hashes, r"cskv\.json: .*name other attentions"),
         (no_hash, r"cskv\.json: base\.hashes"),
         (outside, r"cskv\.json: base\.subfolder"),
+        (folder_of_a_commit, r"cskv\.json: base: .*'/etc/model' has a revision, and is no repository"),
     ],
 )
 def test_a_damaged_adapter_is_refused_by_file_and_name(adapter, change, words):
