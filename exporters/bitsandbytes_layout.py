@@ -19,7 +19,7 @@ from ..runtime.bitsandbytes_section import QUANT_METHOD, WRITTEN_FOR, fixed_valu
 from ..runtime.manifest import FILE_NAME, Manifest, QuantizedModule
 from ..runtime.modules import name_of
 from ..runtime.stored_tensors import TORCH_DTYPES
-from .compress_format import METADATA, stock_config
+from .compress_format import METADATA, cache_notes, check_cache, stock_config
 from .formats import Layout
 from .stock import left_out, stock_way
 from .writer import StoredTensor, dtype_code
@@ -58,6 +58,7 @@ def folder_of(model: OpenModel, schemes: Schemes, encode: Encode, notes: tuple[s
         encode: called when a layer is written.
         notes: of the format.
     """
+    check_cache(model)
     class_name, dtype = str(model.config["_class_name"]), name_of(model.spec.dtype)
     gone = left_out(model.config)
     tensors = []
@@ -72,10 +73,10 @@ def folder_of(model: OpenModel, schemes: Schemes, encode: Encode, notes: tuple[s
     config = stock_config(model)
     floats = [site.name for site in model.linears() if site.name not in schemes]
     config["quantization_config"] = section_of(next(iter(schemes.values())).bits, dtype, floats)
-    extra = {FILE_NAME: Manifest(history=tuple(model.history)).to_json()}
-    told = (f"written in the layout of {QUANT_METHOD} {WRITTEN_FOR}", *notes)
+    manifest = Manifest(kv_cache=model.kv_cache, history=tuple(model.history))
     ways = [stock_way(class_name, dtype), "compress.load(path)"]
-    return Layout(tensors, config, METADATA, ways, extra, told)
+    told = (f"written in the layout of {QUANT_METHOD} {WRITTEN_FOR}", *notes, *cache_notes(model, ways))
+    return Layout(tensors, config, METADATA, ways, {FILE_NAME: manifest.to_json()}, told)
 
 
 def part_of(

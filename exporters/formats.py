@@ -129,20 +129,6 @@ def _check_library(family: Family, format: str) -> None:
         )
 
 
-def _check_cache(model: ModelSpec | OpenModel, format: str) -> None:
-    """Refuse the factors of a compressed cache where the stock class alone builds the model.
-
-    Raises:
-        PlanError: naming the format.
-    """
-    if model.kv_cache is not None and format in OF_LANGUAGE_MODELS:
-        raise PlanError(
-            f"export.format: {format} is loaded by the stock class alone, which has no place for the factors"
-            " of a compressed key-value cache",
-            hint="use compress",
-        )
-
-
 def _check_cut(model: ModelSpec | OpenModel, format: str) -> None:
     """Refuse to write sizes of their own per layer where the stock class alone builds the model.
 
@@ -202,7 +188,6 @@ def write(
     """
     _check_library(model.family, format)
     _check_mapped(model, format)
-    _check_cache(model, format)
     _check_cut(model, format)
     layout = _module(format, kv_cache).layout(model)
     name, shard = _weights(model.family, max_shard_size, kv_cache)
@@ -282,7 +267,6 @@ def _predict(
 ) -> tuple[list[StoredTensor], Mapping[str, str]]:
     _check_library(spec.family, format)
     _check_mapped(spec, format)
-    _check_cache(spec, format)
     _check_cut(spec, format)
     return _module(format, kv_cache).predict(spec)
 

@@ -154,6 +154,8 @@ def _count_library(stored: StoredCheckpoint) -> tuple[list[dict[str, Any]], int,
     schemes, owned = _library_schemes(stored), Counter[str]()
     rows, parameters = [], sum(prod(scheme.shape) for scheme in schemes.values())
     for name, entry in stored.tensors.items():
+        if is_factor(name):  # of a compressed cache
+            continue
         layer, suffix = name.rpartition(".")[::2]
         if ".weight." in name:  # of bitsandbytes, which has names such as M.weight.absmax
             layer = name.partition(".weight.")[0]

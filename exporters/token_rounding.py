@@ -55,7 +55,7 @@ class UnpackedLinear(nn.Linear):
     """
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Tensor | None  # type: ignore[assignment]
 
     def __init__(
         self, weight: Tensor, activation: ActivationScheme | None, stored: Mapping[str, Tensor]

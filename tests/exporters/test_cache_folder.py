@@ -135,10 +135,13 @@ def test_rounded_to_floats_the_cache_stays_compressed(export):
     assert set(info["unexpected_keys"]) == set(factor_tensors(model.kv_cache))
 
 
-@pytest.mark.parametrize(("format", "package"), [("compressed-tensors", "compressed_tensors")])
+@pytest.mark.parametrize(
+    ("format", "package"),
+    [("compressed-tensors", "compressed_tensors"), ("bitsandbytes-int8", "bitsandbytes")],
+)
 def test_in_the_format_of_another_package_the_cache_stays_compressed(export, format, package):
     pytest.importorskip(package)
-    model, out = export(format, quantized=True, bits=4)
+    model, out = export(format, quantized=format == "compressed-tensors", bits=4)
     expected = decoded(as_shipped(model, format).module)
     loaded = compress.load(out)
     assert kv_scheme_of(loaded) == model.kv_cache and torch.equal(decoded(loaded), expected)
