@@ -19,6 +19,7 @@ __all__ = ["interleaved_minima"]
 
 Result = TypeVar("Result")
 REPOSITORY = Path(__file__).resolve().parents[1]
+ABSENT = "not installed"
 _ISA = "ONEDNN_MAX_CPU_ISA"
 
 
@@ -63,7 +64,7 @@ def version(library: str) -> str:
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return ABSENT
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
