@@ -41,9 +41,8 @@ def _above(x: Tensor) -> Tensor:
 
 def grid_of(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Return scale and offset, float16 [..., 1], of groups [..., group]."""
-    groups = groups.float()
-    offset = _below(groups.amin(dim=-1, keepdim=True))
-    span = groups.amax(dim=-1, keepdim=True) - offset.float()
+    offset = _below(groups.amin(dim=-1, keepdim=True).float())
+    span = groups.amax(dim=-1, keepdim=True).float() - offset.float()
     return _above(span / (2**bits - 1)), offset
 
 

@@ -130,7 +130,7 @@ def _windows(config: Mapping[str, Any], layers: int) -> list[int | None]:
         if not config.get("use_sliding_window", False):
             return [None] * layers
     window = config.get("sliding_window", default)
-    if name in ("LlamaForCausalLM", "OlmoeForCausalLM") or window is None:
+    if window is None:
         return [None] * layers
     kinds = config.get("layer_types") or _default_kinds(name, config, layers)
     return [int(window) if kind == "sliding_attention" else None for kind in kinds]

@@ -187,7 +187,7 @@ def test_a_window_over_all_layers_is_refused(llm_config):
 
 
 WINDOWS = [
-    ("LlamaForCausalLM", {}), ("LlamaForCausalLM", {"layer_types": None}),
+    ("LlamaForCausalLM", {}), ("LlamaForCausalLM", {"sliding_window": 8}),
     ("MistralForCausalLM", {}), ("MistralForCausalLM", {"sliding_window": None}),
     ("MistralForCausalLM", {"sliding_window": 7}),
     *[

@@ -94,7 +94,11 @@ def test_positions_are_kept_once_and_their_angles_for_as_long_as_they_hold(origi
 
 def test_removed_it_is_a_stock_model_again(original, prompt):
     module = compressed(copy.deepcopy(original), 2, 2, window=0)
+    hooked = module.model.layers[0].self_attn
+    assert len(hooked._forward_pre_hooks) == 1
     remove_kv_cache(module)
+    assert not hooked._forward_pre_hooks
+    assert not hooked._forward_pre_hooks_with_kwargs
     assert kv_scheme_of(module) is None
     assert module.state_dict().keys() == original.state_dict().keys()
     assert torch.equal(_greedy(module, prompt), _greedy(original, prompt))

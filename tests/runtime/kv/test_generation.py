@@ -14,6 +14,7 @@ from compress.models.open import open_model
 from compress.progress import SilentProgress
 from compress.recipes.schema import ModelRef
 from compress.runtime.kv.attach import (
+    Factor,
     factors_of,
     kv_scheme_of,
     new_cache,
@@ -284,6 +285,18 @@ def test_factors_are_made_in_the_models_type(original):
     fill(module)
     assert {f.k_a.weight.dtype for f in factors_of(module).values()} == {torch.bfloat16}
     assert _text(module, _ids()).shape == (2, 54)
+
+
+def test_a_factor_gives_the_same_bits_whether_it_is_trained_or_not():
+    """torch takes other ways for the two where the input is strided, as rebuilt integers are."""
+    factor = Factor((16, 4), torch.float32, torch.device("cpu"))
+    assert not factor.weight.requires_grad
+    factor.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(1)).transpose(1, 2)
+    with torch.no_grad():
+        expected = factor(x)
+        factor.weight.requires_grad_()
+        assert torch.equal(factor(x), expected)
 
 
 def test_factors_are_made_where_the_model_is(original):
