@@ -20,8 +20,8 @@ from .ranks import removed_shares, scheme_of, uniform_ranks
 from .training import INPUT_BUDGET_BYTES, STATE_BUDGET_BYTES, state_bytes
 
 FLOAT32_BYTES = 4
-_WEIGHT_COPIES = 4  # in float64: a weight, its product with the second moments, and the decomposition's
-_SQUARE_COPIES = 4  # [h_kv, h_kv] in float64: covariance, directions, and the decomposition's work
+_WEIGHT_COPIES = 6  # [h_kv, h] in float64: the weight, its products, factors, and the decomposition's own
+_SQUARE_COPIES = 8  # [h_kv, h_kv] in float64: covariance, directions, and the decomposition's own
 _STEP_COPIES = 10  # [tokens, h_kv]: keys, values, states, targets, and gradients of these
 _NAMES_SHOWN = 3
 

@@ -149,7 +149,7 @@ class LayerTraining:
             group["lr"] = self.settings.lr * (1 - self.steps / self.settings.steps)
         with torch.enable_grad():
             loss = reconstruction_loss(x, self.weights, self.parameters, self.rounding)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), CLIP_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -23,7 +23,7 @@ from compress.compressors.kv_cache.factorise import (
     weight_of,
 )
 from compress.compressors.kv_cache.planning import attentions_of
-from compress.compressors.kv_cache.ranks import scheme_of
+from compress.compressors.kv_cache.ranks import dealt_out, scheme_of, uniform_ranks
 from compress.compressors.kv_cache.training import train
 from compress.models.open import open_model
 from compress.progress import SilentProgress
@@ -176,6 +176,21 @@ def test_keys_can_do_with_less_than_values(bench):
 def test_the_split_of_a_number_is_better_than_an_even_one_at_80_percent_too(bench):
     uneven = bench.factors(4, 8)  # of a total of 0.8, in whole channels of heads of 8
     assert bench.above(uneven) < bench.above(bench.factors(6, 6)) - 0.2
+
+
+def test_ranks_by_layer_are_no_worse_than_equal_ones_with_a_window(bench):
+    settings = CskvSettings(removed=0.5, ranks="channels", allocate="energy")
+    lost = {}
+    for name, energy in bench.energies.items():
+        shares = [spectrum_of(weight, energy.gram).lost_shares() for weight in bench.weights(name)]
+        lost[name] = shares[0], shares[1]
+    equal, (dealt, _) = uniform_ranks(bench.sites, settings), dealt_out(bench.sites, settings, lost)
+    assert dealt != equal
+    loss = {}
+    for which, ranks in (("equal", equal), ("dealt", dealt)):
+        by_rank = {pair: bench.factors(*pair) for pair in set(ranks.values())}
+        loss[which] = bench.above({name: by_rank[pair][name] for name, pair in ranks.items()}, 32)
+    assert loss["dealt"] < loss["equal"]
 
 
 def test_a_start_matters_without_a_window_and_hardly_with_one(bench):
