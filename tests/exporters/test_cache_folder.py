@@ -136,12 +136,19 @@ def test_rounded_to_floats_the_cache_stays_compressed(export):
 
 
 @pytest.mark.parametrize(
-    ("format", "package"),
-    [("compressed-tensors", "compressed_tensors"), ("bitsandbytes-int8", "bitsandbytes")],
+    ("format", "package", "quantized"),
+    [
+        ("compressed-tensors", "compressed_tensors", True),
+        ("bitsandbytes-int8", "bitsandbytes", True),
+        ("bitsandbytes-nf4", "bitsandbytes", False),
+    ],
 )
-def test_in_the_format_of_another_package_the_cache_stays_compressed(export, format, package):
+def test_in_the_format_of_another_package_the_cache_stays_compressed(
+    export, tmp_path, format, package, quantized
+):
     pytest.importorskip(package)
-    model, out = export(format, quantized=format == "compressed-tensors", bits=4)
+    source = save_llama(tmp_path / "model", torch.bfloat16, hidden_size=128, intermediate_size=256)
+    model, out = export(format, source=source, quantized=quantized, bits=4)
     expected = decoded(as_shipped(model, format).module)
     loaded = compress.load(out)
     assert kv_scheme_of(loaded) == model.kv_cache and torch.equal(decoded(loaded), expected)
