@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..errors import PlanError
 from ..models.base import Family, ModelSpec, OpenModel
 from ..recipes.patterns import select
 from ..runtime.bitsandbytes_section import QUANT_METHOD, WRITTEN_FOR, fixed_values, section_of, stored_parts
@@ -33,16 +32,7 @@ def rounded_by_default(family: Family, module: nn.Module) -> dict[str, tuple[tup
     """Return the linears that a format rounds where no stage has: name -> ((out, in), has a bias).
 
     What quantizers leave in floating point by default stays so here, too.
-
-    Raises:
-        PlanError: experts, which the package does not know, are most of the model.
     """
-    if family.name != "llm":
-        raise PlanError(
-            f"bitsandbytes format: the experts of the family {family.name} are one tensor of a layer, which"
-            " the package leaves in floating point",
-            hint="export with format: compress",
-        )
     sites = family.linears(module)
     kept = select(family.default_keep(), [site.name for site in sites])
     biased = {name for name, _ in module.named_parameters() if name.endswith(".bias")}

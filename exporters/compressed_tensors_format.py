@@ -8,7 +8,6 @@ What is computed is told in `token_rounding`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -28,11 +27,9 @@ from .compress_format import METADATA, cache_notes, check_cache, stock_config
 from .conversion import swapped
 from .dequantized_format import linear_tensors
 from .formats import Layout
-from .stock import left_out, one_by_one, stock_way
+from .stock import left_out, stock_way
 from .token_rounding import UnpackedLinear
 from .writer import StoredTensor, dtype_code
-
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def layout(model: OpenModel) -> Layout:
@@ -62,7 +59,6 @@ def layout(model: OpenModel) -> Layout:
     manifest = Manifest(kv_cache=model.kv_cache, history=tuple(model.history))
     extra = {FILE_NAME: manifest.to_json(), **bits_files(model)}
     ways = [stock_way(class_name, name_of(dtype)), "compress.load(path)"]
-    tensors = one_by_one(class_name, tensors)
     notes = _notes(model.quantization, dtype) + cache_notes(model, ways)
     return Layout(tensors, config, METADATA, ways, extra, notes)
 
@@ -85,7 +81,7 @@ def predict(spec: ModelSpec) -> tuple[list[StoredTensor], Mapping[str, str]]:
             StoredTensor(f"{name}.{part}", code, shape)
             for part, (code, shape) in _parts(scheme, spec.dtype).items()
         ]
-    return one_by_one(str(spec.config["_class_name"]), tensors), METADATA
+    return tensors, METADATA
 
 
 def in_memory(model: OpenModel) -> nn.Module:
@@ -117,7 +113,7 @@ def check(quantization: Mapping[str, QuantizedModule]) -> None:
             "compressed-tensors format: no layer is quantized", hint="export with format: compress"
         )
     for reason, holds in _REASONS.items():
-        names = [name for name, scheme in quantization.items() if holds(name, scheme)]
+        names = [name for name, scheme in quantization.items() if holds(scheme)]
         if names:
             listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             what, _, setting = reason.partition("; ")
@@ -127,20 +123,17 @@ def check(quantization: Mapping[str, QuantizedModule]) -> None:
             )
 
 
-_REASONS: Mapping[str, Callable[[str, QuantizedModule], bool]] = {
-    "experts, which transformers keeps in one tensor of a layer; keep: ['*.experts.*']": (
-        lambda name, _: _EXPERT.search(name) is not None
-    ),
-    "quantized convolutions; keep the convolutions": lambda _, s: s.kernel is not None,
-    "asymmetric weights; set weight_symmetric: true": lambda _, s: not s.symmetric,
-    "a rotation; set rotation: none": lambda _, s: s.rotation is not None,
-    "a low-rank branch; set low_rank: 0": lambda _, s: s.low_rank > 0,
-    "static activations; set activation_scale: token": lambda _, s: (
+_REASONS: Mapping[str, Callable[[QuantizedModule], bool]] = {
+    "quantized convolutions; keep the convolutions": lambda s: s.kernel is not None,
+    "asymmetric weights; set weight_symmetric: true": lambda s: not s.symmetric,
+    "a rotation; set rotation: none": lambda s: s.rotation is not None,
+    "a low-rank branch; set low_rank: 0": lambda s: s.low_rank > 0,
+    "static activations; set activation_scale: token": lambda s: (
         s.activation is not None and s.activation.scope == "tensor"
     ),
-    "a stored first token; set first_token: quantize": lambda _, s: s.first_token is not None,
+    "a stored first token; set first_token: quantize": lambda s: s.first_token is not None,
     "channel scales of inputs that no layer before them absorbs; leave these layers in floating point with"
-    " `keep`, or use rtn or mixdq": lambda _, s: s.input_scale,
+    " `keep`, or use rtn or mixdq": lambda s: s.input_scale,
 }
 
 

@@ -121,6 +121,13 @@ def _check_library(family: Family, format: str) -> None:
             f" family {family.name} is none",
             hint="use compress, or dequantized",
         )
+    if format in OF_LANGUAGE_MODELS and family.name != "llm":
+        raise PlanError(
+            f"export.format: {format} is not written for mixtures of experts: transformers keeps the experts of"
+            " a layer in one tensor, which bitsandbytes leaves in floating point, and which it fills from"
+            " compressed-tensors only where all experts are rounded alike",
+            hint="use compress, or dequantized",
+        )
     if format in ROUNDING_FORMATS and find_spec(PACKAGES[format]) is None:
         raise PlanError(
             f"export.format: what {format} comes to is measured with the package {PACKAGES[format]}, which is"

@@ -16,7 +16,9 @@ from compress.exporters.fresh_process import verify_export
 from compress.exporters.inspection import foreign_schemes, inspect
 from compress.exporters.token_rounding import rounded_rows
 from compress.models.base import TensorSpec
+from compress.models.open import open_model
 from compress.progress import SilentProgress
+from compress.recipes.schema import ModelRef
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import (
     QuantizationArgs,
@@ -26,6 +28,8 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from safetensors.torch import load_file, save_file
+
+from ..tiny_moe import make_moe
 
 FORMAT = "compressed-tensors"
 A8 = {"bits": 8}
@@ -202,12 +206,20 @@ def test_what_has_no_place_is_refused(make_llm, open_tiny, hint):
     assert hint in str(caught.value.hint)
 
 
-def test_experts_and_models_without_quantized_layers_are_refused(open_tiny):
-    scheme = next(iter(open_tiny("W8A16").quantization.values()))
-    with pytest.raises(PlanError, match="experts"):
-        check({"model.layers.0.mlp.experts.3.up_proj": scheme})
+def test_models_without_quantized_layers_are_refused():
     with pytest.raises(PlanError, match="no layer is quantized"):
         check({})
+
+
+@pytest.mark.parametrize("format_", [FORMAT, "bitsandbytes-nf4", "bitsandbytes-int8"])
+def test_mixtures_of_experts_are_refused(tmp_path, format_):
+    model = open_model(
+        ModelRef(id=str(make_moe(tmp_path / "moe", "MixtralForCausalLM"))), progress=SilentProgress()
+    )
+    with pytest.raises(PlanError, match="mixtures of experts"):
+        write(model, tmp_path, format_)
+    with pytest.raises(PlanError, match="mixtures of experts"):
+        predict_bytes(model.spec, format_)
 
 
 def test_other_kinds_of_models_are_refused(tiny_dit, open_quantized):
