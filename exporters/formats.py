@@ -123,8 +123,8 @@ def _check_library(family: Family, format: str) -> None:
         )
     if format in OF_LANGUAGE_MODELS and family.name != "llm":
         raise PlanError(
-            f"export.format: {format} is not written for mixtures of experts: transformers keeps the experts of"
-            " a layer in one tensor, which bitsandbytes leaves in floating point, and which it fills from"
+            f"export.format: {format} is not written for mixtures of experts: transformers keeps the experts"
+            " of a layer in one tensor, which bitsandbytes leaves in floating point, and which it fills from"
             " compressed-tensors only where all experts are rounded alike",
             hint="use compress, or dequantized",
         )
