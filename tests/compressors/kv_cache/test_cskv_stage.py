@@ -8,12 +8,12 @@ from compress.calibration.text import TextCalibration
 from compress.compressors.base import Workspace
 from compress.compressors.kv_cache import cskv, energies
 from compress.compressors.kv_cache.cskv import Cskv
-from compress.compressors.quantization.rtn import Rtn
+from compress.compressors.registry import get
 from compress.errors import PlanError, StageError
 from compress.models.open import open_model
 from compress.progress import SilentProgress
 from compress.recipes.schema import ModelRef
-from compress.recipes.stages import RtnSettings
+from compress.recipes.stages import STAGES
 from compress.runtime.kv import sizes
 from compress.runtime.kv.attach import factors_of, kv_scheme_of, new_cache
 from compress.runtime.linear import QuantizedLinear
@@ -159,17 +159,22 @@ def test_mixtures_of_experts(class_name, tmp_path, calibration, run):
     assert all(0 < row["discarded_v"] < 1 for row in details["layers"])
 
 
-def test_quantized_projections_are_factored_as_they_compute(opened, calibration, run, tmp_path):
+@pytest.mark.parametrize("method", ["rtn", "vidit_q"])
+def test_quantized_projections_are_factored_as_they_compute(opened, calibration, run, tmp_path, method):
     model = opened()
     recorded = calibration(model)
-    workspace = Workspace(tmp_path / "rtn", tmp_path / "shared")
-    rtn = RtnSettings.model_validate({"weight_bits": 4, "activation_bits": 16})
-    Rtn().apply(model, rtn, recorded, workspace, SilentProgress())
+    keys = {"weight_bits": 4, "activation_bits": 16}
+    keys |= {"rotation": "block", "act_exponent": 0.5} if method == "vidit_q" else {}
+    workspace = Workspace(tmp_path / method, tmp_path / "shared")
+    quantizer = STAGES[method].model_validate(keys)
+    get(method).apply(model, quantizer, recorded, workspace, SilentProgress())
     layer = model.module.get_submodule(f"{ATTENTIONS[0]}.k_proj")
     assert isinstance(layer, QuantizedLinear)
+    assert (layer.scheme.rotation is not None) == (method == "vidit_q")
     run(model, recorded=recorded, removed=0, bits=4)
     factors = factors_of(model.module)[ATTENTIONS[0]]
-    torch.testing.assert_close(factors.k_b.weight @ factors.k_a.weight, layer.equivalent_weight())
+    x = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(factors.k_b(factors.k_a(x)), layer(x), rtol=1e-4, atol=1e-4)
     assert factors.k_a.weight.dtype == torch.float32
 
 
