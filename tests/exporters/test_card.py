@@ -149,6 +149,7 @@ def test_layers_are_grouped_by_what_they_are_stored_in(linears):
     assert rows[0] == ("blocks.*.ff.net.2", "4", "8", "64 inputs", 2, 6000, "weight_bits: 4")
     assert [row[0] for row in rows] == ["blocks.*.ff.net.2", "blocks.*.norm1.linear", "proj_out"]
     assert pattern_of("transformer_blocks.12.ff.net.0.proj") == "transformer_blocks.*.ff.net.0.proj"
+    assert pattern_of("model.layers.3.mlp.experts.7.up_proj") == "model.layers.*.mlp.experts.*.up_proj"
 
 
 def test_a_folder_of_this_machine_is_named_by_its_last_part(document):

@@ -158,6 +158,16 @@ def test_a_shared_choice_is_measured_with_all_of_its_experts_rounded(tmp_path):
     assert one < 0.7 * whole
 
 
+def test_every_expert_is_rounded_from_its_own_weight(tmp_path):
+    model = opened(tmp_path / "m", "MixtralForCausalLM")
+    state = model.family.split(model.module).state_dict()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    quantized(model, tmp_path, "mixdq", **mixdq(8.0, bits=(6, 8)))
+    for name in model.quantization:
+        found = model.module.get_submodule(name).equivalent_weight()
+        assert torch.allclose(found, before[f"{name}.weight"], atol=0.05), name
+
+
 def test_an_expert_that_no_token_meets_counts_as_losing_nothing(tmp_path):
     model = opened(tmp_path / "m", "MixtralForCausalLM")
     text = sequences(tmp_path / "few", samples=4, ids=1, length=2)  # one token, over and over
