@@ -125,9 +125,12 @@ class LanguageEvaluator:
         # Of the calibration, how the text is cut and what is left for measuring; not how it is batched.
         key = text_key(model, settings, self._seed)
         measured = self._settings.model_dump(mode="json", exclude={"answers", "decoding"})
-        asked = {} if self._questions is None else {"questions": self._questions.key}
+        asked: dict[str, Any] = {}
+        if self._questions is not None:
+            asked["questions"] = self._questions.key
         hidden = self._hidden
-        asked |= {} if hidden is None else {"passkey": hidden.model_dump(mode="json")}
+        if hidden is not None:
+            asked["passkey"] = hidden.model_dump(mode="json")
         chosen = {"version": VERSION, "settings": measured, "text": key, **asked}
         return recorded(cache, digest(chosen), record, fresh=fresh)
 
