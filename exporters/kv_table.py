@@ -88,8 +88,10 @@ LAYER_HEADER = ("attention", "rank of keys", "discarded", "rank of values", "dis
 
 
 def share(value: float | None) -> str:
-    """Write a share of the variance, small ones as well; empty where it was not measured."""
-    return "" if value is None else f"{value:.2%}" if value >= 1e-4 or value == 0 else f"{value:.0e}"
+    """Write a share of the variance; empty where it was not measured."""
+    if value is None:
+        return ""
+    return "< 0.01%" if 0 < value < 5e-5 else f"{value:.2%}"
 
 
 def skipped_told(cache: Document) -> list[tuple[str, list[str]]]:

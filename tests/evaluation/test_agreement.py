@@ -106,3 +106,22 @@ def test_the_farthest_is_named():
     assert text.startswith(
         "9 measured again, 2 not to the last digit; farthest: ssim is 0.959, recorded 0.95"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "recorded", "near", "far"),
+    [
+        ("decode_perplexity", 4.0, 4.039, 4.041),
+        ("decode_perplexity_original", 4.0, 3.961, 3.959),
+        ("decode_perplexity_increase", 0.03, 0.0499, 0.0501),
+        ("decode_kl", 0.01, 0.01209, 0.01211),
+        ("kv_bytes_per_token", 480.0, 480.0, 480.5),
+        ("passkey", 0.9, 0.826, 0.824),
+        ("passkey_original", 1.0, 0.926, 0.924),
+        ("passkey_drop", 0.1, 0.249, 0.251),
+    ],
+)
+def test_figures_of_decoding_may_move_by_what_roundings_make_of_them(name, recorded, near, far):
+    for measured, holds in ((near, True), (far, False)):
+        found = compare_metrics({name: recorded}, {name: measured}, quality_samples=None, passkey_samples=40)
+        assert found.holds is holds
