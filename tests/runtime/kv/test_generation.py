@@ -184,6 +184,7 @@ def test_a_cache_starts_anew_after_reset(original, bits):
         lossy(_ids(tokens=3), past_key_values=cache)
         cache.reset()
         assert (cache.get_seq_length(), cache.stored_bytes()) == (0, 0)
+        assert not list(_tensors_below(cache, set(), (torch.nn.Module,)))
         assert torch.equal(lossy(_ids(), past_key_values=cache).logits, first)
 
 
