@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import compress
 import pytest
 import torch
 from compress.errors import PlanError, SourceError
@@ -22,7 +23,7 @@ from compress.recipes.schema import ModelRef
 from compress.runtime.manifest import HistoryEntry
 from safetensors.torch import load_file, save_file
 
-from ..tiny_cache import quantize_linears, save_llama, with_cache
+from ..tiny_cache import decoded, quantize_linears, save_llama, with_cache
 
 FACTOR = "model.layers.1.self_attn.cskv.k_b.weight"
 
@@ -35,7 +36,7 @@ def made(tmp_path_factory) -> tuple[OpenModel, Path]:
         HistoryEntry(method="cskv", settings={"window": 4}, seed=3, input_hash="x", versions={"torch": "2"})
     )
     (place / "out").mkdir()
-    write(model, place / "out", "compress", kv_cache="adapter", max_shard_size=1_000_000)
+    write(model, place / "out", "compress", kv_cache="adapter", max_shard_size=1000)
     return model, place / "out"
 
 
@@ -156,6 +157,7 @@ def test_a_part_of_a_folder_is_named_as_its_subfolder(tmp_path):
     document = json.loads((tmp_path / "out" / "cskv.json").read_text())
     assert document["base"]["subfolder"] == "part" and document["base"]["id"] == str(tmp_path / "whole")
     assert verify_export(model, tmp_path / "out", seed=1, progress=SilentProgress()).verified
+    assert torch.equal(decoded(compress.load(tmp_path / "out")), decoded(model.module))
 
 
 def _document(**export: str) -> dict:
