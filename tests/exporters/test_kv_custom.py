@@ -16,7 +16,7 @@ import torch
 from compress.errors import PlanError, SourceError
 from compress.exporters.formats import predict_bytes, predict_tensor_bytes, write
 from compress.exporters.fresh_process import verify_export
-from compress.exporters.kv_code import code_files
+from compress.exporters.kv_code import _laid_flat, code_files
 from compress.models.base import OpenModel
 from compress.models.open import open_model
 from compress.progress import SilentProgress
@@ -181,6 +181,7 @@ def test_the_plan_predicts_what_is_written(tmp_path, class_name):
 def test_its_code_is_ours_and_needs_torch_and_transformers_alone():
     files = code_files("LlamaForCausalLM", "LlamaConfig", "llama")
     room = Path(compress.__file__).parent / "runtime" / "kv"
+    assert 'model_type = "cskv_llama"' in files["configuration_cskv.py"]
     for name, text in files.items():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom) and node.level:
@@ -197,6 +198,21 @@ def test_its_code_is_ours_and_needs_torch_and_transformers_alone():
         assert [ast.dump(node) for node in own.body if not isinstance(node, ast.ImportFrom | ast.If)] == [
             ast.dump(node) for node in shipped.body if not isinstance(node, ast.ImportFrom)
         ]
+
+
+def test_a_module_is_laid_flat_without_what_a_type_checker_reads():
+    text = (
+        "from typing import TYPE_CHECKING\nfrom ...errors import PlanError\n"
+        "from ..packing import (\n    pack,\n)\n"
+        "if TYPE_CHECKING:\n    import numpy\n    from ..manifest import Manifest\n"
+        "def later():\n    from .cache import CskvCache\n"
+    )
+    flat, needed = _laid_flat("runtime.kv.attach", text)
+    assert sorted(needed) == ["errors", "runtime.kv.cache", "runtime.packing"]
+    assert "numpy" not in flat and "Manifest" not in flat
+    assert "from .cskv_packing import (\n    pack," in flat and "    from .cskv_cache import" in flat
+    with pytest.raises(ValueError, match=r"runtime\.kv\.attach imports numpy"):
+        _laid_flat("runtime.kv.attach", "import numpy\n")
 
 
 def _check_names(text: str, node: ast.ImportFrom, name: str) -> None:
