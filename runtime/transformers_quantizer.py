@@ -148,7 +148,8 @@ class CompressQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
         """Leave out the library's own where layers are quantized: their folders have the module's names.
 
-        It would fuse tensors of experts that are linears here.
+        It would fuse tensors of experts that are linears here; release 5.23 sees that the module has no place
+        for the result and takes the name as it is, which nothing says of others.
         """
         if self._manifest.quantization:
             return []

@@ -153,6 +153,14 @@ def test_what_is_kept_stays_as_it_was(class_name, keep, tmp_path):
         assert torch.equal(logits(_from_pretrained(tmp_path / way)), expected)
 
 
+def test_the_library_is_not_asked_to_fuse_what_is_stored_expert_by_expert(tmp_path):
+    model = opened(tmp_path / "m", "Qwen3MoeForCausalLM")
+    quantized(model, tmp_path, "rtn", keep=["*.experts.1.*"])
+    _written(model, tmp_path / "out")
+    quantizer = compress.load(tmp_path / "out").hf_quantizer
+    assert quantizer.update_weight_conversions(["anything"], model.module) == []
+
+
 def _router(name):
     return name.endswith(("mlp.gate.weight", "mlp.router.weight"))
 
