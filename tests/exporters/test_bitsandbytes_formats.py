@@ -164,6 +164,15 @@ def test_layers_that_not_every_machine_computes_stay_in_floating_point(open_tiny
         as_shipped(small, NF4)
 
 
+def test_int8_keeps_the_integers_and_scales_of_a_stage(written):
+    model, _, folder = written("int8 of a stage")
+    stored = load_file(folder / "model.safetensors")
+    for name in model.quantization:
+        layer = model.module.get_submodule(name)
+        assert torch.equal(stored[f"{name}.weight"], layer.levels())
+        assert torch.allclose(stored[f"{name}.SCB"] / 127, layer.scale.view(-1), rtol=1e-6)
+
+
 def test_rows_of_zeros_have_no_scale(open_tiny, tmp_path):
     model, _ = open_tiny("int8")
     model.module.model.layers[0].mlp.up_proj.weight.data[5] = 0
