@@ -63,20 +63,23 @@ class Steps:
     Attributes:
         tokens: [steps] how many were scored.
         original, compressed: [steps] negative log-likelihood of the text.
+        one_pass: [steps] that of the compressed model where it reads the text in one pass, without a cache:
+            what other stages cost.
         divergence: [steps] of the compressed model's distribution from the original's.
     """
 
     tokens: Tensor
     original: Tensor
     compressed: Tensor
+    one_pass: Tensor
     divergence: Tensor
 
     @classmethod
     def of(cls, count: int) -> Steps:
         """Return sums of nothing for `count` steps."""
-        return cls(*(torch.zeros(count, dtype=torch.float64) for _ in range(4)))
+        return cls(*(torch.zeros(count, dtype=torch.float64) for _ in range(5)))
 
-    def add(self, at: int, target: Tensor, wanted: Tensor, given: Tensor) -> None:
+    def add(self, at: int, target: Tensor, wanted: Tensor, given: Tensor, whole: Tensor) -> None:
         """Score one token of every sequence.
 
         Args:
@@ -84,21 +87,26 @@ class Steps:
             target: [batch] int64, what the text says.
             wanted: [batch, vocabulary] the original's logits.
             given: the compressed model's.
+            whole: those of its pass over the whole text.
         """
-        before, after = (F.log_softmax(logits.float(), dim=-1) for logits in (wanted, given))
+        before, after, alone = (F.log_softmax(logits.float(), dim=-1) for logits in (wanted, given, whole))
         chosen = target[:, None]
         self.tokens[at] += len(target)
         self.original[at] -= float(before.gather(1, chosen).double().sum())
         self.compressed[at] -= float(after.gather(1, chosen).double().sum())
+        self.one_pass[at] -= float(alone.gather(1, chosen).double().sum())
         self.divergence[at] += float((before.exp() * (before - after)).double().sum())
 
     def metrics(self) -> dict[str, float]:
-        """Return decode_perplexity, that of the original, the increase, and decode_kl."""
+        """Return decode_perplexity, those of the original and of one pass, the increase, and decode_kl."""
         count = float(self.tokens.sum())
-        before, after = (_exp(float(sums.sum()) / count) for sums in (self.original, self.compressed))
+        before, after, alone = (
+            _exp(float(sums.sum()) / count) for sums in (self.original, self.compressed, self.one_pass)
+        )
         return {
             "decode_perplexity_original": round(before, 5),
             "decode_perplexity": round(after, 5),
+            "decode_perplexity_one_pass": round(alone, 5),
             "decode_perplexity_increase": round(after / before - 1.0, 6),
             "decode_kl": round(max(float(self.divergence.sum()), 0.0) / count, 6),
         }
@@ -177,9 +185,11 @@ def _scored(
             if not len(ids):
                 break
             placed, before = ids.to(device), wanted[: len(ids)]
+            whole = model.module(input_ids=placed, use_cache=False).logits
             for place, given in decoded(model.module, placed, prompt, new_cache(model.module)):
                 # What the original's pass says at a place is about the next.
-                found.add(place - prompt - 1, placed[:, place], before[:, place - 1].to(device), given)
+                said = (before[:, place - 1].to(device), given, whole[:, place - 1])
+                found.add(place - prompt - 1, placed[:, place], *said)
                 bar.advance()
             samples += len(ids)
     return found, samples, prompt

@@ -104,6 +104,7 @@ def _decoding(subject: Subject) -> Iterator[str]:
     rows = [
         ("perplexity of decoding", f"{metrics['decode_perplexity_original']:.4f}",
          f"**{metrics['decode_perplexity']:.4f}** ({metrics['decode_perplexity_increase']:+.2%})"),
+        ("the same in one pass, with a plain cache", "", f"{metrics['decode_perplexity_one_pass']:.4f}"),
         ("divergence of the next token's distribution, nats", "0", f"{metrics['decode_kl']:.5f}"),
     ]  # fmt: skip
     for length, texts, before, after in passkey_rows(found):

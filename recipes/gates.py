@@ -47,6 +47,7 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "kv_bytes_ratio": "kv_bytes_per_token / the same of the original",
         "decode_perplexity": "of the result that reads the text token by token, through its compressed cache",
         "decode_perplexity_original": "of the original on the same tokens",
+        "decode_perplexity_one_pass": "of the result in one pass: what the stages before its cache cost",
         "decode_perplexity_increase": "decode_perplexity / decode_perplexity_original - 1",
         "decode_kl": "mean divergence of the next token's distribution from the original's so, nats",
         "passkey": "share of the hidden numbers that the result finds through its compressed cache, 0 to 1",
@@ -59,7 +60,10 @@ METRICS: Mapping[str, str] = MappingProxyType(
 
 _TEXT = ("perplexity", "perplexity_original", "perplexity_increase")
 _ANSWERS = ("answers", "answers_original", "answers_drop")
-_DECODING = ("decode_perplexity", "decode_perplexity_original", "decode_perplexity_increase", "decode_kl")
+_DECODING = (
+    "decode_perplexity", "decode_perplexity_original", "decode_perplexity_one_pass",
+    "decode_perplexity_increase", "decode_kl",
+)  # fmt: skip
 _PASSKEY = ("passkey", "passkey_original", "passkey_drop")
 _CACHE = ("kv_bytes_per_token", "kv_bytes_ratio")
 LANGUAGE_ONLY = (*_TEXT, *_ANSWERS, *_CACHE, *_DECODING, *_PASSKEY)

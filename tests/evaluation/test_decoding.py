@@ -72,12 +72,15 @@ def test_steps_by_hand():
     """Two steps of one sequence: a vocabulary of two, the original even, the other at 3 to 1."""
     steps = Steps.of(2)
     even, sure = torch.zeros(1, 2), torch.tensor([[math.log(3.0), 0.0]])
-    steps.add(0, torch.tensor([0]), even, sure)
-    steps.add(1, torch.tensor([1]), even, even)
+    steps.add(0, torch.tensor([0]), even, sure, even)
+    steps.add(1, torch.tensor([1]), even, even, sure)
     metrics = steps.metrics()
     assert metrics["decode_perplexity_original"] == pytest.approx(2.0)
     assert metrics["decode_perplexity"] == pytest.approx(
         math.exp((math.log(4 / 3) + math.log(2)) / 2), abs=1e-5
+    )
+    assert metrics["decode_perplexity_one_pass"] == pytest.approx(
+        math.exp((math.log(2) + math.log(4)) / 2), abs=1e-5
     )
     divergence = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
     assert metrics["decode_kl"] == pytest.approx(divergence / 2, abs=1e-6)
@@ -90,7 +93,7 @@ def test_steps_by_hand():
 def test_long_texts_are_told_in_spans_that_leave_nothing_out():
     steps = Steps.of(35)
     for at in range(35):
-        steps.add(at, torch.tensor([0, 1]), torch.zeros(2, 2), torch.zeros(2, 2))
+        steps.add(at, torch.tensor([0, 1]), *(torch.zeros(2, 2) for _ in range(3)))
     rows = steps.rows()
     assert len(rows) == 12 and sum(row["tokens"] for row in rows) == 70
     assert rows[0]["first"] == 2 and rows[-1]["last"] == 36
@@ -121,6 +124,9 @@ def test_fewer_ranks_cost_more_and_one_pass_does_not_see_it(measure):
     increases = [metrics["decode_perplexity_increase"] for metrics in losses]
     assert increases[0] > increases[1] > increases[2] > 0.01
     assert [metrics["perplexity_increase"] for metrics in losses] == [0.0] * 3
+    for metrics in losses:
+        original = metrics["decode_perplexity_original"]
+        assert metrics["decode_perplexity_one_pass"] == pytest.approx(original, rel=1e-5)
     assert losses[0]["decode_kl"] > losses[2]["decode_kl"] > 0
 
 
