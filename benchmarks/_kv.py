@@ -64,6 +64,9 @@ def moments_of(model: OpenModel, samples: int, length: int, seed: int) -> dict[s
     return {name: energy.gram for name, energy in found.items()}
 
 
+_PUBLISHED: Mapping[str, Any] = {"window": 32, "mode": "sliding", "bits": None, "key_group": 32}
+
+
 @torch.no_grad()
 def compressed(
     module: nn.Module, ranks: tuple[int, int], moments: Mapping[str, Tensor] | None, **scheme: Any
@@ -74,7 +77,7 @@ def compressed(
         module: a causal language model.
         ranks: of keys and of values, in every layer.
         moments: of `moments_of`; None: those of white inputs, which makes it an SVD of the weights.
-        scheme: further values of the scheme.
+        scheme: values of the scheme that are not the published ones.
     """
     remove_kv_cache(module)
     layers = {
@@ -84,7 +87,7 @@ def compressed(
         )
         for site in sites_of(module)
     }  # fmt: skip
-    put_kv_cache(module, KvCacheScheme(layers=layers, **scheme))
+    put_kv_cache(module, KvCacheScheme(layers=layers, **{**_PUBLISHED, **scheme}))
     for name, factors in factors_of(module).items():
         for side, rank in zip("kv", ranks, strict=True):
             weight = weight_of(module.get_submodule(f"{name}.{side}_proj"), name)

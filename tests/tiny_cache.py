@@ -39,7 +39,8 @@ def scheme_of(config: dict[str, Any], **changes: Any) -> KvCacheScheme:
         )
         for index, attention in enumerate(layers_of(config).compressible)
     }
-    return KvCacheScheme(layers=layers, **{"window": 4, "key_group": 8, **changes})
+    own = {"window": 4, "mode": "sliding", "bits": None, "key_group": 8}
+    return KvCacheScheme(layers=layers, **{**own, **changes})
 
 
 @torch.no_grad()

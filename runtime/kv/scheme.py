@@ -57,6 +57,8 @@ class KvLayer(_Strict):
 class KvCacheScheme(_Strict):
     """How the cache of a model is compressed.
 
+    Every field is required: a file that lacks one is damaged, and a default would load another cache.
+
     Attributes:
         layers: name of an attention module -> its ranks. Attentions that are not listed keep a plain cache.
         window: latest tokens whose keys and values are kept exactly as well.
@@ -68,10 +70,10 @@ class KvCacheScheme(_Strict):
     """
 
     layers: dict[ModuleName, KvLayer] = Field(min_length=1, max_length=2**12)
-    window: Tokens = 32
-    mode: Literal["sliding", "block"] = "sliding"
-    bits: Literal[2, 4] | None = None
-    key_group: Annotated[int, Field(ge=1, le=2**12)] = 32
+    window: Tokens
+    mode: Literal["sliding", "block"]
+    bits: Literal[2, 4] | None
+    key_group: Annotated[int, Field(ge=1, le=2**12)]
 
     @model_validator(mode="after")
     def _blocks(self) -> KvCacheScheme:

@@ -22,6 +22,8 @@ from compress.runtime.kv.attach import factors_of, new_cache, put_kv_cache
 from compress.runtime.kv.scheme import KvCacheScheme, KvLayer
 from transformers import DynamicCache
 
+from ..runtime.kv.tiny import PUBLISHED
+
 WIDTH = 32
 CALIBRATION = CalibrationSettings(samples=3, length=64)
 
@@ -37,7 +39,7 @@ def compressed(rank, **scheme):
     model = open_model(ModelRef(id="builtin:stories"), progress=SilentProgress())
     names = [name for name, _ in model.family.attentions(model.module)]
     layer = KvLayer(hidden=64, width=WIDTH, rank_k=rank, rank_v=rank, value_group=8)
-    put_kv_cache(model.module, KvCacheScheme(layers=dict.fromkeys(names, layer), **scheme))
+    put_kv_cache(model.module, KvCacheScheme(layers=dict.fromkeys(names, layer), **{**PUBLISHED, **scheme}))
     for name, factors in factors_of(model.module).items():
         attention = model.module.get_submodule(name)
         for letter in "kv":

@@ -6,6 +6,7 @@ import pytest
 from compress.models.cache_bytes import kv_bytes_per_token
 from compress.runtime.kv.scheme import KvCacheScheme, KvLayer
 
+from ..runtime.kv.tiny import PUBLISHED
 from ..tiny_moe import moe_config
 
 LONGCHAT = {
@@ -17,7 +18,8 @@ MISTRAL = {**LONGCHAT, "_class_name": "MistralForCausalLM", "num_key_value_heads
 
 def scheme(width, rank, layers=range(32), **changes):
     layer = KvLayer(hidden=4096, width=width, rank_k=rank, rank_v=rank, value_group=32)
-    return KvCacheScheme(layers={f"model.layers.{i}.self_attn": layer for i in layers}, **changes)
+    names = [f"model.layers.{i}.self_attn" for i in layers]
+    return KvCacheScheme(layers=dict.fromkeys(names, layer), **{**PUBLISHED, **changes})
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,13 @@ from compress.runtime.kv.sizes import (
     window_bytes,
 )
 
+from .tiny import PUBLISHED
+
 
 def _scheme(layers, hidden, width, rank, group=25, **settings):
     layer = KvLayer(hidden=hidden, width=width, rank_k=rank, rank_v=rank, value_group=group)
-    return KvCacheScheme(layers={f"model.layers.{i}.self_attn": layer for i in range(layers)}, **settings)
+    names = [f"model.layers.{i}.self_attn" for i in range(layers)]
+    return KvCacheScheme(layers=dict.fromkeys(names, layer), **{**PUBLISHED, **settings})
 
 
 LONGCHAT = {"layers": 32, "hidden": 4096, "width": 4096, "rank": 32 * 25}

@@ -156,6 +156,17 @@ def test_a_damaged_folder_is_refused_by_name(exported, change, words):
         compress.load(out)
 
 
+@pytest.mark.parametrize("key", ["window", "mode", "bits", "key_group"])
+def test_a_scheme_that_lacks_a_key_is_refused(exported, key):
+    """A default in its place would be another cache: 4 bits would be none."""
+    path = exported[1] / "compress.json"
+    manifest = json.loads(path.read_text())
+    del manifest["kv_cache"][key]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(SourceError, match=rf"compress\.json: kv_cache\.{key}: Field required"):
+        compress.load(exported[1])
+
+
 def test_a_truncated_file_is_refused(exported):
     path = exported[1] / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-64])

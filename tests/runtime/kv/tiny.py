@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from compress.runtime.kv.attach import factors_of, put_kv_cache
 from compress.runtime.kv.scheme import KvCacheScheme, KvLayer
 from compress.runtime.kv.support import layers_of
+
+PUBLISHED: Mapping[str, Any] = {"window": 32, "mode": "sliding", "bits": None, "key_group": 32}
+"""What arXiv 2409.10593 has beside the ranks, where nothing is rounded."""
 
 
 def scheme_for(module: Any, rank_k: int = 6, rank_v: int = 6, **settings: Any) -> KvCacheScheme:
@@ -24,7 +28,7 @@ def scheme_for(module: Any, rank_k: int = 6, rank_v: int = 6, **settings: Any) -
         )
         for attention in layers_of(config).compressible
     }
-    return KvCacheScheme(layers=layers, **settings)
+    return KvCacheScheme(layers=layers, **{**PUBLISHED, **settings})
 
 
 def fill(module: Any, seed: int = 0) -> None:
