@@ -63,7 +63,7 @@ def as_shipped(model: OpenModel) -> OpenModel:
     schemes, layers = _schemes(model), {}
     for name, scheme in schemes.items():
         bias: Tensor | None = getattr(model.module.get_submodule(name), "bias", None)
-        layers[name] = int8_linear(tuple(scheme.shape), _stored(model.module, name), bias)
+        layers[name] = int8_linear(scheme.shape, _stored(model.module, name), bias)
     return replace(model, module=swapped(model.module, layers), quantization=schemes)
 
 
@@ -107,7 +107,7 @@ _REASONS: Mapping[str, Callable[[QuantizedModule], bool]] = {
 
 def _kept(scheme: QuantizedModule) -> QuantizedModule:
     """Return the scheme of a layer of a stage as the package computes it."""
-    stored = int8_scheme(tuple(scheme.shape), scheme.bias, scheme.decided_by)
+    stored = int8_scheme(scheme.shape, scheme.bias, scheme.decided_by)
     return stored.model_copy(update={"method": scheme.method})
 
 

@@ -86,7 +86,7 @@ def _schemes(
 
 
 def _weight(module: nn.Module, name: str) -> Tensor:
-    weight: Tensor = module.get_submodule(name).weight.detach()  # type: ignore[assignment, union-attr, operator]
+    weight: Tensor = module.get_submodule(name).weight.detach()  # type: ignore[operator]
     return weight
 
 
@@ -123,7 +123,7 @@ def _layer(model: OpenModel, name: str, scheme: QuantizedModule) -> nn.Module:
         part: part_of(scheme, name_of(dtype), part, lambda: found).to(dense.weight.device)
         for part in stored_parts(scheme, name_of(dtype))
     }
-    return Nf4Linear(tuple(scheme.shape), stored, dense.bias, dtype)
+    return Nf4Linear(scheme.shape, stored, dense.bias, dtype)
 
 
 def _notes(model: OpenModel, schemes: Mapping[str, QuantizedModule]) -> tuple[str, ...]:
