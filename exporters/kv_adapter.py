@@ -13,6 +13,8 @@ from ..models.base import ModelSpec, OpenModel, Source
 from ..runtime.fetch import BUILTIN_PREFIX
 from ..runtime.kv.adapter import (
     FILE_NAME,
+    FORMAT,
+    VERSION,
     WEIGHTS_NAME,
     AdapterBase,
     AdapterDocument,
@@ -23,7 +25,7 @@ from ..runtime.kv.scheme import KvCacheScheme, factor_tensors
 from ..runtime.modules import name_of
 from ..runtime.validate import open_folder
 from .formats import Layout
-from .writer import StoredTensor, dtype_code
+from .writer import StoredTensor, dtype_code, file_sha256
 
 METADATA: Mapping[str, str] = {"format": "pt"}
 WAYS = ("compress.load(path)",)
@@ -42,13 +44,16 @@ def layout(model: OpenModel) -> Layout:
     """
     scheme = _scheme(model)
     state = model.module.state_dict()
+    tensors = [StoredTensor.of(name, state[name]) for name in factor_tensors(scheme)]
     document = AdapterDocument(
+        format=FORMAT,
+        version=VERSION,
         scheme=scheme,
         dtype=name_of(model.spec.dtype),  # type: ignore[arg-type]
+        factors_sha256=file_sha256(tensors, metadata=METADATA),
         base=_base(model, scheme),
         history=tuple(model.history),
     )
-    tensors = [StoredTensor.of(name, state[name]) for name in factor_tensors(scheme)]
     return Layout(tensors, None, METADATA, list(WAYS), {FILE_NAME: document.to_json()}, NOTES)
 
 

@@ -15,7 +15,7 @@ from ..models.source_card import is_text_name
 from ..recipes.gates import Gate, failures, judge
 from ..runtime.hashes import file_sha256
 from ..runtime.kv.adapter import FILE_NAME as ADAPTER_NAME
-from ..runtime.kv.adapter import is_adapter, open_adapter
+from ..runtime.kv.adapter import check_contents, is_adapter, open_adapter
 from ..runtime.validate import QUANT_METHOD, open_folder, read_json
 from .recorded_recipe import check_recipe
 
@@ -190,7 +190,9 @@ def _unlisted(folder: Path, listed: set[str], elsewhere: set[str]) -> list[str]:
 
 def _check_tensors(folder: Path) -> str:
     if is_adapter(folder):
-        return f"{len(open_adapter(folder).tensors)} factors fit {ADAPTER_NAME}"
+        adapter = open_adapter(folder)
+        check_contents(adapter)
+        return f"{len(adapter.tensors)} factors are those of {ADAPTER_NAME} (SHA-256)"
     stored = open_folder(folder)
     count = len(stored.manifest.quantization)
     # Other formats than our own say in their own way which layers they quantize; their library reads it.

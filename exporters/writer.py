@@ -8,6 +8,7 @@ one starts on a 64-byte boundary, and every other one at least on a multiple of 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -39,7 +40,7 @@ class StoredTensor:
 
     Attributes:
         dtype: safetensors code, such as "BF16".
-        read: returns the tensor; called once, when it is its turn. None in predictions.
+        read: returns the tensor; called when it is its turn, once per writing. None in predictions.
     """
 
     name: str
@@ -108,6 +109,18 @@ def file_bytes(
     shards = plan_shards(tensors, max_shard_size, name)
     total = sum(len(_header(shard, metadata)) + sum(t.bytes for t in shard) for shard in shards.values())
     return total + (len(index_text(shards).encode()) if len(shards) > 1 else 0)
+
+
+def file_sha256(tensors: Sequence[StoredTensor], *, metadata: Mapping[str, str] = _PLAIN) -> str:
+    """Return the SHA-256 of the one file that `write_tensors` makes of tensors that need no shards.
+
+    Every tensor is read, as it is for being written.
+    """
+    ordered = _ordered(tensors)
+    digest = hashlib.sha256(_header(ordered, metadata))
+    for tensor in ordered:
+        digest.update(_raw(tensor))
+    return digest.hexdigest()
 
 
 def plan_shards(

@@ -12,12 +12,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ...errors import SourceError
 from ..fetch import BUILTIN_PREFIX, fetch
+from ..hashes import file_sha256
 from ..headers import TensorEntry, read_header
 from ..language_config import class_name_of
 from ..manifest import MAX_BYTES, HistoryEntry, Sha256
@@ -27,8 +28,8 @@ from .scheme import KvCacheScheme, ModuleName, factor_tensors
 
 FILE_NAME = "cskv.json"
 WEIGHTS_NAME = "cskv.safetensors"
-FORMAT = "compress-cskv"
-VERSION = 1
+FORMAT: Final = "compress-cskv"
+VERSION: Final = 1
 DTYPE_CODES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -45,7 +46,7 @@ class _Strict(BaseModel):
 
 
 class AdapterBase(_Strict):
-    """The model that an adapter belongs to.
+    """The model that an adapter belongs to. No field has a default: see `AdapterDocument`.
 
     Attributes:
         id: a Hub id, `builtin:NAME`, or a folder as the recipe names it.
@@ -57,8 +58,8 @@ class AdapterBase(_Strict):
     """
 
     id: Text
-    revision: Commit | None = None
-    subfolder: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*$", max_length=256)] | None = None
+    revision: Commit | None
+    subfolder: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*$", max_length=256)] | None
     class_name: ClassName
     sizes: dict[Text, Any] = Field(max_length=64)
     hashes: dict[ModuleName, Sha256] = Field(min_length=1, max_length=2**12)
@@ -71,20 +72,22 @@ class AdapterBase(_Strict):
 
 
 class AdapterDocument(_Strict):
-    """`cskv.json`.
+    """`cskv.json`. Every key is required: a file that lacks one is damaged.
 
     Attributes:
         scheme: how the cache is compressed.
         dtype: of the factors, and of the model that they were made for.
+        factors_sha256: of the file of the factors.
         history: the finished stages: settings, seed, versions, what the factors were made from.
     """
 
-    format: Literal["compress-cskv"] = "compress-cskv"
-    version: Literal[1] = 1
+    format: Literal["compress-cskv"]
+    version: Literal[1]
     scheme: KvCacheScheme
     dtype: Literal["float32", "float16", "bfloat16"]
+    factors_sha256: Sha256
     base: AdapterBase
-    history: tuple[HistoryEntry, ...] = Field((), strict=False, max_length=64)
+    history: tuple[HistoryEntry, ...] = Field(strict=False, max_length=64)
 
     @model_validator(mode="after")
     def _one_hash_each(self) -> AdapterDocument:
@@ -147,6 +150,8 @@ def is_adapter(folder: str | Path) -> bool:
 def open_adapter(folder: str | Path) -> StoredAdapter:
     """Read the two files' texts and hold them against each other; no tensor is read.
 
+    That needs `check_contents`.
+
     Raises:
         SourceError: naming the file, and the first thing that is wrong.
     """
@@ -168,6 +173,20 @@ def open_adapter(folder: str | Path) -> StoredAdapter:
     tensors, _ = read_header(weights)
     _check_factors(document, tensors, weights)
     return StoredAdapter(folder, document, tensors)
+
+
+def check_contents(adapter: StoredAdapter) -> None:
+    """Refuse factors that are not those that `cskv.json` was written for; reads their whole file.
+
+    Raises:
+        SourceError: naming the file.
+    """
+    weights = adapter.folder / WEIGHTS_NAME
+    if file_sha256(weights) != adapter.document.factors_sha256:
+        raise SourceError(
+            f"{weights}: its bytes are not those of the factors that {FILE_NAME} was written for (SHA-256)",
+            hint=_DAMAGED,
+        )
 
 
 def _check_factors(document: AdapterDocument, tensors: Mapping[str, TensorEntry], weights: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...errors import SourceError
 from ..validate import StoredCheckpoint, open_folder
-from .adapter import StoredAdapter, base_folder, check_base, is_adapter, open_adapter
+from .adapter import StoredAdapter, base_folder, check_base, check_contents, is_adapter, open_adapter
 
 
 def open_whole(folder: str | Path, base: str | Path | None = None) -> StoredCheckpoint:
@@ -37,8 +37,10 @@ def assembled(adapter: StoredAdapter, folder: Path) -> StoredCheckpoint:
         folder: of the original.
 
     Raises:
-        SourceError: the folder is damaged, or is not of the model that the adapter was made for.
+        SourceError: the folder is damaged, or is not of the model that the adapter was made for; or the
+            factors are damaged.
     """
+    check_contents(adapter)
     stored = open_folder(folder)
     check_base(adapter, str(folder), stored.config, stored.tensors)
     if stored.manifest.kv_cache is not None:

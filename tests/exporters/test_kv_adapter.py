@@ -16,10 +16,12 @@ from compress.exporters.folder_comparison import compare_folders
 from compress.exporters.formats import predict_bytes, predict_tensor_bytes, write
 from compress.exporters.fresh_process import verify_export
 from compress.exporters.inspection import inspect
+from compress.exporters.verify import FolderError, verify_folder
 from compress.models.base import OpenModel
 from compress.models.open import open_model
 from compress.progress import SilentProgress
 from compress.recipes.schema import ModelRef
+from compress.runtime.hashes import file_sha256
 from compress.runtime.manifest import HistoryEntry
 from safetensors.torch import load_file, save_file
 
@@ -45,10 +47,14 @@ def _copy(made: tuple[OpenModel, Path], place: Path) -> Path:
 
 
 def _corrupt(folder: Path) -> Path:
+    """Change a number, and the hash with it, so that it is found by computing alone."""
     path = folder / "cskv.safetensors"
     tensors = load_file(path)
     tensors[FACTOR][0, 0] += 0.5
     save_file(tensors, path, {"format": "pt"})
+    document = json.loads((folder / "cskv.json").read_text())
+    document["factors_sha256"] = file_sha256(path)
+    (folder / "cskv.json").write_text(json.dumps(document))
     return folder
 
 
@@ -79,6 +85,26 @@ def test_a_factor_that_was_changed_is_found_out(made, tmp_path):
     folder = _corrupt(_copy(made, tmp_path))
     found = verify_export(made[0], folder, seed=1, progress=SilentProgress())
     assert not found.verified and "decodes through the compressed cache differs" in (found.failure or "")
+
+
+def test_a_flipped_bit_is_found_without_the_report(made, tmp_path):
+    """Where the hashes of the report are those of the damaged file, too."""
+    folder = _copy(made, tmp_path)
+    assert "8 factors are those of cskv.json (SHA-256)" in _check_of_tensors(folder)
+    path = folder / "cskv.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert "cskv.safetensors: its bytes are not those" in _check_of_tensors(folder)
+    found = verify_export(made[0], folder, seed=1, progress=SilentProgress())
+    assert "cskv.safetensors: its bytes are not those" in (found.failure or "")
+
+
+def _check_of_tensors(folder: Path) -> str:
+    with pytest.raises(FolderError) as told:  # it has no report
+        verify_folder(folder)
+    [detail] = [check["detail"] for check in told.value.result["checks"] if check["name"] == "tensors"]
+    return str(detail)
 
 
 def test_a_copy_is_compared_by_running_both(made, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 
 import pytest
@@ -55,6 +56,14 @@ def test_odd_tensors_are_aligned_to_their_elements(tmp_path):
     [path] = write_tensors(tmp_path, stored(values))
     for name, entry in read_header(path)[0].items():
         assert entry.start % values[name].element_size() == 0
+
+
+def test_the_hash_of_a_file_is_known_before_it_is_written(tmp_path):
+    values = tensors(z=(16,), odd=(5,), m=(32, 4))
+    expected = writer.file_sha256(stored(values), metadata={"format": "pt", "x": "y"})
+    [path] = write_tensors(tmp_path, stored(values), metadata={"format": "pt", "x": "y"})
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == expected
+    assert writer.file_sha256(stored(values)) != expected
 
 
 def test_order_does_not_depend_on_the_caller(tmp_path):

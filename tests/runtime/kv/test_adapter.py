@@ -14,7 +14,9 @@ from compress.exporters.formats import write
 from compress.models.open import open_model
 from compress.progress import SilentProgress
 from compress.recipes.schema import ModelRef
+from compress.runtime.hashes import file_sha256
 from compress.runtime.kv.adapter import base_folder, is_adapter, open_adapter
+from compress.runtime.kv.assembled import open_whole
 from compress.runtime.kv.attach import kv_scheme_of
 from compress.runtime.kv.base_hash import attention_sha256
 from compress.runtime.validate import open_folder, read_header
@@ -311,10 +313,56 @@ def test_a_damaged_adapter_is_refused_by_file_and_name(adapter, change, words):
     tensors, document = load_file(path), json.loads(json_path.read_text())
     change(tensors, document)
     save_file(tensors, path, {"format": "pt"})
+    document["factors_sha256"] = file_sha256(path)  # what follows is refused by itself, not by this
     json_path.write_text(json.dumps(document))
     with pytest.raises(SourceError, match=words) as told:
         compress.load(adapter)
     assert str(adapter) in told.value.message and told.value.hint
+
+
+REQUIRED = (
+    "format", "version", "dtype", "factors_sha256", "history", "scheme.window", "scheme.mode",
+    "scheme.bits", "scheme.key_group", "scheme.layers", "base.revision", "base.subfolder", "base.hashes",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+def test_no_key_has_a_default(adapter, key):
+    path = adapter / "cskv.json"
+    document = json.loads(path.read_text())
+    *places, last = key.split(".")
+    holder = document
+    for place in places:
+        holder = holder[place]
+    del holder[last]
+    path.write_text(json.dumps(document))
+    with pytest.raises(SourceError, match=rf"cskv\.json: {key}: Field required"):
+        compress.load(adapter)
+
+
+@pytest.mark.parametrize("place", [0, 20, -1, "pt", "number"])
+def test_one_flipped_bit_of_the_factors_is_refused(adapter, place):
+    """Wherever it is: in the length, the header, a text of it that nothing else reads, a number."""
+    path = adapter / "cskv.safetensors"
+    data = bytearray(path.read_bytes())
+    if isinstance(place, str):
+        place = data.index(b'"pt"') + 1 if place == "pt" else read_header(path)[0][FACTOR].start
+    data[place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(SourceError, match=r"cskv\.safetensors") as told:
+        compress.load(adapter)
+    assert str(adapter) in told.value.message
+
+
+def test_other_factors_are_refused_by_their_hash(adapter):
+    path = adapter / "cskv.safetensors"
+    tensors = load_file(path)
+    tensors[FACTOR][0, 0] += 2**-20
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(SourceError, match=r"cskv\.safetensors: its bytes are not those .*\(SHA-256\)"):
+        compress.load(adapter)
+    with pytest.raises(SourceError, match=r"cskv\.safetensors: its bytes"):
+        open_whole(adapter)
 
 
 @pytest.mark.parametrize("name", ["cskv.safetensors", "cskv.json"])
