@@ -7,6 +7,7 @@ from typing import Any
 
 from ..exporters.kv_table import (
     LAYER_HEADER,
+    break_even_told,
     cache_of,
     init_told,
     kv_stages,
@@ -62,8 +63,11 @@ def costs(cache: Document) -> Iterator[str]:
     before, after, metadata = per_token["before"], per_token["after"], per_token["metadata"]
     counted = f", {size(metadata)} of them scales and offsets" if metadata else ""
     yield f"{size(before)} -> {size(after)} of cache per token ({after / before:.1%}{counted})"
+    if cache["at_context"]:
+        yield f"one sequence of {cache['at_context']['tokens']:,} tokens: {_whole(cache['at_context'])}"
     window = f"the window adds {size(cache['window_bytes'])} per sequence" if cache["window"] else "no window"
-    yield f"{window}; the factors take {size(cache['factor_bytes'])}{_pays_off(cache)}"
+    yield f"{window}; the factors take {size(cache['factor_bytes'])}"
+    yield _pays_off(cache)
     rebuild = cache["rebuild_flops"]
     yield (
         f"keys and values are rebuilt for every decoded token: {operations(rebuild['per_token'])} behind"
@@ -71,9 +75,20 @@ def costs(cache: Document) -> Iterator[str]:
     )
 
 
+def _whole(told: Document) -> str:
+    """Write the whole cache of one sequence, before and after, without the factors and with them."""
+    before, after, both = told["before"], told["after"], told["with_factors"]
+    return (
+        f"{size(before)} -> {size(after)} of cache, window counted ({after / before:.1%});"
+        f" {size(both)} with the factors ({both / before:.1%})"
+    )
+
+
 def _pays_off(cache: Document) -> str:
-    tokens = cache["break_even_tokens"]
-    return "" if tokens is None else f", which pays off from {tokens:,} cached tokens on"
+    one, tokens = break_even_told(cache), cache["break_even_tokens"]
+    if one is None:
+        return "one sequence never pays off: window and factors take more than is saved"
+    return f"one sequence pays off from {one}; the factors alone, over all sequences, from {tokens:,}"
 
 
 def decoded(evaluation: Document) -> Iterator[str]:
@@ -107,4 +122,6 @@ def of_folder(cache: Document) -> Iterator[tuple[str, str]]:
     share = f"{per_token['after'] / per_token['before']:.1%}"
     yield "KV cache", f"{ranks_told(cache['layers'])}; {stored_told(cache)}"
     yield "KV cache, bytes per token", f"{size(per_token['before'])} -> {size(per_token['after'])} ({share})"
-    yield "KV cache, factors", f"{size(cache['factor_bytes'])}{_pays_off(cache)}"
+    if cache["at_context"]:
+        yield f"KV cache of {cache['at_context']['tokens']:,} tokens", _whole(cache["at_context"])
+    yield "KV cache, factors", f"{size(cache['factor_bytes'])}; {_pays_off(cache)}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..runtime.headers import ITEM_BYTES
 from ..runtime.kv.adapter import DTYPE_CODES, WEIGHTS_NAME, open_adapter
 from ..runtime.kv.sizes import bytes_per_token, factor_parameters, full_bytes_per_token
+from ..runtime.manifest import HistoryEntry
 from .cache_stored import described_cache
 
 
@@ -18,6 +20,7 @@ def inspect_adapter(folder: Path) -> dict[str, Any]:
         A JSON value as that of a checkpoint without layers, whose `parameters` are the factors'; `class` is
         that of the original, and `base` has its `id`, `revision` and `subfolder`. The bytes per token
         of `kv_cache` are those of the attentions that it lists: what others keep only the original says.
+        Its `at_context` is what the stage wrote down; None where it wrote none.
 
     Raises:
         SourceError: a file is missing, damaged or contradicts the other.
@@ -46,7 +49,21 @@ def inspect_adapter(folder: Path) -> dict[str, Any]:
         "cut": 0,
         "depth": {},
         "experts": None,
-        "kv_cache": described_cache(scheme, per_token, item_bytes, adapter.bytes),
+        "kv_cache": described_cache(
+            scheme, per_token, item_bytes, adapter.bytes, _at_context(document.history)
+        ),
         "layers": [],
         "history": [entry.model_dump(mode="json") for entry in document.history],
     }
+
+
+def _at_context(history: Sequence[HistoryEntry]) -> dict[str, int] | None:
+    """Return what the latest stage that compressed the cache told; details are anybody's and may be else."""
+    for entry in reversed(history):
+        told = entry.details.get("kv_cache")
+        found = told.get("at_context") if isinstance(told, Mapping) else None
+        if isinstance(found, Mapping):
+            numbers = {key: found.get(key) for key in ("tokens", "before", "after", "with_factors")}
+            if all(type(number) is int and number > 0 for number in numbers.values()):
+                return numbers
+    return None

@@ -22,6 +22,7 @@ from .card_metadata import front_matter, metadata
 from .card_provenance import licence, provenance
 from .card_pruning import pruning
 from .card_subject import Subject
+from .kv_table import cache_of, kv_stages
 from .layer_table import average_bits, exceptions
 from .markdown import code, size
 
@@ -66,6 +67,12 @@ def _cache(subject: Subject) -> Iterator[str]:
         after = subject.metrics["kv_bytes_per_token"]
         yield f"Its key-value cache takes {size(after)} per token instead of {size(after / found)}:"
         yield f"**{found:.3f}** of the original's."
+        for cache in map(cache_of, kv_stages(subject.document)):
+            whole = cache["at_context"]
+            share = whole["after"] / whole["before"]
+            yield f"One sequence of {whole['tokens']:,} tokens takes {size(whole['after'])} instead of"
+            yield f"{size(whole['before'])}, the exact window counted: **{share:.3f}**."
+            yield f"The factors take {size(cache['factor_bytes'])} besides, once."
 
 
 def render_card(

@@ -9,6 +9,7 @@ from typing import Any
 from .card_subject import Subject
 from .depth_table import removals
 from .experts_table import measure_told
+from .kv_table import cache_of, kv_stages, whole_cache_row
 from .markdown import code, sentence, table
 from .pruning_table import prunings, steps_of
 
@@ -112,7 +113,7 @@ def _rows(subject: Subject) -> list[tuple[str, str, str]]:
         one_pass = ", read in one pass" if "note" in subject.document["evaluation"].get("text", {}) else ""
         rows.append((f"perplexity on text that was not calibrated on{one_pass}", before, after))
         rows.append(("divergence of the next token's distribution, nats", "0", f"{metrics['kl']:.5f}"))
-    rows += _cache_rows(metrics)
+    rows += _cache_rows(subject.document, metrics)
     rows += _answer_rows(subject.document["evaluation"])
     if "class_agreement" in metrics:
         before, after = f"{metrics['class_agreement_original']:.1%}", f"{metrics['class_agreement']:.1%}"
@@ -121,13 +122,14 @@ def _rows(subject: Subject) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _cache_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _cache_rows(document: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return what a key-value cache takes where it was compressed, and how the model decodes with it."""
     rows = []
     if metrics.get("kv_bytes_ratio", 1) != 1:
         after = metrics["kv_bytes_per_token"]
         before = f"{after / metrics['kv_bytes_ratio']:,.0f}"
         rows.append(("KV cache, bytes per token", before, f"{after:,.7g} ({metrics['kv_bytes_ratio']:.1%})"))
+        rows += [whole_cache_row(cache_of(stage)["at_context"]) for stage in kv_stages(document)]
     if "decode_perplexity" in metrics:
         before, after = (f"{metrics[f'decode_perplexity{name}']:.4f}" for name in ("_original", ""))
         rows.append(("perplexity of the same text, token by token through the cache", before, after))

@@ -8,6 +8,7 @@ from .card_subject import Subject
 from .kv_table import (
     LAYER_HEADER,
     Document,
+    break_even_told,
     cache_of,
     decoding_of,
     init_told,
@@ -19,6 +20,7 @@ from .kv_table import (
     removed_told,
     skipped_told,
     stored_told,
+    whole_cache_row,
 )
 from .markdown import code, table
 
@@ -50,7 +52,7 @@ def _what(stage: Document) -> Iterator[str]:
 
 
 def _costs(cache: Document) -> Iterator[str]:
-    per_token, tokens = cache["bytes_per_token"], cache["break_even_tokens"]
+    per_token, tokens, whole = cache["bytes_per_token"], cache["break_even_tokens"], cache["at_context"]
     before, after = per_token["before"], per_token["after"]
     rows = [
         (
@@ -58,11 +60,15 @@ def _costs(cache: Document) -> Iterator[str]:
             _bytes(before),
             f"**{_bytes(after)}** ({after / before:.1%})",
         ),
+        whole_cache_row(whole),
+        ("the same with the factors", "",
+         f"{whole['with_factors']:,} ({whole['with_factors'] / whole['before']:.1%})"),
         ("of these, scales and offsets of packed numbers", "", _bytes(per_token["metadata"])),
         (f"window: exact keys and values of {cache['window']} tokens, once per sequence", "",
          f"{cache['window_bytes']:,}"),
         ("factors, once", "", f"{cache['factor_bytes']:,} ({cache['factor_parameters']:,} parameters)"),
-        ("what is saved exceeds the factors from, over all sequences together", "",
+        ("one sequence takes less from, window and factors counted", "", break_even_told(cache) or "never"),
+        ("what is saved exceeds the factors alone from, over all sequences together", "",
          "never" if tokens is None else f"{tokens:,} cached tokens on"),
         (f"rebuilding keys and values, per decoded token behind {cache['rebuild_flops']['tokens']:,}", "none",
          operations(cache["rebuild_flops"]["per_token"])),

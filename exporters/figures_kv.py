@@ -71,7 +71,7 @@ def draw_singular_values(cache: Mapping[str, Any]) -> Figure:
 
 
 def _lowest(rows: Sequence[Mapping[str, Any]]) -> float:
-    least = min(value for row in rows for side, _, _ in _SIDES for value in row[side])
+    least: float = min(value for row in rows for side, _, _ in _SIDES for value in row[side])
     return max(_LEAST, least)
 
 

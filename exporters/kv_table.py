@@ -72,6 +72,26 @@ def removed_told(cache: Document) -> str:
     return f"{removed['k']:.2%} of the channels of keys and {removed['v']:.2%} of those of values"
 
 
+def break_even_told(cache: Document) -> str | None:
+    """Say from when on one sequence pays off, everything counted; None where it never does."""
+    tokens, whole = cache["break_even_tokens_one"], cache["at_context"]
+    if tokens is None:
+        return None
+    beyond = f", beyond the {whole['tokens']:,} of its context" if whole and tokens > whole["tokens"] else ""
+    return f"{tokens:,} cached tokens on{beyond}"
+
+
+def whole_cache_row(told: Document) -> tuple[str, str, str]:
+    """Return the row of the whole cache of one sequence: what it is, before, after.
+
+    Args:
+        told: `at_context` of a stage.
+    """
+    before, after = told["before"], told["after"]
+    what = f"bytes of the cache of one sequence of {told['tokens']:,} tokens, window counted"
+    return what, f"{before:,}", f"{after:,} ({after / before:.1%})"
+
+
 def layer_rows(layers: Sequence[Document]) -> list[tuple[str, str, str, str, str]]:
     """Return (layer, rank of its keys, discarded share, rank of its values, discarded share)."""
     return [

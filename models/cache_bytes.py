@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..runtime.kv.scheme import KvCacheScheme
-from ..runtime.kv.sizes import bytes_per_token, full_bytes_per_token
+from ..runtime.kv.sizes import (
+    PlainLayer,
+    bytes_per_token,
+    cache_bytes,
+    factor_parameters,
+    full_bytes_per_token,
+    full_cache_bytes,
+)
+from ..runtime.kv.support import layers_of
 from ..runtime.language_config import language_shape
 from ..runtime.moe_classes import is_moe_class
 from ..runtime.moe_config import HeadsShape, moe_shape
@@ -35,6 +43,43 @@ def kv_bytes_per_token(
         return None if width is None else float(width * item_bytes)
     full = width * item_bytes
     return float(full - full_bytes_per_token(scheme, item_bytes) + bytes_per_token(scheme, item_bytes))
+
+
+def context_length(config: Mapping[str, Any]) -> int:
+    """Return the longest sequence of a language model, in tokens.
+
+    Args:
+        config: completed, with `_class_name`.
+    """
+    if is_moe_class(config["_class_name"]):
+        return moe_shape(config).positions
+    return language_shape(config).positions
+
+
+def cache_at_context(config: Mapping[str, Any], item_bytes: int, scheme: KvCacheScheme) -> dict[str, int]:
+    """Return the bytes of the whole cache of one sequence as long as the model's context.
+
+    Everything that is kept counts: the exact window, positions, tokens that are not packed yet, and layers
+    that are not compressed, of which a sliding window keeps no more than its tokens.
+
+    Args:
+        config: completed, with `_class_name`, of a language model.
+        item_bytes: of a number of the model's type.
+        scheme: how the cache is compressed.
+
+    Returns:
+        `tokens`, the context; `before`, of the stock cache; `after`; `with_factors`: after, and the factors.
+    """
+    tokens, attentions = context_length(config), layers_of(config)
+    plain = [PlainLayer(layer.width, layer.sliding_window) for layer in attentions.skipped]
+    plain += [PlainLayer(site.width) for site in attentions.compressible if site.name not in scheme.layers]
+    after = cache_bytes(scheme, tokens, 1, item_bytes, plain)
+    return {
+        "tokens": tokens,
+        "before": full_cache_bytes(scheme, tokens, item_bytes, plain),
+        "after": after,
+        "with_factors": after + factor_parameters(scheme) * item_bytes,
+    }
 
 
 def _cached_width(config: Mapping[str, Any]) -> int | None:

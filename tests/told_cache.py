@@ -33,8 +33,12 @@ def cache(layers: int = 3, **changes: Any) -> dict[str, Any]:
         "init": "whiten", "window": 32, "mode": "sliding", "bits": None, "key_group": 32,
         "removed": {"k": 0.75, "v": 0.5}, "asked": {"removed": {"k": 0.75, "v": 0.5}},
         "bytes_per_token": {"before": before, "after": after, "metadata": 0.0},
+        "at_context": {
+            "tokens": 512, "before": int(512 * before), "after": int(512 * (after + 4) + 32 * before),
+            "with_factors": int(512 * (after + 4) + 32 * before + layers * 96 * 24 * 4),
+        },
         "window_bytes": int(32 * before), "factor_parameters": layers * 96 * 24,
-        "factor_bytes": layers * 96 * 24 * 4, "break_even_tokens": 58,
+        "factor_bytes": layers * 96 * 24 * 4, "break_even_tokens_one": 110, "break_even_tokens": 58,
         "rebuild_flops": {"tokens": 512, "per_token": 2 * 512 * 24 * 32 * layers},
         "layers": [layer(number) for number in range(layers)], "skipped": [],
         "singular_values": [spread(number) for number in range(layers)],

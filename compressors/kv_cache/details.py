@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from ...models.base import OpenModel, Size
+from ...models.cache_bytes import cache_at_context
 from ...recipes.kv_cache import CskvSettings
 from ...runtime.kv import sizes
 from ...runtime.kv.scheme import KvCacheScheme
 from ...runtime.kv.support import Skipped
 from .factorise import KvFactors, lost_share
-from .planning import context_length
 from .ranks import SIDES, removed_shares
 from .training import Trained
 
@@ -68,7 +68,8 @@ def described(
         dealt: of the ranks by layer; None: they are equal.
     """
     item = model.spec.dtype.itemsize
-    context = context_length(model.config)
+    whole = cache_at_context(model.config, item, scheme)
+    context = whole["tokens"]
     parameters = sizes.factor_parameters(scheme)
     return {
         "init": settings.init,
@@ -83,9 +84,11 @@ def described(
             "after": float(model.size().kv_bytes_per_token or 0.0),
             "metadata": sizes.metadata_bytes_per_token(scheme),
         },
+        "at_context": whole,
         "window_bytes": sizes.window_bytes(scheme, item),
         "factor_parameters": parameters,
         "factor_bytes": parameters * item,
+        "break_even_tokens_one": sizes.break_even_tokens_one(scheme, item),
         "break_even_tokens": sizes.break_even_tokens(scheme, item),
         "rebuild_flops": {"tokens": context, "per_token": sizes.rebuild_flops(scheme, context)},
         "layers": [_layer(name, scheme, findings) for name, findings in found.items()],

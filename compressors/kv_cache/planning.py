@@ -7,13 +7,11 @@ from typing import Any
 
 from ...errors import PlanError
 from ...models.base import ModelSpec
+from ...models.cache_bytes import cache_at_context
 from ...recipes.kv_cache import CskvSettings
 from ...runtime.kv import sizes
 from ...runtime.kv.scheme import KvCacheScheme
 from ...runtime.kv.support import Attentions, KvAttention, Skipped, layers_of, unsupported
-from ...runtime.language_config import language_shape
-from ...runtime.moe_classes import is_moe_class
-from ...runtime.moe_config import moe_shape
 from ..base import StagePlan
 from .energies import ENERGY_BUDGET_BYTES, FLOAT64_BYTES, ROWS_AT_ONCE
 from .ranks import removed_shares, scheme_of, uniform_ranks
@@ -39,13 +37,6 @@ def attentions_of(config: Mapping[str, Any]) -> Attentions:
     if reason is not None:
         raise PlanError(f"the cache of this model cannot be compressed: {reason}")
     return layers_of(config)
-
-
-def context_length(config: Mapping[str, Any]) -> int:
-    """Return the longest sequence of a language model, in tokens."""
-    if is_moe_class(config["_class_name"]):
-        return moe_shape(config).positions
-    return language_shape(config).positions
 
 
 def plan_cskv(spec: ModelSpec, settings: CskvSettings) -> StagePlan:
@@ -145,20 +136,35 @@ def _byte_notes(
             f" are scales and offsets; with them {100 * (1 - stored / whole):.2f} % of these layers' cache"
             " are saved"
         )
-    even = sizes.break_even_tokens(scheme, item)
-    factors = sizes.factor_parameters(scheme)
-    pays = (
-        "never pay off: a token takes no less" if even is None else f"pay off from {even:,} cached tokens on"
-    )
-    notes.append(
-        f"factors: {factors:,} parameters, {factors * item:,} bytes beside the model's weights; they {pays}"
-    )
-    tokens = context_length(spec.config)
+    whole_cache = cache_at_context(spec.config, item, scheme)
+    notes += _whole_notes(scheme, item, whole_cache)
+    tokens = whole_cache["tokens"]
     notes.append(
         f"rebuilding keys and values costs {sizes.rebuild_flops(scheme, tokens):.3g} FLOPs per decoded token"
         f" at {tokens:,} cached tokens"
     )
     return notes
+
+
+def _whole_notes(scheme: KvCacheScheme, item: int, whole: Mapping[str, int]) -> list[str]:
+    """Say what one sequence takes in full, and when what is added pays off."""
+    tokens, before = whole["tokens"], whole["before"]
+    one, many = sizes.break_even_tokens_one(scheme, item), sizes.break_even_tokens(scheme, item)
+    if one is None or many is None:
+        pays = "they never pay off: a token takes no less"
+    else:
+        beyond = f", beyond the {tokens:,} of its context" if one > tokens else ""
+        pays = (
+            f"with the window they pay off from {one:,} cached tokens of one sequence on{beyond}; alone,"
+            f" over all sequences together, from {many:,} cached tokens on"
+        )
+    factors = sizes.factor_parameters(scheme)
+    return [
+        f"one sequence of {tokens:,} tokens, the model's context: {before:,} -> {whole['after']:,} bytes of"
+        f" cache, window counted ({100 * whole['after'] / before:.2f} %); {whole['with_factors']:,} with the"
+        f" factors ({100 * whole['with_factors'] / before:.2f} %)",
+        f"factors: {factors:,} parameters, {factors * item:,} bytes beside the model's weights; {pays}",
+    ]
 
 
 def _method_notes(settings: CskvSettings) -> list[str]:

@@ -84,10 +84,15 @@ def cache_bytes(
         item_bytes: of a number in the model's floating-point type.
         plain: the attentions that are not compressed.
     """
-    row = tokens * POSITION_BYTES
-    row += sum(_layer_bytes(layer, scheme, tokens, item_bytes) for layer in scheme.layers.values())
-    row += sum(2 * layer.width * layer.tokens(tokens) * item_bytes for layer in plain)
-    return batch * row
+    row = _counted(scheme, item_bytes).of_row(scheme, tokens)
+    return batch * (row + _plain_bytes(plain, tokens, item_bytes))
+
+
+def full_cache_bytes(
+    scheme: KvCacheScheme, tokens: int, item_bytes: int, plain: Iterable[PlainLayer] = ()
+) -> int:
+    """Return the bytes of one row of the stock cache of the same layers; see `cache_bytes`."""
+    return tokens * full_bytes_per_token(scheme, item_bytes) + _plain_bytes(plain, tokens, item_bytes)
 
 
 def exact_tokens(scheme: KvCacheScheme, tokens: int) -> int:
@@ -102,22 +107,51 @@ def factor_parameters(scheme: KvCacheScheme) -> int:
     )
 
 
-def break_even_tokens(scheme: KvCacheScheme, item_bytes: int, rows: int = 0) -> int | None:
-    """Return from how many cached tokens on, of all rows together, less memory is taken than without.
+def break_even_tokens(scheme: KvCacheScheme, item_bytes: int) -> int | None:
+    """Return from how many cached tokens on, of all rows together, the factors pay off, as published.
+
+    Windows, positions, and tokens that are not packed yet are left out; `break_even_tokens_one` has them.
 
     Args:
         scheme: of the cache.
         item_bytes: of a number in the model's floating-point type.
-        rows: whose windows count as well; 0, as in the literature: the factors alone have to pay off.
 
     Returns:
         None: never, because a compressed token is no smaller than a full one.
     """
     saved = full_bytes_per_token(scheme, item_bytes) - bytes_per_token(scheme, item_bytes)
+    return math.ceil(factor_parameters(scheme) * item_bytes / saved) if saved > 0 else None
+
+
+def break_even_tokens_one(scheme: KvCacheScheme, item_bytes: int) -> int | None:
+    """Return from how many tokens on one sequence takes less, its whole cache and the factors counted.
+
+    Of that many tokens and of any more, `cache_bytes` and the factors are less than a stock cache. Between
+    two groups that are packed, or two blocks, the bytes per token change; over a whole group or block they
+    grow evenly, so the last token count without a gain is known from one of them.
+
+    Args:
+        scheme: of the cache.
+        item_bytes: of a number in the model's floating-point type.
+
+    Returns:
+        None: never.
+    """
+    counted = _counted(scheme, item_bytes)
+    factors = factor_parameters(scheme) * item_bytes
+
+    def added(tokens: int) -> int:
+        return counted.of_row(scheme, tokens) + factors - tokens * counted.full
+
+    if scheme.mode == "block":  # nothing is gained within a block, so that its last token is the worst
+        period, counts = scheme.window, range(scheme.window - 1, scheme.window)
+    else:
+        period = 1 if scheme.bits is None else scheme.key_group
+        counts = range(scheme.window, scheme.window + period)
+    saved = added(counts[0]) - added(counts[0] + period)
     if saved <= 0:
         return None
-    added = factor_parameters(scheme) * item_bytes + rows * window_bytes(scheme, item_bytes)
-    return math.ceil(added / saved)
+    return 1 + max(tokens + period * (added(tokens) // saved) for tokens in counts)
 
 
 def rebuild_flops(scheme: KvCacheScheme, tokens: int) -> int:
@@ -151,9 +185,27 @@ def _token_bytes(layer: KvLayer, scheme: KvCacheScheme, item_bytes: int) -> floa
     return _group_bytes(layer, scheme) / scheme.key_group
 
 
-def _layer_bytes(layer: KvLayer, scheme: KvCacheScheme, tokens: int, item_bytes: int) -> int:
-    groups = tokens // scheme.key_group if scheme.bits is not None else 0
-    floating = (tokens - groups * scheme.key_group) * (layer.rank_k + layer.rank_v)
-    exact = 2 * layer.width * exact_tokens(scheme, tokens)
-    quantized = groups * _group_bytes(layer, scheme) if groups else 0
-    return quantized + (floating + exact) * item_bytes
+@dataclass(frozen=True)
+class _Counted:
+    """Bytes in all compressed layers: of a quantized group, and of a token in floating point and in full."""
+
+    group: int
+    floating: int
+    full: int
+
+    def of_row(self, scheme: KvCacheScheme, tokens: int) -> int:
+        groups = tokens // scheme.key_group if scheme.bits is not None else 0
+        rest = tokens - groups * scheme.key_group
+        exact = exact_tokens(scheme, tokens) * self.full
+        return tokens * POSITION_BYTES + groups * self.group + rest * self.floating + exact
+
+
+def _counted(scheme: KvCacheScheme, item_bytes: int) -> _Counted:
+    layers = scheme.layers.values()
+    group = 0 if scheme.bits is None else sum(_group_bytes(layer, scheme) for layer in layers)
+    floating = sum(layer.rank_k + layer.rank_v for layer in layers) * item_bytes
+    return _Counted(group, floating, full_bytes_per_token(scheme, item_bytes))
+
+
+def _plain_bytes(plain: Iterable[PlainLayer], tokens: int, item_bytes: int) -> int:
+    return sum(2 * layer.width * layer.tokens(tokens) * item_bytes for layer in plain)

@@ -32,8 +32,11 @@ def test_what_is_kept_saved_and_paid(shown):
         "cskv: removed 75.00% of the channels of keys and 50.00% of those of values; factors: closed-form"
         " optimum on the calibration text (whitened SVD)",
         "cskv: 768 B -> 288 B of cache per token (37.5%)",
-        "cskv: the window adds 24.6 kB per sequence; the factors take 27.6 kB, which pays off from 58 cached"
-        " tokens on",
+        "cskv: one sequence of 512 tokens: 393 kB -> 174 kB of cache, window counted (44.3%); 202 kB with the"
+        " factors (51.3%)",
+        "cskv: the window adds 24.6 kB per sequence; the factors take 27.6 kB",
+        "cskv: one sequence pays off from 110 cached tokens on; the factors alone, over all sequences, from"
+        " 58",
         "cskv: keys and values are rebuilt for every decoded token: 2.36 MFLOP behind 512 tokens",
         "model.layers.2.self_attn 8 of 32 1.23% 16 of 32 25.00%",
         "KV cache, bytes per token 768 B 288 B 0.375 x",
@@ -44,10 +47,14 @@ def test_what_is_kept_saved_and_paid(shown):
 
 def test_what_is_packed_is_told_with_its_scales(shown):
     per_token = {"before": 768.0, "after": 75.0, "metadata": 39.0}
-    found = shown(told.cache(bits=4, mode="block", bytes_per_token=per_token, break_even_tokens=None))
+    never = {"break_even_tokens_one": None, "break_even_tokens": None}
+    found = shown(told.cache(bits=4, mode="block", bytes_per_token=per_token, **never))
     assert "cskv: 768 B -> 75 B of cache per token (9.8%, 39 B of them scales and offsets)" in found
     assert any("window of 32 tokens (block), packed to 4 bits" in line for line in found)
-    assert not any("pays off" in line for line in found)
+    assert "cskv: one sequence never pays off: window and factors take more than is saved" in found
+    assert not any("pays off from" in line for line in found)
+    late = shown(told.cache(break_even_tokens_one=513))
+    assert any("pays off from 513 cached tokens on, beyond the 512 of its context;" in line for line in late)
 
 
 def test_training_different_ranks_and_plain_layers_are_told(shown):
@@ -111,5 +118,6 @@ def test_inspect_tells_of_the_cache_of_a_folder_and_of_no_other(tmp_path):
     kept = "keys at rank 3, 4 and values at rank 5, 6 of 32, in 2 layers; window of 4 tokens (sliding)"
     assert f"KV cache {kept}, packed to 4 bits" in head
     assert any(line.startswith("KV cache, bytes per token 512 B -> ") for line in head)
-    assert any(line.startswith("KV cache, factors 6.91 kB, which pays off from ") for line in head)
+    assert any(line.startswith("KV cache of 128 tokens 65.5 kB -> ") for line in head)
+    assert any(line.startswith("KV cache, factors 6.91 kB; one sequence pays off from ") for line in head)
     assert "KV cache" not in to_plain(next(inspected(inspect(tmp_path / "tiny"))))

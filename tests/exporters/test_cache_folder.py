@@ -18,6 +18,7 @@ from compress.models.base import TensorSpec
 from compress.progress import SilentProgress
 from compress.runtime.kv.attach import kv_scheme_of
 from compress.runtime.kv.scheme import factor_tensors
+from compress.runtime.kv.sizes import cache_bytes
 from compress.runtime.load import read_checkpoint
 from compress.runtime.validate import open_folder
 from safetensors.torch import load_file, save_file
@@ -264,6 +265,11 @@ def test_inspect_tells_of_the_cache(export):
     assert told["bytes_per_token"]["after"] == model.size().kv_bytes_per_token
     assert (told["window"], told["mode"], told["bits"]) == (4, "sliding", 4)
     assert told["factor_bytes"] == 2 * told["factor_parameters"] == 2 * (64 + 32) * (3 + 5 + 4 + 6)
+    whole = cache_bytes(model.kv_cache, 128, 1, 2)
+    assert told["at_context"] == {
+        "tokens": 128, "before": 128 * 256, "after": whole, "with_factors": whole + told["factor_bytes"]
+    }  # fmt: skip
+    assert told["break_even_tokens_one"] > told["break_even_tokens"]
     assert told["layers"][1] == {
         "name": "model.layers.1.self_attn", "width": 32, "rank_k": 4, "rank_v": 6
     }  # fmt: skip

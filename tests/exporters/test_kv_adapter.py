@@ -140,9 +140,30 @@ def test_it_is_inspected_without_its_original(made, tmp_path):
     assert cache["factor_bytes"] == found["tensor_bytes"] and cache["window"] == 4
     assert cache["bytes_per_token"] == {"before": 512.0, "after": 4.0 * (3 + 5 + 4 + 6)}
     assert [layer["rank_k"] for layer in cache["layers"]] == [3, 4]
+    assert cache["at_context"] is None and cache["break_even_tokens_one"] > cache["break_even_tokens"]
     (copy / "cskv.safetensors").write_bytes(b"")
     with pytest.raises(SourceError, match=r"cskv\.safetensors: truncated"):
         inspect(copy)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({"tokens": 9, "before": 8, "after": 7, "with_factors": 10, "x": 1}, True),
+        ({"tokens": 9, "before": "8", "after": 7, "with_factors": 10}, False),
+        ({"tokens": 0, "before": 8, "after": 7, "with_factors": 10}, False),
+        ({"tokens": 9}, False),
+        ([], False),
+    ],
+)
+def test_its_whole_cache_is_what_the_stage_wrote_down(made, tmp_path, told, expected):
+    copy = _copy(made, tmp_path)
+    document = json.loads((copy / "cskv.json").read_text())
+    document["history"][0]["details"] = {"kv_cache": {"at_context": told}}
+    (copy / "cskv.json").write_text(json.dumps(document))
+    found = inspect(copy)["kv_cache"]["at_context"]
+    numbers = {"tokens": 9, "before": 8, "after": 7, "with_factors": 10}
+    assert found == (numbers if expected else None)
 
 
 def quantized(model: OpenModel) -> None:

@@ -66,7 +66,11 @@ def test_the_card_tells_what_is_kept_saved_and_paid(compressed):
         "| of these, scales and offsets of packed numbers |  | 0 |",
         "| window: exact keys and values of 32 tokens, once per sequence |  | 24,576 |",
         "| factors, once |  | 27,648 (6,912 parameters) |",
-        "| what is saved exceeds the factors from, over all sequences together |  | 58 cached tokens on |",
+        "| bytes of the cache of one sequence of 512 tokens, window counted | 393,216 | 174,080 (44.3%) |",
+        "| the same with the factors |  | 201,728 (51.3%) |",
+        "| one sequence takes less from, window and factors counted |  | 110 cached tokens on |",
+        "| what is saved exceeds the factors alone from, over all sequences together |  |"
+        " 58 cached tokens on |",
         "| rebuilding keys and values, per decoded token behind 512 | none | 2.36 MFLOP |",
         "| `model.layers.1.self_attn` | 8 of 32 | 1.23% | 16 of 32 | 25.00% |",
     ):
@@ -89,9 +93,11 @@ def test_what_it_does_not_speed_up_names_the_rebuilding(document):
 
 def test_metadata_is_counted_and_a_cache_that_never_pays_off_is_told(compressed):
     per_token = {"before": 768.0, "after": 75.25, "metadata": 39.0}
-    section = compressed(told.cache(bits=4, bytes_per_token=per_token, break_even_tokens=None))
+    never = {"break_even_tokens_one": None, "break_even_tokens": None}
+    section = compressed(told.cache(bits=4, bytes_per_token=per_token, **never))
     assert "| 768 | **75.25** (9.8%) |" in section and "packed numbers |  | 39 |" in section
-    assert "together |  | never |" in section and "packed to 4 bits" in section
+    assert "together |  | never |" in section and "factors counted |  | never |" in section
+    assert "packed to 4 bits" in section
 
 
 def test_long_tables_are_folded_and_plain_layers_named(compressed):
@@ -129,6 +135,16 @@ def test_the_table_of_costs_has_the_cache_and_says_what_one_pass_is(document):
     card = render_card(told.told_in(document, told.cache()), [], "")
     costs = card.split("## What it costs, what it saves")[1].split("\n## ")[0]
     assert "| KV cache, bytes per token | 768 | 288 (37.5%) |" in costs
+    assert (
+        "| bytes of the cache of one sequence of 512 tokens, window counted | 393,216 | 174,080 (44.3%)"
+        in costs
+    )
+    title = flat(card.split("\n## ")[0])
+    assert "takes 288 B per token instead of 768 B: **0.375** of the original's." in title
+    assert (
+        "One sequence of 512 tokens takes 174 kB instead of 393 kB, the exact window counted: **0.443**."
+        " The factors take 27.6 kB besides, once." in title
+    )
     assert "| perplexity on text that was not calibrated on, read in one pass | 4.0000 | 4.0000 |" in costs
     assert "| perplexity of the same text, token by token through the cache | 3.5000 | 3.6050 |" in costs
     assert "One pass says nothing of the cache." in costs

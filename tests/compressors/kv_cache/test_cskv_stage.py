@@ -18,6 +18,7 @@ from compress.runtime.kv import sizes
 from compress.runtime.kv.attach import factors_of, kv_scheme_of, new_cache
 from compress.runtime.linear import QuantizedLinear
 from compress.runtime.tensor_hashes import tensors_sha256
+from transformers import DynamicCache
 
 from ...tiny_moe import make_moe
 from .conftest import settings
@@ -107,6 +108,15 @@ def test_the_report_counts_everything(opened, run):
         value.numel() * value.element_size() for value in factors_state(model.module).values()
     )
     assert details["break_even_tokens"] == -(-4 * parameters // (384 - stored))
+    # A context of 32 tokens is one group of keys; 5 of its tokens are exact.
+    whole = 32 * (stored + 4) + details["window_bytes"]
+    assert details["at_context"] == {
+        "tokens": 32,
+        "before": 32 * 384,
+        "after": whole,
+        "with_factors": whole + 4 * parameters,
+    }
+    assert details["break_even_tokens_one"] == sizes.break_even_tokens_one(scheme, 4)
     assert details["rebuild_flops"] == {"tokens": 32, "per_token": 2 * 2 * 32 * 18 * 24}
     assert details["rebuild_flops"]["per_token"] == sizes.rebuild_flops(scheme, 32)
     assert details["calibration_tokens"] == 120
@@ -146,6 +156,17 @@ def test_what_is_left_alone_is_told(opened, run):
     ]
     assert "last 8 tokens" in details["skipped"][0]["why"]
     assert len(factors_state(model.module)) == 4
+    # The whole cache is that of real ones, plain layers and all.
+    ids = torch.arange(32)[None]
+    stock, mine = DynamicCache(config=model.module.config), new_cache(model.module)
+    with torch.no_grad():
+        for cache in (stock, mine):
+            model.module(input_ids=ids, past_key_values=cache, use_cache=True)
+    held = [tensor for layer in stock.layers for tensor in (layer.keys, layer.values)]
+    told = details["at_context"]
+    assert told["before"] == sum(tensor.numel() * tensor.element_size() for tensor in held)
+    assert (told["tokens"], told["after"]) == (32, mine.stored_bytes())
+    assert told["with_factors"] == mine.stored_bytes() + details["factor_bytes"]
 
 
 @pytest.mark.parametrize("class_name", ["MixtralForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM"])
@@ -246,6 +267,7 @@ def test_a_cache_of_the_result_takes_what_is_told(opened, run):
     with torch.no_grad():
         model.module(input_ids=ids, past_key_values=cache, use_cache=True)
     positions = 20 * sizes.POSITION_BYTES
+    assert cache.stored_bytes() == sizes.cache_bytes(model.kv_cache, 20, 1, 4)
     assert (
         cache.stored_bytes() == 20 * details["bytes_per_token"]["after"] + details["window_bytes"] + positions
     )

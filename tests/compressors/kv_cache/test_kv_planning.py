@@ -6,9 +6,10 @@ import json
 
 import pytest
 from compress.compressors.kv_cache.cskv import Cskv
-from compress.compressors.kv_cache.planning import attentions_of, context_length, peak_bytes
+from compress.compressors.kv_cache.planning import attentions_of, peak_bytes
 from compress.compressors.kv_cache.ranks import scheme_of, uniform_ranks
 from compress.errors import PlanError
+from compress.models.cache_bytes import context_length
 from compress.models.open import read_spec
 from compress.recipes.schema import ModelRef
 
@@ -64,12 +65,18 @@ def test_published_sizes(spec_of, config, full, at_50, at_80, factor_gb_50, fact
     text = "\n".join(plan.notes)
     assert "(80.47 % removed), of values" in text
     assert f"cache: {full:,} -> {at_80:,} bytes per token (80.47 % less)" in text
-    assert f"they pay off from {break_even:,} cached tokens on" in text
+    assert f"alone, over all sequences together, from {break_even:,} cached tokens on" in text
 
 
 def test_longchat_says_what_reading_and_the_window_cost(spec_of):
     text = "\n".join(planned(spec_of(LONGCHAT), **BOTH_80).notes)
     assert "16,777,216 bytes per sequence for the window of 32" in text  # 32 layers * 2 * 4096 * 32 * 2
+    # 32,768 tokens of 102,400 bytes and 4 of their position; 838,860,800 of factors.
+    assert (
+        "one sequence of 32,768 tokens, the model's context: 17,179,869,184 -> 3,372,351,488 bytes of cache,"
+        " window counted (19.63 %); 4,211,212,288 with the factors (24.51 %)" in text
+    )
+    assert "with the window they pay off from 2,029 cached tokens of one sequence on; alone" in text
     assert "costs 1.37e+13 FLOPs per decoded token at 32,768 cached tokens" in text
 
 
