@@ -106,7 +106,8 @@ def decoded(evaluation: Document) -> Iterator[str]:
         f"decoding through the cache: perplexity {metrics['decode_perplexity']:.4f}, of the original"
         f" {metrics['decode_perplexity_original']:.4f} ({metrics['decode_perplexity_increase']:+.2%}), of the"
         f" result with a plain cache {metrics['decode_perplexity_one_pass']:.4f}, on"
-        f" {found['tokens']:,} tokens behind prompts of {found['prompt']}"
+        f" {found['tokens']:,} tokens behind prompts of {found['prompt']};"
+        f" {found['compressed_share']:.0%} of what they read came out of the compressed cache"
     )
     for length, texts, before, after in passkey_rows(found):
         result = "" if after is None else f", the result {after}"

@@ -23,6 +23,7 @@ _SSIM = 0.01
 _AGREEMENT = 0.01
 _PERPLEXITY_SHARE = 0.01
 _KL_FLOOR = 0.002
+_PERPLEXITIES = ("perplexity", "decode_perplexity", "cache_perplexity")
 _PASSKEY = ("passkey", "passkey_original", "passkey_drop")
 _FRECHET_SHARE = 0.05
 _FRECHET_FLOOR = 0.05
@@ -127,7 +128,10 @@ def _allowed(name: str, recorded: float, samples: int | None) -> float:
         return _decibels(recorded)
     if name == "ssim":
         return _SSIM
-    if name.startswith(("perplexity", "decode_perplexity")) or name in ("kl", "decode_kl"):
+    if name.startswith(("perplexity", "decode_perplexity", "cache_perplexity")) or name in (
+        "kl",
+        "decode_kl",
+    ):
         return _of_text(name, recorded)
     if name in _PASSKEY or name.startswith(("class_agreement", "accuracy", "top1_agreement")):
         # A handful of samples near a decision's border; a drop is a difference of two such counts.

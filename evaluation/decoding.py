@@ -21,6 +21,8 @@ from ..models.base import OpenModel
 from ..progress import Progress, step
 from ..recipes.decoding import DecodingSettings
 from ..runtime.kv.attach import kv_scheme_of, new_cache
+from ..runtime.kv.scheme import KvCacheScheme
+from ..runtime.kv.sizes import compressed_tokens
 from .evaluator import Evaluation
 from .passkey import add_passkey
 from .reference import Reference
@@ -32,6 +34,12 @@ ONE_PASS = (
 )
 """What is to be said of figures of fidelity beside a compressed cache."""
 NOT_CARRIED = "this form of the model has no compressed cache, so nothing was decoded through one"
+TOO_SHORT = (
+    "decoding says little of the compressed cache: of what the decoded tokens read, {share:.0%} came out of"
+    " it, and the rest is kept exactly; raise calibration.length beyond the window, and beyond what bits"
+    " round together"
+)
+_ENOUGH = 0.5
 _BUCKETS = 16
 
 
@@ -108,6 +116,7 @@ class Steps:
             "decode_perplexity": round(after, 5),
             "decode_perplexity_one_pass": round(alone, 5),
             "decode_perplexity_increase": round(after / before - 1.0, 6),
+            "cache_perplexity_increase": round(after / alone - 1.0, 6),
             "decode_kl": round(max(float(self.divergence.sum()), 0.0) / count, 6),
         }
 
@@ -153,21 +162,38 @@ def add_decoding(
         result: gets metrics and the details `decoding`.
         progress: told about it.
     """
-    if kv_scheme_of(model.module) is None:
+    scheme = kv_scheme_of(model.module)
+    if scheme is None:
         result.details["decoding"] = {"skipped": NOT_CARRIED}
         progress.note(NOT_CARRIED)
         return
     steps, samples, prompt = _scored(model, settings, reference, progress)
     result.metrics |= steps.metrics()
+    share = compressed_share(scheme, prompt, len(steps.tokens))
+    if share < _ENOUGH:
+        progress.warn(TOO_SHORT.format(share=share))
     result.details["decoding"] = {
         "samples": samples,
         "prompt": prompt,
         "tokens": int(steps.tokens.sum()),
+        "compressed_share": round(share, 4),
         "original": "one pass",
         "by_distance": steps.rows(),
     }
     if settings.passkey is not None:
         add_passkey(model, settings.passkey, reference.index["passkey"], seed, result, progress)
+
+
+def compressed_share(scheme: KvCacheScheme, prompt: int, steps: int) -> float:
+    """Return the part of what decoded tokens read that comes out of the compressed cache, 0 to 1.
+
+    Args:
+        scheme: of the cache.
+        prompt: tokens that are read in one pass before.
+        steps: tokens that are scored.
+    """
+    cached = range(prompt, prompt + steps)
+    return sum(compressed_tokens(scheme, tokens) for tokens in cached) / sum(cached)
 
 
 def _scored(

@@ -104,8 +104,10 @@ def _decoding(subject: Subject) -> Iterator[str]:
     metrics = subject.metrics
     yield f"Decoding was measured with the text's own tokens: of {found['samples']} sequences that were not"
     yield f"calibrated on, the first {found['prompt']} tokens were read in one pass, the others one by one"
-    yield f"through this cache, {found['tokens']:,} tokens in all. The original's figures are of one pass"
-    yield "over the same sequences, which its own cache changes by roundings alone."
+    yield f"through this cache, {found['tokens']:,} tokens in all. Of what they read"
+    yield f"{found['compressed_share']:.0%} came out of the compressed cache; the rest is kept exactly."
+    yield "The original's figures are of one pass over the same sequences, which its own cache changes by"
+    yield "roundings alone."
     yield ""
     rows = [
         ("perplexity of decoding", f"{metrics['decode_perplexity_original']:.4f}",

@@ -49,6 +49,7 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "decode_perplexity_original": "of the original on the same tokens",
         "decode_perplexity_one_pass": "of the result in one pass: what the stages before its cache cost",
         "decode_perplexity_increase": "decode_perplexity / decode_perplexity_original - 1",
+        "cache_perplexity_increase": "decode_perplexity / decode_perplexity_one_pass - 1, of the cache alone",
         "decode_kl": "mean divergence of the next token's distribution from the original's so, nats",
         "passkey": "share of the hidden numbers that the result finds through its compressed cache, 0 to 1",
         "passkey_original": "the same share of the original",
@@ -62,7 +63,7 @@ _TEXT = ("perplexity", "perplexity_original", "perplexity_increase")
 _ANSWERS = ("answers", "answers_original", "answers_drop")
 _DECODING = (
     "decode_perplexity", "decode_perplexity_original", "decode_perplexity_one_pass",
-    "decode_perplexity_increase", "decode_kl",
+    "decode_perplexity_increase", "cache_perplexity_increase", "decode_kl",
 )  # fmt: skip
 _PASSKEY = ("passkey", "passkey_original", "passkey_drop")
 _CACHE = ("kv_bytes_per_token", "kv_bytes_ratio")
@@ -72,6 +73,8 @@ _ACCURACY = ("accuracy", "accuracy_original", "accuracy_drop")
 CLASSIFIER_ONLY = (*_ACCURACY, "top1_agreement")
 _IMAGES_ONLY = ("sqnr_db_worst_step", "psnr_db", "ssim")
 _FIDELITY = ("sqnr_db", "kl", *_IMAGES_ONLY, *_TEXT, "top1_agreement")
+ONE_PASS = ("sqnr_db", "kl", "perplexity", "perplexity_increase")
+"""Metrics of the result of a language model that reads every text in one pass."""
 _SAMPLES = ("class_agreement", "class_agreement_original", "class_agreement_drop", "fid", "fid_original")
 _QUALITY = (*_SAMPLES, *_ACCURACY)
 DENOISER_ONLY = (*_IMAGES_ONLY, *_SAMPLES)

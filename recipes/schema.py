@@ -30,7 +30,7 @@ from .answers import AnswersSettings
 from .data import DataSettings
 from .decoding import COMPRESSES_CACHE, DecodingSettings
 from .export import ROUNDING_FORMATS, Exports, ExportSettings, clash
-from .gates import METRICS, NEEDS, Gate
+from .gates import METRICS, NEEDS, ONE_PASS, Gate
 from .kv_export import kv_clash
 from .stages import PHASES, STAGES, StageSettings
 from .suggest import suggestion
@@ -403,6 +403,18 @@ class Recipe(_Settings):
                     f"{name} is not measured, because evaluate.{needed} is off",
                     f"{self._to_measure(needed)}, or remove the gate",
                 )
+            if name in ONE_PASS and self._compresses_cache_alone():
+                refuse(
+                    ("require", name),
+                    f"{name} cannot fail: it reads every text in one pass, which a compressed cache leaves"
+                    " as it is",
+                    "write decode_perplexity_increase or decode_kl, which are measured through the cache",
+                )
+
+    def _compresses_cache_alone(self) -> bool:
+        """Tell whether nothing changes what the model computes in one pass."""
+        rounds = any(export.format in ROUNDING_FORMATS for export in self.export)
+        return not rounds and all(stage.method in COMPRESSES_CACHE for stage in self.stages)
 
     def _to_measure(self, needed: str) -> str:
         key, _, below = needed.partition(".")

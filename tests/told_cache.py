@@ -53,7 +53,14 @@ def decoding(**changes: Any) -> dict[str, Any]:
          "compressed": 1.25 + 0.05 * (span % 3) + 0.01 * span, "divergence": 0.01 * span}
         for span in range(16)
     ]  # fmt: skip
-    told = {"samples": 4, "prompt": 8, "tokens": 896, "original": "one pass", "by_distance": rows}
+    told = {
+        "samples": 4,
+        "prompt": 8,
+        "tokens": 896,
+        "compressed_share": 0.75,
+        "original": "one pass",
+        "by_distance": rows,
+    }
     return {**told, **changes}
 
 

@@ -100,6 +100,12 @@ def exact_tokens(scheme: KvCacheScheme, tokens: int) -> int:
     return min(tokens, scheme.window) if scheme.mode == "sliding" else tokens % scheme.window
 
 
+def compressed_tokens(scheme: KvCacheScheme, tokens: int) -> int:
+    """Return how many of `tokens` the next one reads out of the compressed cache; with bits, as integers."""
+    behind = tokens - exact_tokens(scheme, tokens)
+    return behind if scheme.bits is None else min(behind, tokens // scheme.key_group * scheme.key_group)
+
+
 def factor_parameters(scheme: KvCacheScheme) -> int:
     """Return the parameters of all factors."""
     return sum(

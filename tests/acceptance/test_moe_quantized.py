@@ -170,7 +170,7 @@ def test_it_runs_offline_within_its_gates(tmp_path):
     report = json.loads((out / "report.json").read_text())
     assert all(gate["passed"] for gate in report["gates"])
     metrics = report["evaluation"]["metrics"]
-    assert metrics["kv_bytes_ratio"] == 0.5 and metrics["answers_drop"] <= 0.02
+    assert metrics["kv_bytes_ratio"] < 0.14 and metrics["answers_drop"] <= 0.02
     module = compress.load(out)
     assert module.config.num_local_experts == 6
     ids = torch.arange(3, 13)[None]

@@ -11,7 +11,7 @@ import torch
 from compress.calibration.tokens import tokenizer_of
 from compress.errors import SourceError
 from compress.evaluation.by_task import evaluator_for
-from compress.evaluation.decoding import NOT_CARRIED, Steps, decoded
+from compress.evaluation.decoding import NOT_CARRIED, Steps, compressed_share, decoded
 from compress.evaluation.evaluator import Evaluation
 from compress.evaluation.passkey import NOT_FOUND, add_passkey, find, passkeys
 from compress.models.open import open_model
@@ -61,10 +61,10 @@ def measure(original, tmp_path_factory):
     """Return `measure(model, **decoding)` -> its evaluation against the original."""
     cache = tmp_path_factory.mktemp("references")
 
-    def run(model, **decoding):
+    def run(model, progress=None, **decoding):
         evaluator = evaluator_for(original, settings(**decoding), 0, CALIBRATION)
         return evaluator.compare(
-            model, evaluator.reference(original, cache, SilentProgress()), SilentProgress()
+            model, evaluator.reference(original, cache, SilentProgress()), progress or SilentProgress()
         )
 
     return run
@@ -83,6 +83,9 @@ def test_steps_by_hand():
     )
     assert metrics["decode_perplexity_one_pass"] == pytest.approx(
         math.exp((math.log(2) + math.log(4)) / 2), abs=1e-5
+    )
+    assert metrics["cache_perplexity_increase"] == pytest.approx(
+        metrics["decode_perplexity"] / metrics["decode_perplexity_one_pass"] - 1, abs=1e-5
     )
     divergence = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
     assert metrics["decode_kl"] == pytest.approx(divergence / 2, abs=1e-6)
@@ -251,3 +254,35 @@ def test_a_length_without_room_is_refused(original):
 def test_the_prompt_of_short_sequences(measure):
     assert measure(compressed(16)).details["decoding"]["prompt"] == 32
     assert DecodingSettings().prompt_tokens(20) == 10
+
+
+@pytest.mark.parametrize(
+    ("scheme", "share"),
+    [
+        ({"window": 4}, (0 + 1 + 2) / (4 + 5 + 6)),
+        ({"window": 0}, 1.0),
+        ({"window": 7}, 0.0),
+        ({"window": 4, "mode": "block"}, 12 / 15),
+        ({"window": 0, "bits": 4, "key_group": 3}, (3 + 3 + 6) / 15),
+        ({"window": 1, "bits": 4, "key_group": 5}, (0 + 4 + 5) / 15),
+    ],
+)
+def test_the_share_that_is_read_out_of_the_compressed_cache(scheme, share):
+    """Three tokens are scored behind a prompt of 4: they read 4, 5 and 6 tokens."""
+    layer = KvLayer(hidden=64, width=WIDTH, rank_k=8, rank_v=8, value_group=8)
+    stored = KvCacheScheme(layers={"model.layers.0.self_attn": layer}, **{**PUBLISHED, **scheme})
+    assert compressed_share(stored, 4, 3) == pytest.approx(share)
+
+
+def test_texts_that_hardly_leave_the_window_are_warned_of(measure):
+    warned = []
+
+    class Listener(SilentProgress):
+        def warn(self, message):
+            warned.append(message)
+
+    measure(compressed(8, window=8), prompt=8, progress=Listener())
+    assert not warned
+    found = measure(compressed(8, window=60), prompt=8, progress=Listener())
+    assert len(warned) == 1 and "raise calibration.length" in warned[0]
+    assert found.details["decoding"]["compressed_share"] < 0.01

@@ -80,3 +80,15 @@ def test_short_sequences_have_a_shorter_prompt():
     assert DecodingSettings().prompt_tokens(256) == 32 and DecodingSettings().prompt_tokens(10) == 5
     assert DecodingSettings(prompt=7).prompt_tokens(10) == 7
     assert loaded(CSKV, calibration={"length": 8}).evaluate.decoding is not None
+
+
+@pytest.mark.parametrize("name", ["sqnr_db", "kl", "perplexity", "perplexity_increase"])
+def test_gates_that_cannot_fail_are_refused(name):
+    recipe = {
+        "model": "builtin:stories", "stages": [{"cskv": {}}], "require": {name: "<= 1"},
+        "export": {"path": "out/x"},
+    }  # fmt: skip
+    with pytest.raises(RecipeError, match=f"{name} cannot fail"):
+        load_recipe(recipe)
+    load_recipe({**recipe, "stages": [{"rtn": {}}, {"cskv": {}}]})
+    load_recipe({**recipe, "export": {"path": "out/x", "format": "bitsandbytes-nf4"}})
