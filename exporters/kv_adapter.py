@@ -81,13 +81,14 @@ def _source_config(model: ModelSpec | OpenModel) -> Mapping[str, object]:
 
 def _base(model: OpenModel, scheme: KvCacheScheme) -> AdapterBase:
     source = model.source
+    tensors = open_folder(source.folder).tensors
     return AdapterBase(
         id=source.id,
         revision=source.revision,
         subfolder=_subfolder(source),
         class_name=str(model.config["_class_name"]),
-        sizes=sizes_of(model.module.config.to_dict()),  # type: ignore[operator, union-attr]
-        hashes=hashes_of(scheme, open_folder(source.folder).tensors),
+        sizes=sizes_of(model.module.config.to_dict(), tensors),  # type: ignore[operator, union-attr]
+        hashes=hashes_of(scheme, tensors),
     )
 
 

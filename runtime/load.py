@@ -98,7 +98,7 @@ def load_adapter(
     """
     stored, own = assembled(adapter, folder), adapter.document.dtype
     module: Any = _load_whole(stored, dtype or (None if stored.dtype == own else own))
-    check_sizes(adapter, str(folder), module.config.to_dict())
+    check_sizes(adapter, str(folder), module.config.to_dict(), stored.tensors)
     for name, entry in adapter.tensors.items():
         if not torch.isfinite(module.get_parameter(name)).all():
             raise SourceError(

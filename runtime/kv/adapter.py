@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -238,19 +238,25 @@ def base_folder(adapter: StoredAdapter, base: str | Path | None = None, *, is_lo
     return fetch(named.id, subfolder=named.subfolder)
 
 
-def sizes_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the heads and positions of keys follow from, as JSON values.
+def sizes_of(config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, Any]:
+    """Return what the heads, positions and norms of keys follow from, as JSON values.
 
     Args:
         config: of the module, as transformers completes it (`module.config.to_dict()`).
+        tensors: names of those that the model stores. Where none is of a norm of keys, the term that
+            keeps its root from zero concerns other layers alone, and is not among the values.
     """
-    return {key: config[key] for key in _SIZES if key in config}
+    has_norm = any(".k_norm." in name for name in tensors)
+    keys = (*_SIZES, *_NORM_SIZES) if has_norm else _SIZES
+    return {key: config[key] for key in keys if key in config}
 
 
 _SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "partial_rotary_factor", "rope_parameters", "rope_theta", "layer_types", "sliding_window",
+    "clip_qkv",
 )  # fmt: skip
+_NORM_SIZES = ("rms_norm_eps",)
 
 
 def hashes_of(scheme: KvCacheScheme, tensors: Mapping[str, TensorEntry]) -> dict[str, str]:
@@ -303,7 +309,7 @@ def _at(revision: str | None) -> str:
     return "" if revision is None else f"@{revision}"
 
 
-def check_sizes(adapter: StoredAdapter, name: str, config: Mapping[str, Any]) -> None:
+def check_sizes(adapter: StoredAdapter, name: str, config: Mapping[str, Any], tensors: Iterable[str]) -> None:
     """Refuse a model whose heads or positions are others than those the adapter was made for.
 
     What only one of both says is of another release of transformers, and no difference.
@@ -312,12 +318,13 @@ def check_sizes(adapter: StoredAdapter, name: str, config: Mapping[str, Any]) ->
         adapter: that is to be loaded.
         name: of the model, for messages.
         config: of the module, as transformers completes it.
+        tensors: names of those that the model stores.
 
     Raises:
         SourceError: naming the key and both values.
     """
-    expected, found = adapter.document.base.sizes, json.loads(json.dumps(sizes_of(config)))
-    for key in (key for key in _SIZES if key in expected and key in found):
+    expected, found = adapter.document.base.sizes, json.loads(json.dumps(sizes_of(config, tensors)))
+    for key in (key for key in expected if key in found):
         wanted, there = expected[key], found[key]
         if isinstance(wanted, dict) and isinstance(there, dict):
             common = wanted.keys() & there.keys()

@@ -181,6 +181,28 @@ def test_another_model_is_refused(adapter, tmp_path, change, words):
     assert told.value.hint
 
 
+@pytest.mark.parametrize(
+    ("class_name", "key", "value"),
+    [
+        ("Qwen3MoeForCausalLM", "rms_norm_eps", 0.5),
+        ("OlmoeForCausalLM", "clip_qkv", 0.25),
+        ("MixtralForCausalLM", "rms_norm_eps", None),  # keys have no norm: the others are not ours
+    ],
+)
+def test_what_keys_pass_through_must_be_as_it_was(tmp_path, class_name, key, value):
+    source = make_moe(tmp_path / "model", class_name, **({"clip_qkv": 0.5} if key == "clip_qkv" else {}))
+    folder = _written(with_cache(source), tmp_path / "adapter")
+    config = json.loads((source / "config.json").read_text())
+    config[key] = value or 0.5
+    (source / "config.json").write_text(json.dumps(config))
+    if value is None:
+        assert key not in open_adapter(folder).document.base.sizes
+        compress.load(folder)
+        return
+    with pytest.raises(SourceError, match=rf"made for {key} .*, and .*model has {value}"):
+        compress.load(folder)
+
+
 def test_all_layers_that_differ_are_counted(adapter, tmp_path):
     shutil.rmtree(tmp_path / "model")
     stranger = compress.load(save_llama(tmp_path / "model"))
