@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, suppress
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from ..errors import SourceError
 from .kv.stored import is_factor
 from .library_sections import HINT, library_schemes
+from .silent_bars import silent_bars
 from .transformers_config import auto_class_of
 from .validate import StoredCheckpoint
 
@@ -37,10 +40,11 @@ def load_by_library(stored: StoredCheckpoint, bare: nn.Module, dtype: torch.dtyp
     config.quantization_config = dict(stored.config["quantization_config"])
     stock: Any = getattr(transformers, auto_class_of(stored.class_name))
     try:
-        module, info = stock.from_pretrained(
-            str(stored.folder), config=config, dtype=dtype, output_loading_info=True,
-            use_safetensors=True, local_files_only=True, trust_remote_code=False,
-        )  # fmt: skip
+        with _quietly(str(stored.quant_method)):
+            module, info = stock.from_pretrained(
+                str(stored.folder), config=config, dtype=dtype, output_loading_info=True,
+                use_safetensors=True, local_files_only=True, trust_remote_code=False,
+            )  # fmt: skip
     except ImportError as error:
         raise SourceError(
             f"{stored.folder} is in {stored.quant_method} format, which another package loads: {error}",
@@ -56,3 +60,11 @@ def load_by_library(stored: StoredCheckpoint, bare: nn.Module, dtype: torch.dtyp
         raise SourceError(f"{stored.folder}: tensor {wrong[0]} does not fit the model", hint=HINT)
     loaded: nn.Module = module
     return loaded.eval()
+
+
+def _quietly(quant_method: str) -> AbstractContextManager[None]:
+    """Return what keeps the bars of a format's package, and those of transformers, from the terminal."""
+    package = quant_method.replace("-", "_")
+    with suppress(ImportError):  # which transformers tells, and how to install it
+        import_module(package)
+    return silent_bars(package, "transformers")
