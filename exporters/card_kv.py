@@ -135,5 +135,6 @@ def _limits() -> Iterator[str]:
     yield "- After a prompt that is read in one pass the first token is the original's. What is read in"
     yield "  pieces, and every further token, goes through the compressed cache."
     yield "- Exact keys and values that are gone do not come back: cropping the cache is refused, and with it"
-    yield "  assisted decoding; so is compiling it as a static cache."
+    yield "  assisted decoding; so are the other kinds of `cache_implementation`, such as `static`. With"
+    yield "  `compile_config` transformers warns that it will not compile, and decodes without."
     yield ""
