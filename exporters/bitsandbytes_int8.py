@@ -7,13 +7,12 @@ token and in half precision; channels with values beyond 6 it multiplies in half
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import PlanError
 from ..models.base import ModelSpec, OpenModel
 from ..runtime.bitsandbytes_section import int8_scheme
 from ..runtime.linear import QuantizedLinear
@@ -21,6 +20,7 @@ from ..runtime.manifest import QuantizedModule
 from .bitsandbytes_layout import folder_of, prediction_of, rounded_by_default
 from .conversion import swapped
 from .formats import Layout
+from .refusing import KEEP, Reasons, refuse_inexpressible
 from .writer import StoredTensor
 
 ROUNDS = True
@@ -73,18 +73,10 @@ def check(quantization: Mapping[str, QuantizedModule]) -> None:
     Raises:
         PlanError: naming the layers and the setting to change.
     """
-    for reason, holds in _REASONS.items():
-        names = [name for name, scheme in quantization.items() if holds(scheme)]
-        if names:
-            listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            what, _, setting = reason.partition("; ")
-            raise PlanError(
-                f"bitsandbytes-int8 format cannot express {what} ({listed})",
-                hint=f"{setting}, or export with format: compress",
-            )
+    refuse_inexpressible("bitsandbytes-int8", quantization, _REASONS)
 
 
-_REASONS: Mapping[str, Callable[[QuantizedModule], bool]] = {
+_REASONS: Reasons = {
     "other than 8 bits; set weight_bits: 8, or leave the stage out and use bitsandbytes-nf4": (
         lambda s: s.bits != 8
     ),
@@ -100,8 +92,9 @@ _REASONS: Mapping[str, Callable[[QuantizedModule], bool]] = {
     "activations that are not 8-bit symmetric; set activation_bits: 8 and activation_symmetric: true": (
         lambda s: s.activation is not None and (s.activation.bits != 8 or not s.activation.symmetric)
     ),
-    "channel scales of inputs that no layer before them absorbs; leave these layers in floating point with"
-    " `keep`, or use rtn": lambda s: s.input_scale,
+    f"channel scales of inputs that no layer before them absorbs; set {KEEP}, or use rtn": (
+        lambda s: s.input_scale
+    ),
 }
 
 

@@ -8,7 +8,7 @@ What is computed is told in `token_rounding`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -27,6 +27,7 @@ from .compress_format import METADATA, cache_notes, check_cache, stock_config
 from .conversion import swapped
 from .dequantized_format import linear_tensors
 from .formats import Layout
+from .refusing import KEEP, Reasons, refuse_inexpressible
 from .stock import left_out, stock_way
 from .token_rounding import UnpackedLinear
 from .writer import StoredTensor, dtype_code
@@ -112,18 +113,10 @@ def check(quantization: Mapping[str, QuantizedModule]) -> None:
         raise PlanError(
             "compressed-tensors format: no layer is quantized", hint="export with format: compress"
         )
-    for reason, holds in _REASONS.items():
-        names = [name for name, scheme in quantization.items() if holds(scheme)]
-        if names:
-            listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            what, _, setting = reason.partition("; ")
-            raise PlanError(
-                f"compressed-tensors format cannot express {what} ({listed})",
-                hint=f"{setting}, or export with format: compress",
-            )
+    refuse_inexpressible("compressed-tensors", quantization, _REASONS)
 
 
-_REASONS: Mapping[str, Callable[[QuantizedModule], bool]] = {
+_REASONS: Reasons = {
     "quantized convolutions; keep the convolutions": lambda s: s.kernel is not None,
     "asymmetric weights; set weight_symmetric: true": lambda s: not s.symmetric,
     "a rotation; set rotation: none": lambda s: s.rotation is not None,
@@ -132,8 +125,9 @@ _REASONS: Mapping[str, Callable[[QuantizedModule], bool]] = {
         s.activation is not None and s.activation.scope == "tensor"
     ),
     "a stored first token; set first_token: quantize": lambda s: s.first_token is not None,
-    "channel scales of inputs that no layer before them absorbs; leave these layers in floating point with"
-    " `keep`, or use rtn or mixdq": lambda s: s.input_scale,
+    f"channel scales of inputs that no layer before them absorbs; set {KEEP}, or use rtn or mixdq": (
+        lambda s: s.input_scale
+    ),
 }
 
 

@@ -193,7 +193,7 @@ REFUSED = {
     "low_rank: 0": {"low_rank": 2},
     "activation_scale: token": {"activation": {"bits": 8, "scope": "tensor"}},
     "activation_symmetric: true": {"activation": {"bits": 8, "symmetric": False}},
-    "`keep`": {"input_scale": True},
+    'set keep: ["*.o_proj"], or': {"input_scale": True},
 }
 
 

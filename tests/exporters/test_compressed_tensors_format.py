@@ -190,8 +190,31 @@ REFUSED = {
     "rotation: none": {"rotation": {"block": 16}},
     "low_rank: 0": {"low_rank": 2},
     "activation_scale: token": {"activation": {"bits": 8, "scope": "tensor"}},
-    "leave these layers in floating point with `keep`": {"input_scale": True},
+    'set keep: ["*.o_proj"], or': {"input_scale": True},
 }
+
+
+def test_the_hint_names_all_keys_to_set(open_tiny):
+    schemes = {
+        name: scheme.model_copy(
+            update={"symmetric": False, "input_scale": name.endswith(("o_proj", "down_proj"))}
+        )
+        for name, scheme in open_tiny("W8A8").quantization.items()
+    }
+    with pytest.raises(PlanError, match="asymmetric weights") as caught:
+        check(schemes)
+    hint = caught.value.hint
+    assert hint.startswith("set weight_symmetric: true; set keep: [") and hint.endswith("format: compress")
+    assert 'keep: ["*.down_proj", "*.o_proj"]' in hint
+
+
+def test_loading_draws_no_bars(written, capfd):
+    _, folder = written("W8A8")
+    capfd.readouterr()
+    compress.load(folder)
+    assert capfd.readouterr().err == ""
+    transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert "%" in capfd.readouterr().err  # so there were some, and there still are
 
 
 @pytest.mark.parametrize("hint", REFUSED)
