@@ -13,9 +13,10 @@ from ...runtime.kv import sizes
 from ...runtime.kv.scheme import KvCacheScheme
 from ...runtime.kv.support import Attentions, KvAttention, Skipped, layers_of, unsupported
 from ..base import StagePlan
-from .energies import ENERGY_BUDGET_BYTES, FLOAT64_BYTES, ROWS_AT_ONCE
+from .energies import ENERGY_BUDGET_BYTES, FLOAT64_BYTES, ROWS_AT_ONCE, portions
+from .kept import COPIES_ON_DISK
 from .ranks import removed_shares, scheme_of, uniform_ranks
-from .training import INPUT_BUDGET_BYTES, STATE_BUDGET_BYTES, state_bytes
+from .training import INPUT_BUDGET_BYTES, STATE_BUDGET_BYTES, kept_bytes, state_bytes
 
 FLOAT32_BYTES = 4
 _WEIGHT_COPIES = 6  # [h_kv, h] in float64: the weight, its products, factors, and the decomposition's own
@@ -69,7 +70,7 @@ def plan_cskv(spec: ModelSpec, settings: CskvSettings) -> StagePlan:
         peak_memory_bytes=before_size.bytes + peak_bytes(sites, scheme, settings),
         notes=notes,
         layers=_rows(scheme),
-        disk_bytes=FLOAT32_BYTES * sizes.factor_parameters(scheme) if settings.steps else 0,
+        disk_bytes=_disk_bytes(scheme, settings),
     )
 
 
@@ -89,6 +90,16 @@ def peak_bytes(sites: Sequence[KvAttention], scheme: KvCacheScheme, settings: Cs
         step += min(inputs, INPUT_BUDGET_BYTES)
         peak = max(peak, held + factors + max(max(states), min(sum(states), STATE_BUDGET_BYTES)) + step)
     return peak
+
+
+def _disk_bytes(scheme: KvCacheScheme, settings: CskvSettings) -> int:
+    """Return what a training keeps: the factors of finished attentions, and the state of those under way."""
+    if not settings.steps:
+        return 0
+    needed = {name: state_bytes(layer, settings) for name, layer in scheme.layers.items()}
+    kept = {name: kept_bytes(layer, settings) for name, layer in scheme.layers.items()}
+    state = max(sum(kept[name] for name in part) for part in portions(needed, STATE_BUDGET_BYTES))
+    return FLOAT32_BYTES * sizes.factor_parameters(scheme) + COPIES_ON_DISK * state
 
 
 def _rows(scheme: KvCacheScheme) -> list[dict[str, Any]]:

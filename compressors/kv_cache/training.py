@@ -11,15 +11,12 @@ Where the cache is rounded, so are the states between the two factors, with the 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,27 +25,45 @@ from ...errors import StageError
 from ...models.base import OpenModel
 from ...progress import Progress, step
 from ...recipes.kv_cache import CskvSettings
-from ...runtime.atomic import atomic_file, sweep_partials
+from ...runtime.hashes import digest
 from ...runtime.kv.rounding import fake_quantize
 from ...runtime.kv.scheme import KvCacheScheme, KvLayer
 from ...runtime.tensor_hashes import tensors_sha256
 from .energies import portions
 from .factorise import KvFactors, weight_of
+from .kept import (
+    LayerState,
+    PartState,
+    keep_factors,
+    kept_factors,
+    read_state,
+    remove_state,
+    write_state,
+)
 
 STATE_BUDGET_BYTES = 2 * 2**30
 """States of attentions that are trained in one replay; one is, however large it is."""
 INPUT_BUDGET_BYTES = 2**30
 """Inputs that are kept after the first replay, so that there need be no other; more are replayed."""
+SAVE_SECONDS = 30.0
+"""Time between two states on disk; more where writing is slow."""
 CLIP_NORM = 1.0
 _FLOAT32_BYTES = 4
 _COPIES = 4  # weights, gradients, and AdamW's two moments
-_SHA256 = "sha256"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_SAVED_AT_MOST = 0.05  # of the time
 
 
 def state_bytes(layer: KvLayer, settings: CskvSettings) -> int:
     """Return what an attention's training holds: the optimizer, the targets' weights, tokens that wait."""
     factors = _COPIES * (layer.hidden + layer.width) * (layer.rank_k + layer.rank_v)
     return _FLOAT32_BYTES * (factors + 2 * layer.hidden * layer.width + settings.batch_tokens * layer.hidden)
+
+
+def kept_bytes(layer: KvLayer, settings: CskvSettings) -> int:
+    """Return what the state of an attention's training takes on disk: factors, moments, tokens that wait."""
+    factors = (1 + len(_MOMENTS)) * (layer.hidden + layer.width) * (layer.rank_k + layer.rank_v)
+    return _FLOAT32_BYTES * (factors + settings.batch_tokens * layer.hidden)
 
 
 @dataclass(frozen=True)
@@ -115,6 +130,9 @@ class LayerTraining:
             name: nn.Parameter(tensor.to(device=device, dtype=torch.float32, copy=True))
             for name, tensor in factors.tensors().items()
         }
+        start = tensors_sha256(self.parameters)
+        shared = None if rounding is None else [rounding.bits, rounding.key_group, rounding.value_group]
+        self._key = digest([start, settings.model_dump(mode="json"), shared])
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=0.0)
         self.steps = 0
         self.tokens = 0
@@ -154,6 +172,31 @@ class LayerTraining:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
+
+    def state(self) -> LayerState:
+        """Return where it stands; tensors are those of the training, not copies."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"weight/{name}"] = parameter.detach()
+            known = self.optimizer.state.get(parameter, {})
+            for moment in _MOMENTS:  # zeros before the first step, as AdamW itself begins
+                tensors[f"{moment}/{name}"] = known[moment] if known else torch.zeros_like(parameter)
+        hidden = self.weights[0].shape[1]
+        tensors["rows"] = torch.empty(0, hidden) if self._rows is None else self._rows
+        return LayerState(self._key, self.steps, self.tokens, tensors)
+
+    def restore(self, state: LayerState) -> None:
+        """Go on from a state of the same key."""
+        device = self.weights[0].device
+        for name, parameter in self.parameters.items():
+            with torch.no_grad():
+                parameter.copy_(state.tensors[f"weight/{name}"])
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(state.steps)),
+                **{moment: state.tensors[f"{moment}/{name}"].to(device, copy=True) for moment in _MOMENTS},
+            }
+        self.steps, self.tokens = state.steps, state.tokens
+        self._rows = state.tensors["rows"].to(device, copy=True)
 
     def result(self, name: str) -> KvFactors:
         """Return the trained factors, on the CPU.
@@ -195,6 +238,9 @@ def train(
 ) -> Trained:
     """Train the factors of all attentions; what is finished is kept in `folder`, a file each.
 
+    Of those that are trained side by side the state is kept every `SAVE_SECONDS`: a killed run goes on
+    with it, to equal bytes.
+
     The tokens are those of the calibration in their order, from the start again where they end. What
     comes out of one attention does not depend on which others are trained with it.
 
@@ -211,55 +257,112 @@ def train(
         StageError: the training diverged, or the calibration has no whole group of tokens.
     """
     began = time.perf_counter()
-    found = _kept(folder, start, progress)
+    found = kept_factors(folder, start, progress)
     kept = len(found)
-    missing = {name: state_bytes(scheme.layers[name], settings) for name in start if name not in found}
-    for part in portions(missing, STATE_BUDGET_BYTES):
-        for name, factors in _train_part(model, part, start, scheme, settings, calibration, progress).items():
-            _keep(folder, name, factors)
+    needed = {name: state_bytes(scheme.layers[name], settings) for name in start}
+    for part in portions(needed, STATE_BUDGET_BYTES):  # the same parts, whatever is finished
+        names = [name for name in part if name not in found]
+        if not names:
+            continue
+        training = _Part(model, names, start, scheme, settings, calibration, folder, progress)
+        for name, factors in training.run().items():
+            keep_factors(folder, name, factors)
             found[name] = factors
+        remove_state(folder)
     return Trained({name: found[name] for name in start}, time.perf_counter() - began, kept)
 
 
-def _train_part(
-    model: OpenModel,
-    part: list[str],
-    start: Mapping[str, KvFactors],
-    scheme: KvCacheScheme,
-    settings: CskvSettings,
-    calibration: Calibration,
-    progress: Progress,
-) -> dict[str, KvFactors]:
-    """Train some attentions side by side, one replay of the calibration after the other."""
-    trainings: dict[str, LayerTraining] = {}
-    for name in part:
-        attention = model.module.get_submodule(name)
-        weights = [weight_of(attention.get_submodule(f"{side}_proj"), name).float() for side in "kv"]
-        rounding = _rounding(scheme, name) if settings.trains_through_rounding else None
-        trainings[f"{name}.k_proj"] = LayerTraining(start[name], (weights[0], weights[1]), settings, rounding)
+class _Part:
+    """Attentions that are trained side by side, on one replay of the calibration after the other."""
 
-    inputs = _Inputs()
+    def __init__(
+        self,
+        model: OpenModel,
+        names: list[str],
+        start: Mapping[str, KvFactors],
+        scheme: KvCacheScheme,
+        settings: CskvSettings,
+        calibration: Calibration,
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        self.model, self.scheme, self.settings = model, scheme, settings
+        self.calibration, self.folder, self.progress = calibration, folder, progress
+        self.trainings: dict[str, LayerTraining] = {}
+        for name in names:
+            attention = model.module.get_submodule(name)
+            weights = [weight_of(attention.get_submodule(f"{side}_proj"), name).float() for side in "kv"]
+            rounding = _rounding(scheme, name) if settings.trains_through_rounding else None
+            training = LayerTraining(start[name], (weights[0], weights[1]), settings, rounding)
+            self.trainings[f"{name}.k_proj"] = training
+        self.taken = dict.fromkeys(self.trainings, 0)
+        self.known = 0  # inputs of each at the beginning of a replay that the kept state has seen
+        self._saved, self._interval = time.monotonic(), SAVE_SECONDS
 
-    def observe(name: str, x: Tensor, timesteps: Tensor) -> None:
-        if not trainings[name].done:
-            inputs.add(name, x.detach())
-        progress.advance(trainings[name].take(x.detach()), name)
+    def run(self) -> dict[str, KvFactors]:
+        """Take all steps that are left, and return the factors, attention by attention."""
+        first = next(iter(self.trainings.values()))
+        self._go_on(first)
+        inputs = _Inputs()
 
-    first = trainings[f"{part[0]}.k_proj"]
-    with step(progress, "training the factors", settings.steps * len(part)):
-        while not first.done:  # all of them see the same tokens
-            if inputs.complete:
-                for name, x in inputs.kept:
-                    progress.advance(trainings[name].take(x), name)
-            else:
-                calibration.observe(model, list(trainings), observe, progress)
-                inputs.end()
-            if not first.tokens:
-                raise StageError(
-                    f"no sequence of the calibration has the {scheme.key_group} tokens that share a scale",
-                    hint=f"write `calibration: {{length: {scheme.key_group}}}` or more, or less key_group",
-                )
-    return {name: trainings[f"{name}.k_proj"].result(name) for name in part}
+        def observe(name: str, x: Tensor, timesteps: Tensor) -> None:
+            if not self.trainings[name].done:
+                inputs.add(name, x.detach())
+            self._take(name, x.detach())
+
+        with step(self.progress, "training the factors", self.settings.steps * len(self.trainings)):
+            if first.steps:
+                done = f"{first.steps} steps of a run that was broken off"
+                self.progress.advance(first.steps * len(self.trainings), done)
+            while not first.done:  # all of them see the same tokens
+                self.taken = dict.fromkeys(self.trainings, 0)
+                if inputs.complete:
+                    for name, x in inputs.kept:
+                        self._take(name, x)
+                else:
+                    self.calibration.observe(self.model, list(self.trainings), observe, self.progress)
+                    inputs.end()
+                self.known = 0
+                if not first.tokens:
+                    group = self.scheme.key_group
+                    raise StageError(
+                        f"no sequence of the calibration has the {group} tokens that share a scale",
+                        hint=f"write `calibration: {{length: {group}}}` or more, or less key_group",
+                    )
+        return {_attention(name): it.result(_attention(name)) for name, it in self.trainings.items()}
+
+    def _take(self, name: str, x: Tensor) -> None:
+        self.taken[name] += 1
+        if self.taken[name] <= self.known:
+            return
+        self.progress.advance(self.trainings[name].take(x), name)
+        due = time.monotonic() - self._saved >= self._interval
+        if due and min(self.taken.values()) == max(self.taken.values()):
+            self._save()
+
+    def _states(self) -> dict[str, LayerState]:
+        return {_attention(name): training.state() for name, training in self.trainings.items()}
+
+    def _save(self) -> None:
+        before = time.monotonic()
+        write_state(self.folder, PartState(max(self.taken.values()), self._states()))
+        self._saved = time.monotonic()
+        self._interval = max(SAVE_SECONDS, (self._saved - before) / _SAVED_AT_MOST)
+
+    def _go_on(self, first: LayerTraining) -> None:
+        state = read_state(self.folder, self._states(), self.progress)
+        if state is None:
+            return
+        for name, training in self.trainings.items():
+            training.restore(state.layers[_attention(name)])
+        self.known = state.inputs
+        self.progress.note(
+            f"the training of the factors goes on after step {first.steps} of {self.settings.steps}"
+        )
+
+
+def _attention(linear: str) -> str:
+    return linear.removesuffix(".k_proj")
 
 
 class _Inputs:
@@ -292,35 +395,3 @@ def _rounding(scheme: KvCacheScheme, name: str) -> Rounding | None:
     if scheme.bits is None:
         return None
     return Rounding(scheme.bits, scheme.key_group, scheme.layers[name].value_group)
-
-
-def _file(folder: Path, name: str) -> Path:
-    return folder / f"{name}.safetensors"
-
-
-def _keep(folder: Path, name: str, factors: KvFactors) -> None:
-    tensors = {key: tensor.contiguous() for key, tensor in factors.tensors().items()}
-    with atomic_file(_file(folder, name)) as temporary:
-        save_file(tensors, temporary, metadata={_SHA256: json.dumps(tensors_sha256(tensors))})
-
-
-def _kept(folder: Path, start: Mapping[str, KvFactors], progress: Progress) -> dict[str, KvFactors]:
-    """Read what an earlier run had finished; what is damaged is trained again."""
-    sweep_partials(folder)
-    found: dict[str, KvFactors] = {}
-    for name, factors in start.items():
-        path = _file(folder, name)
-        if not path.is_file():
-            continue
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in factors.tensors()}
-                whole = json.loads(file.metadata()[_SHA256]) == tensors_sha256(tensors)
-        except (OSError, SafetensorError, TypeError, LookupError, ValueError):
-            whole = False
-        same = whole and all(tensors[key].shape == tensor.shape for key, tensor in factors.tensors().items())
-        if same:
-            found[name] = KvFactors.of(tensors)
-        else:
-            progress.note(f"{path.name}: the kept factors are damaged, and are trained again")
-    return found

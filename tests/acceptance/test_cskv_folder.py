@@ -28,6 +28,20 @@ evaluate: {fidelity: {samples: 2}, layers: false}
 export: {path: out, kv_cache: checkpoint}
 """
 RTN = "  - rtn: {weight_bits: 8}\n"
+TRAINED = """\
+model: builtin:stories
+calibration: {samples: 8, length: 128}
+stages:
+  - cskv: {removed: 0.5, window: 16, init: asvd, steps: 200, lr: 0.001, batch_tokens: 256}
+evaluate: {fidelity: {samples: 2}, layers: false}
+export: {path: out, kv_cache: checkpoint}
+"""
+OFTEN_KEPT = """\
+from compress.cli.main import main
+from compress.compressors.kv_cache import training
+training.SAVE_SECONDS, training._SAVED_AT_MOST = 0.0, 1e9
+main()
+"""
 STOCK = """\
 import sys, torch, transformers
 model = transformers.AutoModelForCausalLM.from_pretrained({path!r})
@@ -68,6 +82,19 @@ def _kill_after_the_stage(folder: Path) -> None:
     assert process.returncode == -signal.SIGKILL and not (folder / "out").exists()
 
 
+def _kill_within_the_training(folder: Path) -> None:
+    """Kill a run that keeps the state of its training after every batch, once it has kept one."""
+    process = subprocess.Popen([sys.executable, "-c", OFTEN_KEPT, "run", "recipe.yaml", "--json"], cwd=folder)
+    end = time.monotonic() + 300
+    while not list(folder.glob(".compress/**/training.safetensors")):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert list(folder.glob(".compress/**/training.safetensors"))
+    assert not list(folder.glob(".compress/**/*.self_attn.safetensors"))  # no attention is finished
+
+
 def _hashes(out: Path) -> dict[str, str]:
     found = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
@@ -93,6 +120,18 @@ def test_a_killed_run_goes_on_with_the_finished_stage_and_gives_the_same_bytes(t
     loaded = compress.load(killed / "out")
     assert kv_scheme_of(loaded).bits == 4
     assert torch.equal(decoded(loaded, 70, 40), decoded(compress.load(whole / "out"), 70, 40))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_within_the_training_goes_on_with_it_and_gives_the_same_bytes(tmp_path):
+    whole, killed = _prepare(tmp_path / "whole", ""), _prepare(tmp_path / "killed", "")
+    for folder in (whole, killed):
+        (folder / "recipe.yaml").write_text(TRAINED)
+    _finish(whole, "run", "recipe.yaml", "--json")
+    _kill_within_the_training(killed)
+    text = _finish(killed, "run", "recipe.yaml")
+    assert "the training of the factors goes on after step" in " ".join(text.split())
+    assert _hashes(whole / "out") == _hashes(killed / "out")
 
 
 @pytest.fixture(scope="module")
