@@ -26,7 +26,7 @@ from .exporters.licence import copy_licence
 from .exporters.padded import padding_notes
 from .exporters.recorded_recipe import RECIPE_NAME
 from .models.base import OpenModel, Source
-from .models.companions import companion_files
+from .models.companions import NAMES, TOKENIZER, companion_files
 from .progress import step
 from .recipes.answer_files import answer_files
 from .recipes.export import ExportSettings
@@ -133,9 +133,10 @@ def _export(
     with step(state.progress, f"export {export.format}"):
         info = write(model, folder, export.format, max_shard_size=export.max_shard_size, kv_cache=form)
         put_beside(state, model.source, folder)
-        # What lies beside the original belongs to it; an adapter is loaded with the original.
-        whole = model.family.library == "transformers" and form != "adapter"
-        for path in companion_files(model.source.folder) if whole else ():
+        # An adapter takes what the original generates by from the original; text needs a tokenizer.
+        names = TOKENIZER if form == "adapter" else NAMES
+        whole = model.family.library == "transformers"
+        for path in companion_files(model.source.folder, names) if whole else ():
             shutil.copyfile(path, folder / path.name)
     # What a format unpacks or rounds back takes more room than the module does in memory.
     evaluation.metrics.update(size_metrics(shipped, info.tensor_bytes))

@@ -67,8 +67,8 @@ def _schemes(
         raise PlanError(
             f"bitsandbytes-nf4 format: {len(quantization)} layers are rounded already ({name} has"
             f" {scheme.bits} bits, made by {scheme.method}), and nf4 is another grid than that of integers",
-            hint="leave that stage out: the format rounds by itself; or export with format:"
-            " compressed-tensors, which keeps the integers",
+            hint="leave that stage out, `stages: []` where it is the only one: the format rounds by itself;"
+            " or export with format: compressed-tensors, which keeps the integers",
         )
     found = rounded_by_default(family, module)
     schemes = {

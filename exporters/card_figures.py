@@ -103,16 +103,20 @@ def _rows(subject: Subject) -> list[tuple[str, str, str]]:
     if "speed" in subject.document["evaluation"]:
         rows.append(_speed_row(subject.document["evaluation"]["speed"]))
     of_logits = "perplexity" in metrics or "top1_agreement" in metrics
-    for name, text, form in _METRIC_ROWS:
+    # Beside a compressed cache this says what happened to the weights, and nothing of the cache.
+    text = subject.document["evaluation"].get("text", {})
+    one_pass = ", read in one pass" if "note" in text or kv_stages(subject.document) else ""
+    for name, what, form in _METRIC_ROWS:
         if name in metrics:
-            rows.append(("SQNR of the logits" if of_logits else text, "", form.format(metrics[name])))
+            rows.append(
+                (f"SQNR of the logits{one_pass}" if of_logits else what, "", form.format(metrics[name]))
+            )
     rows += _classifier_rows(metrics)
     if "perplexity" in metrics:
         before, after = f"{metrics['perplexity_original']:.4f}", f"{metrics['perplexity']:.4f}"
-        # Beside a compressed cache this says what happened to the weights, and nothing of the cache.
-        one_pass = ", read in one pass" if "note" in subject.document["evaluation"].get("text", {}) else ""
         rows.append((f"perplexity on text that was not calibrated on{one_pass}", before, after))
-        rows.append(("divergence of the next token's distribution, nats", "0", f"{metrics['kl']:.5f}"))
+        what = f"divergence of the next token's distribution{one_pass}, nats"
+        rows.append((what, "0", f"{metrics['kl']:.5f}"))
     rows += _cache_rows(subject.document, metrics)
     rows += _answer_rows(subject.document["evaluation"])
     if "class_agreement" in metrics:

@@ -15,6 +15,13 @@ from .stock import library_of
 from .tensors_seen import compared_tensors
 
 _TRUSTING = "trust_remote_code"
+_GENERATE = """\
+import transformers
+tokenizer = transformers.AutoTokenizer.from_pretrained({})
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+inputs.pop("token_type_ids", None)
+output = model.generate(**inputs, max_new_tokens=32)
+print(tokenizer.decode(output[0], skip_special_tokens=True))"""
 
 
 def loading(subject: Subject) -> Iterator[str]:
@@ -46,11 +53,12 @@ def _generating(export: Mapping[str, Any]) -> Iterator[str]:
         yield "`past_key_values=transformers.DynamicCache()` it uses a plain one."
 
 
-def _original(subject: Subject) -> str:
-    """Return the original of an adapter as Python arguments."""
-    revision = subject.source_revision
-    arguments = json.dumps(subject.source, ensure_ascii=False)
-    return arguments if revision is None else f"{arguments}, revision={json.dumps(revision)}"
+def _place(subject: Subject) -> str:
+    """Return where the files of the folder lie, as Python arguments."""
+    arguments = json.dumps(subject.place or subject.folder, ensure_ascii=False)
+    if subject.place and subject.revision:
+        arguments += f", revision={json.dumps(subject.revision)}"
+    return arguments
 
 
 def _use(subject: Subject) -> Iterator[str]:
@@ -58,19 +66,21 @@ def _use(subject: Subject) -> Iterator[str]:
     if subject.is_adapter:
         yield "The model is the original with factors beside its attentions. `compress.load` finds the"
         yield "original by the name in `cskv.json`, or takes another place of it as `base`, and refuses a"
-        yield "model whose projections of keys and values have other hashes. The tokenizer is the original's"
-        if subject.base_model is not None:
-            yield f"(`transformers.AutoTokenizer.from_pretrained({_original(subject)})`)."
-        else:
-            yield "and lies beside that."
+        yield "model whose projections of keys and values have other hashes. The tokenizer, where the"
+        yield "original has one, lies beside the factors. To generate:"
+        yield from ("", *fenced(_GENERATE.format(_place(subject)), "python"))
         return
     if task_of(subject.model["family"]) == "classify":
         yield "This is the whole classifier. How an image is prepared for it is unchanged and lies beside it:"
         yield f"`transformers.AutoImageProcessor.from_pretrained({_arguments(subject)})`."
         return
     if library_of(subject.model["class"]) == "transformers":
+        # The config names code of its own, and the library asks before it reads that even for a tokenizer.
+        trusting = (
+            f", {_TRUSTING}=True" if any(_TRUSTING in way for way in subject.export["loads_with"]) else ""
+        )
         yield "This is the whole language model. Its tokenizer and its defaults for generating are unchanged"
-        yield f"and lie beside it: `transformers.AutoTokenizer.from_pretrained({_arguments(subject)})`."
+        yield f"and lie beside it: `transformers.AutoTokenizer.from_pretrained({place})`."
         return
     part = "unet" if subject.model["class"].startswith("UNet") else "transformer"
     yield f"This is the denoiser and its scheduler, not a whole pipeline: pass it on as `{part}=model`."
@@ -110,9 +120,7 @@ def _lines(way: str, subject: Subject) -> Iterator[str]:
 
 def _arguments(subject: Subject) -> str:
     """Return the checkpoint's place as Python arguments."""
-    arguments = json.dumps(subject.place or subject.folder, ensure_ascii=False)
-    if subject.place and subject.revision:
-        arguments += f", revision={json.dumps(subject.revision)}"
+    arguments = _place(subject)
     if subject.is_adapter and subject.place and subject.is_local:  # whose folder nobody else has
         arguments += f", base={json.dumps(f'path/to/{subject.source}', ensure_ascii=False)}"
     return arguments

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ..runtime.kv.sizes import operations
 from .experts_table import spans
+
+__all__ = [
+    "KEY", "LAYER_HEADER", "Document", "break_even_told", "cache_of", "decoding_of", "init_told", "kv_stages",
+    "layer_rows", "operations", "passkey_rows", "ranks_told", "removed_told", "share", "skipped_told",
+    "stored_told", "whole_cache_row",
+]  # fmt: skip
 
 Document = Mapping[str, Any]
 
@@ -111,7 +118,8 @@ def share(value: float | None) -> str:
     """Write a share of the variance; empty where it was not measured."""
     if value is None:
         return ""
-    return "< 0.01%" if 0 < value < 5e-5 else f"{value:.2%}"
+    # Where nothing is removed, sums in floating point leave a little.
+    return "< 0.01%" if 1e-12 < value < 5e-5 else f"{value:.2%}"
 
 
 def skipped_told(cache: Document) -> list[tuple[str, list[str]]]:
@@ -134,12 +142,3 @@ def passkey_rows(decoding: Document) -> Iterator[tuple[int, int, int, int | None
     after = {row["length"]: row["found"] for row in found.get("compressed") or ()}
     for row in found.get("original") or ():
         yield row["length"], row["samples"], row["found"], after.get(row["length"])
-
-
-def operations(count: float) -> str:
-    """Write a count of floating-point operations: "13.7 TFLOP"."""
-    for unit in ("", "k", "M", "G", "T"):
-        if count < 1000:
-            return f"{count:.3g} {unit}FLOP"
-        count /= 1000
-    return f"{count:.3g} PFLOP"

@@ -5,6 +5,7 @@ They belong to the model and go with it, byte by byte, into whatever is made of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 NAMES = (
@@ -13,7 +14,12 @@ NAMES = (
     "chat_template.json", "preprocessor_config.json",
 )  # fmt: skip
 
+TOKENIZER = tuple(
+    name for name in NAMES if name not in ("generation_config.json", "preprocessor_config.json")
+)
+"""Those of `NAMES` that turn text into tokens and back."""
 
-def companion_files(folder: Path) -> list[Path]:
-    """Return those of `NAMES` that are in a folder."""
-    return [folder / name for name in NAMES if (folder / name).is_file()]
+
+def companion_files(folder: Path, names: Sequence[str] = NAMES) -> list[Path]:
+    """Return those of some names that are in a folder."""
+    return [folder / name for name in names if (folder / name).is_file()]

@@ -154,7 +154,11 @@ def _explain(location: Location, rows: Sequence[dict[str, Any]], value: Any) -> 
     if kind == "value_error":
         return Finding(location, str(context["error"]), None, at_key=False)
     if kind == "extra_forbidden":
-        hint: str | None = suggestion(str(location[-1]), allowed_keys(location[:-1]))
+        keys = allowed_keys(location[:-1])
+        meant = str(location[-1])
+        # Ranks follow from the share that goes.
+        named = "removed" if meant in ("rank", "ranks") and "removed" in keys and "window" in keys else meant
+        hint: str | None = suggestion(named, keys)
         return Finding(location, f"unknown key {location[-1]!r}", hint, at_key=True)
     if kind == "missing":
         return Finding(location, "this key is required", _missing_hint(location), at_key=True)

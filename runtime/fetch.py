@@ -31,7 +31,7 @@ def fetch(path_or_repo: str | Path, *, revision: str | None = None, subfolder: s
         root = _download(text, revision, subfolder)
     else:
         hint = "give an existing folder or a Hub id such as org/name"
-        raise SourceError(f"{text} is not a folder", hint=hint)
+        raise SourceError(f"{text} is not a folder that exists, nor the name of a repository", hint=hint)
     if subfolder is None and (root / _PIPELINE_NAME).is_file():
         subfolder = next((name for name in DENOISERS if (root / name).is_dir()), None)
     folder = root / subfolder if subfolder else root

@@ -138,13 +138,12 @@ def _check_generation(generation_config: Any, mode: Any) -> None:
     kind = generation_config.cache_implementation
     if kind not in (None, "dynamic"):
         raise UsageError(
-            f"cache_implementation={kind!r} does not go with the compressed cache",
-            hint=f"leave it out; or {_STOCK}",
+            f"cache_implementation={kind!r} does not go with the compressed cache: leave it out; or {_STOCK}"
         )
     if mode == GenerationMode.ASSISTED_GENERATION or getattr(generation_config, "is_assistant", False):
         raise UsageError(
-            "assisted decoding takes tokens back, which a compressed cache cannot",
-            hint=f"leave the assistant out; or {_STOCK}",
+            "assisted decoding takes tokens back, which a compressed cache cannot: leave the assistant out;"
+            f" or {_STOCK}"
         )
 
 

@@ -215,3 +215,12 @@ def _counted(scheme: KvCacheScheme, item_bytes: int) -> _Counted:
 
 def _plain_bytes(plain: Iterable[PlainLayer], tokens: int, item_bytes: int) -> int:
     return sum(2 * layer.width * layer.tokens(tokens) * item_bytes for layer in plain)
+
+
+def operations(count: float) -> str:
+    """Write a count of floating-point operations: "13.7 TFLOP"."""
+    for unit in ("", "k", "M", "G", "T"):
+        if count < 1000:
+            return f"{count:.3g} {unit}FLOP"
+        count /= 1000
+    return f"{count:.3g} PFLOP"

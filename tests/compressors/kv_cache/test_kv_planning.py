@@ -77,7 +77,7 @@ def test_longchat_says_what_reading_and_the_window_cost(spec_of):
         " window counted (19.63 %); 4,211,212,288 with the factors (24.51 %)" in text
     )
     assert "with the window they pay off from 2,029 cached tokens of one sequence on; alone" in text
-    assert "costs 1.37e+13 FLOPs per decoded token at 32,768 cached tokens" in text
+    assert "costs 13.7 TFLOP per decoded token at 32,768 cached tokens" in text
 
 
 def test_bits_are_told_with_what_lies_beside_them(spec_of):

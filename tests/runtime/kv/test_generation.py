@@ -312,7 +312,7 @@ def test_what_takes_tokens_back_is_refused(lossy, original):
     ids = _ids(1)
     with pytest.raises(UsageError, match="assisted decoding") as caught:
         _text(lossy, ids, prompt_lookup_num_tokens=3)
-    assert "DynamicCache()" in caught.value.hint
+    assert "DynamicCache()" in str(caught.value)
     with pytest.raises(UsageError, match="assisted decoding"):
         _text(lossy, ids, assistant_model=original)
     with pytest.raises(UsageError, match="assisted decoding"):
@@ -335,7 +335,7 @@ def test_what_takes_tokens_back_is_refused(lossy, original):
 def test_other_caches_by_name_are_refused(lossy, kind):
     with pytest.raises(UsageError, match=f"cache_implementation='{kind}'") as caught:
         _text(lossy, _ids(1), cache_implementation=kind)
-    assert "DynamicCache()" in caught.value.hint
+    assert "leave it out; or pass past_key_values=DynamicCache()" in str(caught.value)
     for refused in (new_cache(lossy).layers[0].offload, new_cache(lossy).layers[0].prefetch):
         with pytest.raises(UsageError, match="not offloaded"):
             refused()
