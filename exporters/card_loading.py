@@ -76,9 +76,8 @@ def _use(subject: Subject) -> Iterator[str]:
         return
     if library_of(subject.model["class"]) == "transformers":
         # The config names code of its own, and the library asks before it reads that even for a tokenizer.
-        trusting = (
-            f", {_TRUSTING}=True" if any(_TRUSTING in way for way in subject.export["loads_with"]) else ""
-        )
+        asks = any(_TRUSTING in way for way in subject.export["loads_with"])
+        place = _arguments(subject) + (f", {_TRUSTING}=True" if asks else "")
         yield "This is the whole language model. Its tokenizer and its defaults for generating are unchanged"
         yield f"and lie beside it: `transformers.AutoTokenizer.from_pretrained({place})`."
         return

@@ -151,8 +151,8 @@ def _byte_notes(
     notes += _whole_notes(scheme, item, whole_cache)
     tokens = whole_cache["tokens"]
     notes.append(
-        f"rebuilding keys and values costs {sizes.operations(sizes.rebuild_flops(scheme, tokens))} per decoded"
-        f" token at {tokens:,} cached tokens"
+        f"rebuilding keys and values costs {sizes.operations(sizes.rebuild_flops(scheme, tokens))} per"
+        f" decoded token at {tokens:,} cached tokens"
     )
     return notes
 
