@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..exporters.kv_table import (
-    LAYER_HEADER,
     break_even_told,
     cache_of,
     init_told,
     kv_stages,
-    layer_rows,
+    layer_table,
     operations,
     passkey_rows,
     ranks_told,
@@ -46,8 +45,7 @@ def _stage(stage: Document) -> Iterator[Section]:
     if len(layers) <= _MOST_ROWS:
         yield Table(
             f"{method}: ranks, and shares of the variance that they discard",
-            list(LAYER_HEADER),
-            [list(row) for row in layer_rows(layers)],
+            *layer_table(layers),
         )
     for why, names in skipped_told(cache):
         yield f"{method}: not compressed: {', '.join(names)}: {why}"

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 
 from .card_subject import Subject
 from .kv_table import (
-    LAYER_HEADER,
     Document,
     break_even_told,
     cache_of,
     decoding_of,
     init_told,
     kv_stages,
-    layer_rows,
+    layer_table,
     operations,
     passkey_rows,
     ranks_told,
@@ -81,12 +80,12 @@ def _bytes(count: float) -> str:
 
 
 def _layers(cache: Document) -> Iterator[str]:
-    rows = layer_rows(cache["layers"])
+    header, rows = layer_table(cache["layers"])
     yield "Ranks, and the share of the variance of keys and values on the calibration text that they discard:"
     yield ""
     if len(rows) > _FOLDED:
         yield from (f"<details><summary>{len(rows)} attentions</summary>", "")
-    yield from table(LAYER_HEADER, ((code(row[0]), *row[1:]) for row in rows))
+    yield from table(header, ((code(row[0]), *row[1:]) for row in rows))
     if len(rows) > _FOLDED:
         yield from ("</details>", "")
     for why, names in skipped_told(cache):

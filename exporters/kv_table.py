@@ -9,8 +9,8 @@ from ..runtime.kv.sizes import operations
 from .experts_table import spans
 
 __all__ = [
-    "KEY", "LAYER_HEADER", "Document", "break_even_told", "cache_of", "decoding_of", "init_told", "kv_stages",
-    "layer_rows", "operations", "passkey_rows", "ranks_told", "removed_told", "share", "skipped_told",
+    "KEY", "Document", "break_even_told", "cache_of", "decoding_of", "init_told", "kv_stages",
+    "layer_table", "operations", "passkey_rows", "ranks_told", "removed_told", "share", "skipped_told",
     "stored_told", "whole_cache_row",
 ]  # fmt: skip
 
@@ -99,19 +99,29 @@ def whole_cache_row(told: Document) -> tuple[str, str, str]:
     return what, f"{before:,}", f"{after:,} ({after / before:.1%})"
 
 
-def layer_rows(layers: Sequence[Document]) -> list[tuple[str, str, str, str, str]]:
-    """Return (layer, rank of its keys, discarded share, rank of its values, discarded share)."""
-    return [
-        (
-            row["name"],
-            f"{row['rank_k']} of {row['width']}", share(row["discarded_k"]),
-            f"{row['rank_v']} of {row['width']}", share(row["discarded_v"]),
-        )
-        for row in layers
-    ]  # fmt: skip
+def layer_table(layers: Sequence[Document]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows: rank and discarded share, of keys and of values.
+
+    Where the cache is rounded, also the mean square error of what is rebuilt, with the rounding and without.
+    """
+    rounded = any(row.get("mse_k_rounded") is not None for row in layers)
+    error = ["error with rounding (without)"] if rounded else []
+    header = ["attention", "rank of keys", "discarded", *error, "rank of values", "discarded", *error]
+    rows = []
+    for row in layers:
+        cells = [row["name"]]
+        for side in "kv":
+            cells += [f"{row[f'rank_{side}']} of {row['width']}", share(row[f"discarded_{side}"])]
+            cells += [_errors(row, side)] if rounded else []
+        rows.append(cells)
+    return header, rows
 
 
-LAYER_HEADER = ("attention", "rank of keys", "discarded", "rank of values", "discarded")
+def _errors(row: Document, side: str) -> str:
+    """Write an error with rounding, and that without, of the factors that ship."""
+    with_it, trained = row.get(f"mse_{side}_rounded"), row.get(f"mse_{side}_trained")
+    without = row[f"mse_{side}"] if trained is None else trained
+    return "" if with_it is None else f"{with_it:.3g} ({without:.3g})"
 
 
 def share(value: float | None) -> str:

@@ -12,6 +12,7 @@ projections as well, which the official code refuses. Ranks by layer are not in 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -24,12 +25,14 @@ from ...models.base import ModelSpec, OpenModel
 from ...progress import Progress, step
 from ...recipes.kv_cache import CskvSettings
 from ...runtime.kv.attach import factors_of, put_kv_cache
+from ...runtime.kv.scheme import KvCacheScheme
 from ..base import StagePlan, Workspace
 from .details import LayerFindings, described
 from .energies import Energies, Energy
 from .factorise import KvFactors, Pair, factorise, mean_square_error, spectrum_of, weight_of
 from .planning import attentions_of, plan_cskv
 from .ranks import SIDES, Ranks, dealt_out, scheme_of, uniform_ranks
+from .rounded import rounded_errors
 from .training import Trained, train
 
 
@@ -94,9 +97,14 @@ class _Run:
         ranks = self._ranks()
         scheme = scheme_of(self.sites, ranks, self.settings)
         found = self._factorise(ranks)
+        sets = {name: [findings.factors] for name, findings in found.items()}
         trained = None
         if self.settings.steps:
             trained = self._train(found, scheme)
+            for name, factors in trained.factors.items():
+                sets[name].append(factors)
+        if scheme.bits is not None:
+            self._measure_rounded(found, sets, scheme)
         put_kv_cache(self.model.module, scheme)
         for name, factors in factors_of(self.model.module).items():
             for key, tensor in found[name].factors.tensors().items():
@@ -160,7 +168,7 @@ class _Run:
             pairs[side] = Pair(pair.a.cpu(), pair.b.cpu())
         return LayerFindings(KvFactors(pairs["k"], pairs["v"]), variances, errors, None, energy.tokens)
 
-    def _train(self, found: dict[str, LayerFindings], scheme: Any) -> Trained:
+    def _train(self, found: dict[str, LayerFindings], scheme: KvCacheScheme) -> Trained:
         start = {name: findings.factors for name, findings in found.items()}
         trained = train(
             self.model, start, scheme, self.settings, self.calibration, self.workspace.folder, self.progress
@@ -175,6 +183,14 @@ class _Run:
                 found[name] = found[name].trained(factors, errors)
                 self.progress.advance(1, name)
         return trained
+
+    def _measure_rounded(
+        self, found: dict[str, LayerFindings], sets: dict[str, list[KvFactors]], scheme: KvCacheScheme
+    ) -> None:
+        with step(self.progress, "errors with rounding", None):
+            measured = rounded_errors(self.model, sets, scheme, self.calibration, self.progress)
+        for name, errors in measured.items():
+            found[name] = replace(found[name], rounded=errors)
 
 
 def _on(pair: Pair, like: Tensor) -> Pair:

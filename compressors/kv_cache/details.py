@@ -32,6 +32,8 @@ class LayerFindings:
         errors: side -> mean square error of the first factors on the calibration.
         trained_errors: of the trained ones, without rounding; None: there was no training.
         tokens: of the calibration.
+        rounded: errors with the rounding of the cache: of the first factors, and of the trained ones where
+            there was a training; None: nothing is rounded, or no sequence is as long as a group.
     """
 
     factors: KvFactors
@@ -39,6 +41,7 @@ class LayerFindings:
     errors: Mapping[str, float]
     trained_errors: Mapping[str, float] | None
     tokens: int
+    rounded: Sequence[Mapping[str, float]] | None = None
 
     def trained(self, factors: KvFactors, errors: Mapping[str, float]) -> LayerFindings:
         """Return the findings with trained factors."""
@@ -121,7 +124,17 @@ def _layer(name: str, scheme: KvCacheScheme, findings: LayerFindings) -> dict[st
         "mse_v": findings.errors["v"],
         "mse_k_trained": after["k"],
         "mse_v_trained": after["v"],
+        **({} if scheme.bits is None else _rounded(findings)),
     }
+
+
+def _rounded(findings: LayerFindings) -> dict[str, float | None]:
+    """Return the errors with rounding of the factors that ship, and of the first ones of a training."""
+    found = findings.rounded or [dict.fromkeys(SIDES)]
+    told = {f"mse_{side}_rounded": found[-1][side] for side in SIDES}
+    if findings.trained_errors is not None:
+        told |= {f"mse_{side}_rounded_initial": found[0][side] for side in SIDES}
+    return told
 
 
 def _singular_values(variances: Tensor) -> list[float]:

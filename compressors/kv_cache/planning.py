@@ -16,12 +16,14 @@ from ..base import StagePlan
 from .energies import ENERGY_BUDGET_BYTES, FLOAT64_BYTES, ROWS_AT_ONCE, portions
 from .kept import COPIES_ON_DISK
 from .ranks import removed_shares, scheme_of, uniform_ranks
+from .rounded import ROUNDED_BUDGET_BYTES, held_bytes
 from .training import INPUT_BUDGET_BYTES, STATE_BUDGET_BYTES, kept_bytes, state_bytes
 
 FLOAT32_BYTES = 4
 _WEIGHT_COPIES = 6  # [h_kv, h] in float64: the weight, its products, factors, and the decomposition's own
 _SQUARE_COPIES = 8  # [h_kv, h_kv] in float64: covariance, directions, and the decomposition's own
 _STEP_COPIES = 10  # [tokens, h_kv]: keys, values, states, targets, and gradients of these
+_ROUNDED_COPIES = 10  # [tokens, h_kv]: what is exact and rebuilt, and states while they are rounded
 _NAMES_SHOWN = 3
 
 
@@ -89,6 +91,12 @@ def peak_bytes(sites: Sequence[KvAttention], scheme: KvCacheScheme, settings: Cs
         inputs = FLOAT32_BYTES * settings.steps * settings.batch_tokens * hidden * len(sites)
         step += min(inputs, INPUT_BUDGET_BYTES)
         peak = max(peak, held + factors + max(max(states), min(sum(states), STATE_BUDGET_BYTES)) + step)
+    if settings.bits is not None:
+        sets = 2 if settings.steps else 1
+        layers = [held_bytes(layer, sets) for layer in scheme.layers.values()]
+        rows = FLOAT32_BYTES * max(ROWS_AT_ONCE, scheme.key_group) * (hidden + _ROUNDED_COPIES * width)
+        most = max(max(layers), min(sum(layers), ROUNDED_BUDGET_BYTES))
+        peak = max(peak, held + sets * factors + most + rows)
     return peak
 
 

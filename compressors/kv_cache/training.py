@@ -26,7 +26,6 @@ from ...models.base import OpenModel
 from ...progress import Progress, step
 from ...recipes.kv_cache import CskvSettings
 from ...runtime.hashes import digest
-from ...runtime.kv.rounding import fake_quantize
 from ...runtime.kv.scheme import KvCacheScheme, KvLayer
 from ...runtime.tensor_hashes import tensors_sha256
 from .energies import portions
@@ -40,6 +39,7 @@ from .kept import (
     remove_state,
     write_state,
 )
+from .rounded import Rounding
 
 STATE_BUDGET_BYTES = 2 * 2**30
 """States of attentions that are trained in one replay; one is, however large it is."""
@@ -64,29 +64,6 @@ def kept_bytes(layer: KvLayer, settings: CskvSettings) -> int:
     """Return what the state of an attention's training takes on disk: factors, moments, tokens that wait."""
     factors = (1 + len(_MOMENTS)) * (layer.hidden + layer.width) * (layer.rank_k + layer.rank_v)
     return _FLOAT32_BYTES * (factors + settings.batch_tokens * layer.hidden)
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """How states are rounded between the factors.
-
-    Attributes:
-        bits: of a stored number.
-        key_group: consecutive tokens of a key's channel that share a scale.
-        value_group: channels of a value that do.
-    """
-
-    bits: int
-    key_group: int
-    value_group: int
-
-    def keys(self, c: Tensor) -> Tensor:
-        """Round states of keys, [tokens, r]; tokens come in whole groups."""
-        return fake_quantize(c[None], self.bits, "tokens", self.key_group)[0]
-
-    def values(self, c: Tensor) -> Tensor:
-        """Round states of values, [tokens, r]."""
-        return fake_quantize(c[None], self.bits, "channels", self.value_group)[0]
 
 
 def reconstruction_loss(
@@ -148,10 +125,8 @@ class LayerTraining:
 
         Of rounded states only whole groups of consecutive tokens of a sequence are of use.
         """
-        if self.rounding is not None:
-            group = self.rounding.key_group
-            x = x[:, : x.shape[1] // group * group]
-        rows = x.reshape(-1, x.shape[-1]).float()
+        rows = x.reshape(-1, x.shape[-1]) if self.rounding is None else self.rounding.whole(x)
+        rows = rows.float()
         self.tokens += len(rows)
         if self._rows is not None:
             rows = torch.cat([self._rows, rows])
@@ -292,7 +267,7 @@ class _Part:
         for name in names:
             attention = model.module.get_submodule(name)
             weights = [weight_of(attention.get_submodule(f"{side}_proj"), name).float() for side in "kv"]
-            rounding = _rounding(scheme, name) if settings.trains_through_rounding else None
+            rounding = Rounding.of(scheme, name) if settings.trains_through_rounding else None
             training = LayerTraining(start[name], (weights[0], weights[1]), settings, rounding)
             self.trainings[f"{name}.k_proj"] = training
         self.taken = dict.fromkeys(self.trainings, 0)
@@ -389,9 +364,3 @@ class _Inputs:
     def end(self) -> None:
         """Note that a replay has ended."""
         self.complete = self._room >= 0
-
-
-def _rounding(scheme: KvCacheScheme, name: str) -> Rounding | None:
-    if scheme.bits is None:
-        return None
-    return Rounding(scheme.bits, scheme.key_group, scheme.layers[name].value_group)

@@ -57,6 +57,12 @@ def test_what_is_packed_is_told_with_its_scales(shown):
     assert any("pays off from 513 cached tokens on, beyond the 512 of its context;" in line for line in late)
 
 
+def test_errors_with_rounding_stand_beside_the_ranks(shown):
+    layers = [told.layer(0) | {"mse_k_rounded": 0.625, "mse_v_rounded": 0.375}]
+    found = shown(told.cache(layers=1, bits=4) | {"layers": layers})
+    assert "model.layers.0.self_attn 8 of 32 1.23% 0.625 (0.5) 16 of 32 25.00% 0.375 (0.25)" in found
+
+
 def test_training_different_ranks_and_plain_layers_are_told(shown):
     layers = [told.layer(0, 4, 12), told.layer(1, 9, 20), told.layer(3)]
     skipped = [{"name": "model.layers.2.self_attn", "why": told.WHY}]

@@ -78,6 +78,17 @@ def test_the_card_tells_what_is_kept_saved_and_paid(compressed):
     assert "<details>" not in section
 
 
+def test_errors_with_rounding_are_columns_where_there_are_any(compressed):
+    assert "error with rounding" not in compressed(told.cache())
+    plain = told.layer(0) | {"mse_k_rounded": 0.625, "mse_v_rounded": 0.3125}
+    trained = told.layer(1) | {"mse_k_rounded": 0.75, "mse_k_trained": 0.55, "mse_v_rounded": None}
+    section = compressed(told.cache(bits=4, layers=2) | {"layers": [plain, trained]})
+    error = "error with rounding (without)"
+    assert f"| rank of keys | discarded | {error} | rank of values | discarded | {error} |" in section
+    assert "| 8 of 32 | 1.23% | 0.625 (0.5) | 16 of 32 | 25.00% | 0.312 (0.25) |" in section
+    assert "| 8 of 32 | 1.23% | 0.75 (0.55) | 16 of 32 | 25.00% |  |" in section
+
+
 def test_the_card_says_what_is_not_claimed(compressed):
     text = flat(compressed(told.cache()))
     assert "**The cache is smaller only when the checkpoint is loaded with `compress`**" in text

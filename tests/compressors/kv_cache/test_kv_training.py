@@ -11,7 +11,8 @@ from compress.compressors.kv_cache.energies import Energy
 from compress.compressors.kv_cache.factorise import KvFactors, factorise, mean_square_error, spectrum_of
 from compress.compressors.kv_cache.planning import attentions_of
 from compress.compressors.kv_cache.ranks import scheme_of, uniform_ranks
-from compress.compressors.kv_cache.training import LayerTraining, Rounding, reconstruction_loss, train
+from compress.compressors.kv_cache.rounded import Rounding
+from compress.compressors.kv_cache.training import LayerTraining, reconstruction_loss, train
 from compress.errors import StageError
 from compress.progress import SilentProgress
 from compress.runtime.tensor_hashes import tensors_sha256
