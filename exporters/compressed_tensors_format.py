@@ -25,12 +25,12 @@ from ..runtime.modules import name_of, quantized_layers
 from .bits_file import bits_files
 from .compress_format import METADATA, cache_notes, check_cache, stock_config
 from .conversion import swapped
-from .dequantized_format import linear_tensors
+from .dequantized_format import linear_tensors, unquantized
 from .formats import Layout
 from .refusing import KEEP, Reasons, refuse_inexpressible
 from .stock import left_out, stock_way
 from .token_rounding import UnpackedLinear
-from .writer import StoredTensor, dtype_code
+from .writer import StoredTensor
 
 
 def layout(model: OpenModel) -> Layout:
@@ -71,11 +71,7 @@ def predict(spec: ModelSpec) -> tuple[list[StoredTensor], Mapping[str, str]]:
         PlanError: as `layout`.
     """
     check(spec.quantization)
-    tensors = [
-        StoredTensor(name, dtype_code(tensor.dtype), tensor.shape)
-        for name, tensor in spec.tensors.items()
-        if name.rpartition(".")[0] not in spec.quantization and name not in left_out(spec.config)
-    ]
+    tensors = unquantized(spec)
     for name, scheme in spec.quantization.items():
         tensors += linear_tensors(name, scheme, spec.dtype)[1:]
         tensors += [

@@ -23,12 +23,13 @@ _WEIGHTS: Mapping[str, str] = {
     "MixtralForCausalLM": "weights", "DeepseekV2ForCausalLM": "weights * self.routed_scaling_factor",
 }  # fmt: skip
 _ROUTERS: Mapping[str, str] = {"DeepseekV2ForCausalLM": "DeepseekV2TopkRouter"}
-_LICENCE = """\
+LICENCE = """\
 # Written by compress, which is under the Apache License, Version 2.0; so is this file.
 # http://www.apache.org/licenses/LICENSE-2.0
 """
+"""Head of every file of code that is written beside weights."""
 _CONFIGURATION = Template(
-    _LICENCE
+    LICENCE
     + '''"""Config of a mixture of experts behind mapped routers (EEP, arXiv 2407.00945)."""
 
 from transformers import $config
@@ -45,7 +46,7 @@ __all__ = ["$own_config"]
 '''
 )
 _MODELING = Template(
-    _LICENCE
+    LICENCE
     + '''"""Mixture of experts behind mapped routers (EEP, arXiv 2407.00945).
 
 A router weighs all experts that the original model had. A matrix, multiplied to the weights after their

@@ -71,11 +71,7 @@ def predict(spec: ModelSpec) -> tuple[list[StoredTensor], Mapping[str, str]]:
         PlanError: as `layout`.
     """
     check(spec.quantization)
-    tensors = [
-        StoredTensor(name, dtype_code(tensor.dtype), tensor.shape)
-        for name, tensor in spec.tensors.items()
-        if name.rpartition(".")[0] not in spec.quantization and name not in left_out(spec.config)
-    ]
+    tensors = unquantized(spec)
     for name, scheme in spec.quantization.items():
         tensors += linear_tensors(name, scheme, spec.dtype)
     return one_by_one(str(spec.config["_class_name"]), tensors), METADATA
@@ -94,6 +90,15 @@ def check(quantization: Mapping[str, QuantizedModule]) -> None:
             " a plain layer computes all tokens",
             hint="set first_token: quantize, or export with format: compress",
         )
+
+
+def unquantized(spec: ModelSpec) -> list[StoredTensor]:
+    """Return the tensors of a planned model that belong to no quantized layer, without tied copies."""
+    return [
+        StoredTensor(name, dtype_code(tensor.dtype), tensor.shape)
+        for name, tensor in spec.tensors.items()
+        if name.rpartition(".")[0] not in spec.quantization and name not in left_out(spec.config)
+    ]
 
 
 def linear_tensors(name: str, scheme: QuantizedModule, dtype: torch.dtype) -> list[StoredTensor]:

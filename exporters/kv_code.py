@@ -17,18 +17,15 @@ from string import Template
 
 from ..runtime.kv.custom_config import KEY, own_class, own_type
 from ..runtime.kv.scheme import FACTOR_NAMES, FACTORS
+from .custom_code import LICENCE
 
 CONFIGURATION, MODELING = "configuration_cskv", "modeling_cskv"
 _ROOM = Path(__file__).parents[1]
 _FIRST = "runtime.kv.attach"
 _OTHERS = frozenset({"torch", "transformers", *sys.stdlib_module_names})
 _RELATIVE = re.compile(r"^(\s*)from\s+\.+[\w.]*\s+import")
-_LICENCE = """\
-# Written by compress, which is under the Apache License, Version 2.0; so is this file.
-# http://www.apache.org/licenses/LICENSE-2.0
-"""
 _CONFIGURATION = Template(
-    _LICENCE
+    LICENCE
     + '''"""Config of a language model with a compressed key-value cache (CSKV, arXiv 2409.10593)."""
 
 from typing import Any
@@ -47,7 +44,7 @@ __all__ = ["$own_config"]
 '''
 )
 _MODELING = Template(
-    _LICENCE
+    LICENCE
     + '''"""Language model with a compressed key-value cache (CSKV, arXiv 2409.10593).
 
 `generate` uses the compressed cache by itself; with `past_key_values=DynamicCache()` it uses a plain one.
@@ -205,7 +202,7 @@ def _sources() -> dict[str, str]:
         if module in found:
             continue
         if module in _STAND_INS:
-            found[module] = _LICENCE + _STAND_INS[module]
+            found[module] = LICENCE + _STAND_INS[module]
             continue
         text = (_ROOM / Path(*module.split("."))).with_suffix(".py").read_text(encoding="utf-8")
         found[module], needed = _laid_flat(module, text)
@@ -230,7 +227,7 @@ def _laid_flat(module: str, text: str) -> tuple[str, list[str]]:
                 lines[start] = _RELATIVE.sub(rf"\1from .{_flat(target)} import", lines[start])
                 needed.append(target)
     kept = [line for number, line in enumerate(lines, 1) if number not in hidden]
-    return _LICENCE + "".join(kept), needed
+    return LICENCE + "".join(kept), needed
 
 
 def _target(module: str, node: ast.Import | ast.ImportFrom) -> str | None:

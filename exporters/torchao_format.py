@@ -30,6 +30,7 @@ from .compress_format import stock_config
 from .conversion import replaced
 from .dequantized_format import linear_tensors
 from .formats import Layout
+from .refusing import refuse_inexpressible
 from .writer import StoredTensor, dtype_code
 
 
@@ -129,15 +130,7 @@ def check(quantization: Mapping[str, QuantizedModule]) -> None:
     }
     if not quantization:
         raise PlanError("torchao format: no layer is quantized", hint="export with format: compress")
-    for reason, holds in reasons.items():
-        names = [name for name, scheme in quantization.items() if holds(scheme)]
-        if names:
-            listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            what, _, setting = reason.partition("; ")
-            raise PlanError(
-                f"torchao format cannot express {what} ({listed})",
-                hint=f"{setting}, or export with format: compress",
-            )
+    refuse_inexpressible("torchao", quantization, reasons)
 
 
 def _parts(scheme: QuantizedModule, dtype: torch.dtype) -> dict[str, tuple[str, tuple[int, ...]]]:
