@@ -164,7 +164,8 @@ def plan(document: Document) -> list[Section]:
     found = document["export"]
     for export in found if isinstance(found, list) else [found]:
         of = f" of {export['path']} ({export['format']})" if isinstance(found, list) else ""
-        sections.append(f"predicted size of the exported weights{of}: {_predicted(export)}")
+        what = "adapter" if export.get("kv_cache") == "adapter" else "exported weights"
+        sections.append(f"predicted size of the {what}{of}: {_predicted(export)}")
     return sections
 
 

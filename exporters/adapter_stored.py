@@ -63,7 +63,11 @@ def _at_context(history: Sequence[HistoryEntry]) -> dict[str, int] | None:
         told = entry.details.get("kv_cache")
         found = told.get("at_context") if isinstance(told, Mapping) else None
         if isinstance(found, Mapping):
-            numbers = {key: found.get(key) for key in ("tokens", "before", "after", "with_factors")}
-            if all(type(number) is int and number > 0 for number in numbers.values()):
+            numbers = {
+                key: number
+                for key in ("tokens", "before", "after", "with_factors")
+                if type(number := found.get(key)) is int and number > 0
+            }
+            if len(numbers) == 4:
                 return numbers
     return None

@@ -78,7 +78,7 @@ def _lowest(rows: Sequence[Mapping[str, Any]]) -> float:
 def _points(row: Mapping[str, Any], side: str) -> tuple[Floats, Floats]:
     """Return the numbers of singular values, from 1, and the values; of many some at equal distances."""
     values: Floats = np.asarray(row[side], dtype=float)
-    places: Floats = 1.0 + np.round(np.linspace(0.0, row["of"] - 1.0, len(values)))
+    places: Floats = 1.0 + np.linspace(0.0, row["of"] - 1.0, len(values)).round().astype(np.float64)
     return places, values
 
 

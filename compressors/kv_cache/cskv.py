@@ -106,9 +106,9 @@ class _Run:
         if scheme.bits is not None:
             self._measure_rounded(found, sets, scheme)
         put_kv_cache(self.model.module, scheme)
-        for name, factors in factors_of(self.model.module).items():
+        for name, placed in factors_of(self.model.module).items():
             for key, tensor in found[name].factors.tensors().items():
-                factors.get_submodule(key).get_parameter("weight").copy_(tensor)
+                placed.get_submodule(key).get_parameter("weight").copy_(tensor)
         self.model.kv_cache = scheme
         return {
             "kv_cache": described(

@@ -130,7 +130,7 @@ def _layer(name: str, scheme: KvCacheScheme, findings: LayerFindings) -> dict[st
 
 def _rounded(findings: LayerFindings) -> dict[str, float | None]:
     """Return the errors with rounding of the factors that ship, and of the first ones of a training."""
-    found = findings.rounded or [dict.fromkeys(SIDES)]
+    found: Sequence[Mapping[str, float | None]] = findings.rounded or [dict.fromkeys(SIDES)]
     told = {f"mse_{side}_rounded": found[-1][side] for side in SIDES}
     if findings.trained_errors is not None:
         told |= {f"mse_{side}_rounded_initial": found[0][side] for side in SIDES}
