@@ -136,7 +136,8 @@ def test_the_folder_verifies_by_itself_and_against_its_source(made, source, monk
     checks = {check["name"]: check["detail"] for check in found["checks"]}
     assert found["verified"] and compared_tensors({"notes": [checks["tensors now"]]})
     assert {row["metric"] for row in found["metrics"]} == {
-        "size_ratio", "bytes", "bits_per_weight", "parameters", "macs",
+        "size_ratio", "bytes", "bits_per_weight", "parameters", "macs", "kv_bytes_per_token",
+        "kv_bytes_ratio",
     }  # fmt: skip
     again = pipeline.evaluate(folder)
     assert "max_abs_error" not in again["evaluation"]["metrics"]

@@ -126,8 +126,9 @@ def test_its_perplexity_is_what_random_digits_leave_and_fewer_experts_cost_some(
     assert metrics["perplexity_increase"] > 0.05 and metrics["kl"] > 0.05
 
 
-def test_a_quantizer_is_refused():
-    recipe = {"model": "builtin:moe", "stages": [{"rtn": {}}], "export": {"path": "out"}}
+def test_a_stage_for_other_models_is_refused():
+    stage = {"isomorphic": {"target": {"macs": 0.5}}}
+    recipe = {"model": "builtin:moe", "stages": [stage], "export": {"path": "out"}}
     with pytest.raises(PlanError, match="does not fit the family moe"):
         compress.plan(recipe)
 
