@@ -20,6 +20,7 @@ from compress.exporters.inspection import inspect
 from huggingface_hub import HfApi
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -118,7 +119,10 @@ def test_every_form_is_verified_and_as_large_as_planned(folder: Path) -> None:
     assert stored == _report(folder, "adapter")["stages"][0]["details"]["kv_cache"]["factor_bytes"]
     names = {path.name for path in (folder / "out" / "adapter").iterdir()}
     assert {"cskv.json", "cskv.safetensors", "README.md", "report.json", "recipe.yaml", "LICENSE"} <= names
-    assert not {"config.json", "model.safetensors", "tokenizer.json", "compress.json"} & names
+    assert not {"config.json", "model.safetensors", "compress.json"} & names
+    tokenizer = AutoTokenizer.from_pretrained(folder / "out" / "adapter", local_files_only=True)
+    stock = AutoTokenizer.from_pretrained(STORIES, local_files_only=True)
+    assert tokenizer("Once upon a time").input_ids == stock("Once upon a time").input_ids
 
 
 def test_all_forms_write_the_same_text_and_it_is_not_the_plain_one(folder: Path) -> None:

@@ -178,7 +178,9 @@ def test_verify_and_evaluate_measure_the_folder_again(made, name):
 
 REFUSED = {
     "asymmetric": ([{"rtn": {"weight_bits": 4}}], "compressed-tensors", "weight_symmetric: true"),
-    "unabsorbed scales": ([{"smoothquant": {"weight_symmetric": True}}], "compressed-tensors", "`keep`"),
+    "unabsorbed scales": (
+        [{"smoothquant": {"weight_symmetric": True}}], "compressed-tensors", 'keep: ["*.o_proj"]',
+    ),
     "static": (
         [{"rtn": {"weight_symmetric": True, "activation_scale": "static"}}], "compressed-tensors",
         "activation_scale: token",
