@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runtime.headers import ITEM_BYTES
-from ..runtime.kv.adapter import DTYPE_CODES, WEIGHTS_NAME, open_adapter
+from ..runtime.headers import DTYPE_CODES, ITEM_BYTES
+from ..runtime.kv.adapter import WEIGHTS_NAME, open_adapter
 from ..runtime.kv.sizes import bytes_per_token, factor_parameters, full_bytes_per_token
 from ..runtime.manifest import HistoryEntry
 from .cache_stored import described_cache

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..models.cache_bytes import cache_at_context, kv_bytes_per_token
-from ..runtime.headers import ITEM_BYTES
+from ..runtime.headers import DTYPE_CODES, ITEM_BYTES
 from ..runtime.kv.scheme import KvCacheScheme, factor_tensors
 from ..runtime.kv.sizes import break_even_tokens, break_even_tokens_one, factor_parameters, window_bytes
 from ..runtime.transformers_config import complete_transformers_config
-from ..runtime.validate import CONFIG_NAME, DTYPE_CODES, StoredCheckpoint
+from ..runtime.validate import CONFIG_NAME, StoredCheckpoint
 
 
 def cache_stored(stored: StoredCheckpoint) -> dict[str, Any] | None:

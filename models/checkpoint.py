@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SourceError
 from ..runtime.fetch import DENOISERS
 from ..runtime.hashes import file_sha256
+from ..runtime.headers import PICKLE_SUFFIXES
 from ..runtime.kv.adapter import is_adapter
 from ..runtime.kv.custom_config import is_custom
 from ..runtime.kv.stored import is_factor
@@ -40,7 +41,6 @@ CONFIG_NAME = "config.json"
 PIPELINE_NAME = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 WEIGHTS_STEMS = ("diffusion_pytorch_model", "model")
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 MAX_JSON_BYTES = 64 * 2**20
 _DENSE = "start from the checkpoint it was made from"
 _DENSE_EXPERTS = (

@@ -19,8 +19,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import SourceError
+from .headers import DTYPE_CODES
 from .manifest import ActivationScheme, QuantizedModule
-from .validate import DTYPE_CODES
 
 QUANT_METHOD = "compressed-tensors"
 WRITTEN_FOR = "0.20"

@@ -24,6 +24,11 @@ ITEM_BYTES: Mapping[str, int] = {
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
 
+DTYPE_CODES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""Floating-point types of models: torch's name -> the format's."""
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""Files of weights that are no safetensors; opening one can run code, so none ever is."""
+
 
 @dataclass(frozen=True)
 class TensorEntry:

@@ -12,12 +12,12 @@ from typing import Any
 
 from ..errors import SourceError
 from . import bitsandbytes_section, compressed_tensors_section
-from .headers import TensorEntry
+from .headers import DTYPE_CODES, TensorEntry
 from .kv.stored import is_factor
 from .language_config import implied_copies, is_language_class
 from .manifest import QuantizedModule
 from .moe_names import stored_shapes
-from .validate import CONFIG_NAME, DTYPE_CODES, StoredCheckpoint
+from .validate import CONFIG_NAME, StoredCheckpoint
 
 SECTIONS: Mapping[str, ModuleType] = {
     compressed_tensors_section.QUANT_METHOD: compressed_tensors_section,

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SourceError
-from .headers import TensorEntry
+from .headers import DTYPE_CODES, TensorEntry
 from .moe_names import stored_shapes
-from .validate import DTYPE_CODES
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import SourceError
 from .config import check_config
-from .headers import ITEM_BYTES, TensorEntry, read_header
+from .headers import DTYPE_CODES, ITEM_BYTES, TensorEntry, read_header
 from .kv.custom_config import check_same, is_custom, stock_config
 from .kv.stored import check_factors
 from .language_config import class_name_of, is_language_class
@@ -34,7 +34,6 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 LANGUAGE_WEIGHTS_NAME = "model.safetensors"
 INDEX_SUFFIX = ".index.json"
 QUANT_METHOD = "compress"
-DTYPE_CODES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 STOP_KEY = "transformers_weights"
 STOP_TEXT = "compress has to be imported first, or load the folder with compress.load"
 _BLOCK = re.compile(r"(?:(?:model|vit|deit)\.layers|transformer_blocks)\.(\d+)\.")

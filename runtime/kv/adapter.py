@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ...errors import SourceError
 from ..fetch import BUILTIN_PREFIX, fetch
 from ..hashes import file_sha256
-from ..headers import TensorEntry, read_header
+from ..headers import DTYPE_CODES, PICKLE_SUFFIXES, TensorEntry, read_header
 from ..language_config import class_name_of
 from ..manifest import MAX_BYTES, HistoryEntry, Sha256
 from ..strict_json import parse_object
@@ -30,8 +30,6 @@ FILE_NAME = "cskv.json"
 WEIGHTS_NAME = "cskv.safetensors"
 FORMAT: Final = "compress-cskv"
 VERSION: Final = 1
-DTYPE_CODES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _DAMAGED = "the file was changed by hand or damaged; fetch the adapter again, or export it again"
 _OTHER = "name the model that the adapter was made for as `base`"
@@ -163,7 +161,7 @@ def open_adapter(folder: str | Path) -> StoredAdapter:
         raise SourceError(f"{path}: {path.stat().st_size} bytes; at most {MAX_BYTES} are read")
     document = AdapterDocument.parse(path.read_bytes(), str(path))
     if not weights.is_file():
-        pickles = sorted(item.name for item in folder.iterdir() if item.suffix in _PICKLES)
+        pickles = sorted(item.name for item in folder.iterdir() if item.suffix in PICKLE_SUFFIXES)
         if pickles:
             raise SourceError(
                 f"{folder / pickles[0]}: the factors are pickled, which can run code, and are refused",
