@@ -1,4 +1,4 @@
-"""Small pictures with the masks of what is drawn on them, as SA-1B lays them out: NAME.jpg beside NAME.json."""
+"""Small pictures with masks of what is drawn on them, as SA-1B lays them out: NAME.jpg beside NAME.json."""
 
 from __future__ import annotations
 
