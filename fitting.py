@@ -18,7 +18,7 @@ from .models.latent_sizes import any_size
 from .models.registry import FAMILY_NAMES, task_of
 from .recipes.allocation import AllocationSettings
 from .recipes.decoding import MOST_ANSWER
-from .recipes.gates import CLASSIFIER_ONLY, DENOISER_ONLY, LANGUAGE_ONLY
+from .recipes.gates import CLASSIFIER_ONLY, DENOISER_ONLY, LANGUAGE_ONLY, SEGMENTER_ONLY
 from .recipes.pruning import IsomorphicSettings
 from .recipes.stages import GridSettings, StageSettings, ViditQSettings
 from .runtime.transformers_config import longest_sequence
@@ -70,7 +70,7 @@ def _check_denoiser(loaded: LoadedRecipe, checkpoint: Checkpoint, family: str) -
         )
     for keys, kind in ((_LANGUAGE_KEYS, "language models"), (_CLASSIFIER_KEYS, "classifiers")):
         _refuse_keys(loaded, keys, f"is of use for {kind}, and {family} is a denoiser", "leave it out")
-    others = (*LANGUAGE_ONLY, *CLASSIFIER_ONLY, "kl")
+    others = (*LANGUAGE_ONLY, *CLASSIFIER_ONLY, *SEGMENTER_ONLY, "kl")
     _check_gates(loaded, dict.fromkeys(others, f"is not measured for a denoiser such as {family}"))
     _check_losses(loaded, "denoising", reason=f"is a loss of classifiers, and {family} is a denoiser")
 
@@ -88,7 +88,7 @@ def _check_classifier(loaded: LoadedRecipe, family: str) -> None:
     ):
         for key in _changed(part, _SAMPLING_KEYS) if part is not None else ():
             raise loaded.error(("evaluate", name, key), unused, "leave it out")
-    others = (*LANGUAGE_ONLY, *DENOISER_ONLY)
+    others = (*LANGUAGE_ONLY, *DENOISER_ONLY, *SEGMENTER_ONLY)
     _check_gates(loaded, dict.fromkeys(others, f"is not measured for a classifier ({family})"))
     losses = ("cross_entropy", "pseudo_labels", "output_norm")
     _check_losses(loaded, *losses, reason=f"is a loss of denoisers, and {family} is a classifier")
@@ -125,7 +125,7 @@ def _check_language(loaded: LoadedRecipe, checkpoint: Checkpoint, family: str) -
         raise loaded.error(
             ("evaluate", "quality"), f"judges images, and {family} is a language model", "leave it out"
         )
-    others = (*DENOISER_ONLY, *CLASSIFIER_ONLY)
+    others = (*DENOISER_ONLY, *CLASSIFIER_ONLY, *SEGMENTER_ONLY)
     _check_gates(loaded, dict.fromkeys(others, f"is not measured for a language model ({family})"))
     _check_settings(loaded, unused)
     reads = recipe.evaluate.fidelity is not None or not _measured_alone(recipe)

@@ -258,7 +258,7 @@ class Evaluator:
         result.metrics["ssim"] = round(ssim(original, drawn, data_range), 5)
         assert self._settings.fidelity is not None
         result.details["fidelity"] = {
-            **self._settings.fidelity.model_dump(mode="json"),
+            **self._settings.fidelity.model_dump(mode="json", exclude={"points"}),
             "seed": self._seed + FIDELITY_SEED,
             "compared": space,
             "data_range": round(data_range, 5),

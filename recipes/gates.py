@@ -23,7 +23,8 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "linear_bytes_ratio": "bytes of the blocks' quantized layers / their bytes in bfloat16",
         "parameters": "parameters of the result, identical copies counted once",
         "macs": "multiply-accumulates of one forward at the reference input",
-        "sqnr_db": "signal to error of the model's output (of a denoiser over all steps), decibels",
+        "sqnr_db": "signal to error of the model's output (of a denoiser over all steps; of a model that "
+        "segments, the embedding of an image), decibels",
         "sqnr_db_worst_step": "the same for the worst step, decibels",
         "kl": "mean divergence of the predicted distribution (next token, class) from the original's, nats",
         "perplexity": "of the result, on text that was not calibrated on",
@@ -40,6 +41,11 @@ METRICS: Mapping[str, str] = MappingProxyType(
         "accuracy_original": "the same share of the original",
         "accuracy_drop": "accuracy_original - accuracy",
         "top1_agreement": "share of the images that the result and the original give the same class, 0 to 1",
+        "mask_agreement": "mean intersection over union of the result's masks with the original's at equal "
+        "points, 0 to 1",
+        "miou": "mean intersection over union of the result's masks with the true ones, a point each, 0 to 1",
+        "miou_original": "the same mean of the original",
+        "miou_drop": "miou_original - miou",
         "answers": "share of the questions of evaluate.answers that the result answers rightly, 0 to 1",
         "answers_original": "the same share of the original",
         "answers_drop": "answers_original - answers",
@@ -71,12 +77,14 @@ LANGUAGE_ONLY = (*_TEXT, *_ANSWERS, *_CACHE, *_DECODING, *_PASSKEY)
 """Metrics of language models alone; `kl` is measured of classifiers as well."""
 _ACCURACY = ("accuracy", "accuracy_original", "accuracy_drop")
 CLASSIFIER_ONLY = (*_ACCURACY, "top1_agreement")
+_MIOU = ("miou", "miou_original", "miou_drop")
+SEGMENTER_ONLY = ("mask_agreement", *_MIOU)
 _IMAGES_ONLY = ("sqnr_db_worst_step", "psnr_db", "ssim")
-_FIDELITY = ("sqnr_db", "kl", *_IMAGES_ONLY, *_TEXT, "top1_agreement")
+_FIDELITY = ("sqnr_db", "kl", *_IMAGES_ONLY, *_TEXT, "top1_agreement", "mask_agreement")
 ONE_PASS = ("sqnr_db", "kl", "perplexity", "perplexity_increase")
 """Metrics of the result of a language model that reads every text in one pass."""
 _SAMPLES = ("class_agreement", "class_agreement_original", "class_agreement_drop", "fid", "fid_original")
-_QUALITY = (*_SAMPLES, *_ACCURACY)
+_QUALITY = (*_SAMPLES, *_ACCURACY, *_MIOU)
 DENOISER_ONLY = (*_IMAGES_ONLY, *_SAMPLES)
 NEEDS: Mapping[str, str] = MappingProxyType(
     {

@@ -146,7 +146,14 @@ class FidelitySettings(_Settings):
         16,
         ge=1,
         description="Samples that both models draw from equal noise; of a language model: sequences of the "
-        "text that are not calibrated on; of a classifier: images that nothing is calibrated or trained on.",
+        "text that are not calibrated on; of a classifier or of a model that segments: images that nothing "
+        "is calibrated or trained on.",
+    )
+    points: int = Field(
+        4,
+        ge=1,
+        le=64,
+        description="Random points that a model that segments is asked for the masks of, in every image.",
     )
     steps: int = Field(20, ge=1, le=1000, description="Sampling steps.")
     guidance_scale: float = Field(4.0, ge=0.0, allow_inf_nan=False, description="Classifier-free guidance.")
@@ -154,9 +161,14 @@ class FidelitySettings(_Settings):
 
 
 class QualitySettings(_Settings):
-    """Quality by itself: of a denoiser's samples, where a scorer is shipped; of a classifier, accuracy."""
+    """Quality by itself: of samples, where a scorer is shipped; accuracy of classes; fit of masks."""
 
-    samples: int = Field(500, ge=2, description="Samples that are scored; of a classifier: labelled images.")
+    samples: int = Field(
+        500,
+        ge=2,
+        description="Samples that are scored; of a classifier: labelled images; of a model that segments: "
+        "images with masks.",
+    )
     steps: int = Field(10, ge=1, le=1000, description="Sampling steps.")
     guidance_scale: float = Field(1.5, ge=0.0, allow_inf_nan=False, description="Classifier-free guidance.")
     batch_size: int = Field(100, ge=1, description="Samples that are computed together.")
@@ -177,7 +189,8 @@ class EvaluateSettings(_Settings):
     )
     quality: QualitySettings | None = Field(
         None,
-        description="Class agreement and Frechet distance, or a classifier's accuracy; null: not measured.",
+        description="Class agreement and Frechet distance, a classifier's accuracy, or the fit of masks; "
+        "null: not measured.",
     )
     answers: AnswersSettings | None = Field(
         None,
