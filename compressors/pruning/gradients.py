@@ -3,7 +3,8 @@
 The sum runs in float32 whatever the weights are in, part by part, and each gradient is added as soon as
 the backward pass has it: beside the model and its activations stands one float32 copy of the named tensors.
 The absolute value is taken of the sum, not of its terms (arXiv 2407.04616 and its official code), so how
-the samples are cut into parts changes rounding alone.
+the samples are cut into parts changes rounding alone. With `absolute` it is |weight * gradient| of every
+part that is summed instead.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .gradients_file import Partial, key_of, read, write
 
 _SAVED_AT_MOST = 1 / 20
 """Share of the time that may go into writing what has been summed so far."""
+_ZERO_HINT = "take a loss that is not at its least on these samples (`loss`), or importance: magnitude"
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Gradients:
     """What `accumulate` gives.
 
     Attributes:
-        sums: tensor name -> gradient of the summed loss, float32, on the tensor's device.
+        sums: tensor name -> gradient of the summed loss, or what `absolute` sums; float32, on the tensor's
+            device.
         loss: mean over all samples.
         samples: how many there were.
     """
@@ -61,6 +64,8 @@ def accumulate(
     folder: Path | None,
     progress: Progress,
     save_every_seconds: float = 60.0,
+    absolute: bool = False,
+    zero_hint: str = _ZERO_HINT,
 ) -> Gradients:
     """Sum the gradients of a loss over all its samples.
 
@@ -76,6 +81,8 @@ def accumulate(
             nowhere. One file, of the latest weights and samples.
         progress: sees a unit for each part, with the mean loss so far.
         save_every_seconds: time between two writings; more where writing is slow.
+        absolute: sum |weight * gradient| of every part, not gradients.
+        zero_hint: what to do where the gradients of all tensors are zero.
 
     Raises:
         StageError: a name is no parameter, there are no samples, a loss or a gradient is not finite, or the
@@ -83,19 +90,19 @@ def accumulate(
     """
     names = sorted(tensors)
     parameters = _parameters(model.module, names)
-    key = key_of(model.module, objective.key, names)
+    key = key_of(model.module, f"{objective.key} absolute" if absolute else objective.key, names)
     started = None if folder is None else read(folder, key, parameters)
     with ExitStack() as stack:
         stack.enter_context(computing_in(model.module, _computed_in(model.module)))
         stack.enter_context(_only(model.module, parameters))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        sums = _summed_into(parameters, stack, started)
+        sums = _summed_into(parameters, stack, started, absolute=absolute)
         total = _run(model, objective, sums, started, key, folder, progress, save_every_seconds)
     if not any(bool(value.any()) for value in sums.values()):
         raise StageError(
             "the gradients of all weights are zero, so nothing tells which are worth keeping",
-            hint="take a loss that is not at its least on these samples (`loss`), or importance: magnitude",
+            hint=zero_hint,
         )
     return Gradients(sums, total.loss_sum / total.samples, total.samples)
 
@@ -161,9 +168,10 @@ def _backward(loss: Tensor, sums: Mapping[str, Tensor], part: int, parts: int) -
 
 
 def _summed_into(
-    parameters: Mapping[str, nn.Parameter], stack: ExitStack, started: Partial | None
+    parameters: Mapping[str, nn.Parameter], stack: ExitStack, started: Partial | None, *, absolute: bool
 ) -> dict[str, Tensor]:
     """Let every gradient be added to a float32 tensor, and dropped, when a backward pass has it."""
+    adding = _adding_worth_to if absolute else _adding_to
     sums: dict[str, Tensor] = {}
     shared: dict[nn.Parameter, Tensor] = {}  # a tensor of two names is summed once
     for name, parameter in parameters.items():
@@ -173,7 +181,7 @@ def _summed_into(
             if started is not None:
                 total.copy_(started.sums[name])
             shared[parameter] = total
-            stack.callback(parameter.register_post_accumulate_grad_hook(_adding_to(total)).remove)
+            stack.callback(parameter.register_post_accumulate_grad_hook(adding(total)).remove)
         sums[name] = shared[parameter]
     return sums
 
@@ -188,6 +196,16 @@ class _adding_to:  # noqa: N801 (used as a function)
         assert parameter.grad is not None
         with torch.no_grad():
             self._total.add_(parameter.grad)
+        parameter.grad = None
+
+
+class _adding_worth_to(_adding_to):  # noqa: N801 (used as a function)
+    """A hook that adds |parameter * gradient| to a sum, and drops the gradient."""
+
+    def __call__(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        with torch.no_grad():
+            self._total.add_(parameter.grad.float().mul_(parameter).abs_())
         parameter.grad = None
 
 
