@@ -9,10 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from ..models.base import Family
-from ..runtime.language_config import implied_copies
 from ..runtime.moe_classes import is_moe_class
 from ..runtime.moe_names import Part, parts_of
-from ..runtime.transformers_config import auto_class_of, is_transformers_class, named_as_stored
+from ..runtime.transformers_config import (
+    auto_class_of,
+    implied_copies,
+    is_transformers_class,
+    named_as_stored,
+)
 from ..runtime.validate import LANGUAGE_WEIGHTS_NAME, WEIGHTS_NAME
 from .writer import StoredTensor
 

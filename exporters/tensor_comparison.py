@@ -24,8 +24,9 @@ from ..models.scan import read_exactly
 from ..models.shapes import stays_in_float32
 from ..recipes.schema import ModelRef
 from ..runtime.headers import ITEM_BYTES, TensorEntry
-from ..runtime.language_config import implied_copies, without_code
+from ..runtime.language_config import without_code
 from ..runtime.moe_names import part_of
+from ..runtime.transformers_config import implied_copies
 
 _CHUNK_ITEMS = 2**20
 _OF_A_MIXTURE = re.compile(r"model\.layers\.(\d+)\.mlp\.(?:experts|gate|router)\..+")

@@ -29,7 +29,7 @@ from .source_card import SourceCard
 from .structure import PrunableStructure
 
 Role = Literal[
-    "attention.q", "attention.k", "attention.v", "attention.out",
+    "attention.q", "attention.k", "attention.v", "attention.out", "attention.qkv",
     "cross.q", "cross.k", "cross.v", "cross.out",
     "ff.in", "ff.gate", "ff.out", "adaln", "embedder", "head",
     "projection", "conv", "conv.shortcut", "router",
@@ -145,7 +145,7 @@ class Family(ABC):
     name: ClassVar[str]
     class_names: ClassVar[tuple[str, ...]]
     library: ClassVar[Literal["diffusers", "transformers"]] = "diffusers"
-    task: ClassVar[Literal["denoise", "language", "classify"]] = "denoise"
+    task: ClassVar[Literal["denoise", "language", "classify", "segment"]] = "denoise"
     tied: ClassVar[bool] = False
     """Copies (`replicas`) are one tensor in the stock module, and stock checkpoints store them once."""
     latents: ClassVar[str] = "hidden_states"

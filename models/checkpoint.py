@@ -20,11 +20,12 @@ from ..runtime.headers import PICKLE_SUFFIXES
 from ..runtime.kv.adapter import is_adapter
 from ..runtime.kv.custom_config import is_custom
 from ..runtime.kv.stored import is_factor
-from ..runtime.language_config import class_name_of, implied_copies
+from ..runtime.language_config import class_name_of
 from ..runtime.moe_classes import is_moe_class
 from ..runtime.moe_names import stored_shapes
+from ..runtime.sam_sizes import SAM_RELATIVES
 from ..runtime.strict_json import parse_object
-from ..runtime.transformers_config import named_as_modules
+from ..runtime.transformers_config import implied_copies, named_as_modules
 from . import scan
 from .headers import TensorHeader, merge_headers
 from .hub import fetch_configs, fetch_weights
@@ -262,6 +263,11 @@ def _class_name(raw: Mapping[str, Any], where: Path) -> str:
         )
     given = class_name_of(raw)
     class_name = stock_class_name(given, raw)
+    if given in SAM_RELATIVES:
+        raise SourceError(
+            f"{where}: {given!r} is not supported: {SAM_RELATIVES[given]}",
+            hint="use a checkpoint of SamModel",
+        )
     if class_name is None:
         shown = f"{given!r}" if given else "a class that the config does not name"
         raise SourceError(

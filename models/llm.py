@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..runtime.language_config import LANGUAGE_CLASSES, implied_copies, language_shape
+from ..runtime.language_config import LANGUAGE_CLASSES, language_shape
+from ..runtime.transformers_config import implied_copies
 from ..runtime.transformers_model import build_transformers_model
 from .base import AS_CONFIGURED, Family, FoldGroup, LinearSite, Role, Shapes
 from .transformer import (

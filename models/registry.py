@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import SourceError
 from ..runtime.language_config import LANGUAGE_CLASSES
 from ..runtime.moe_classes import MOE_CLASSES
+from ..runtime.sam_sizes import SAM_CLASSES
 from ..runtime.vision_sizes import VISION_CLASSES, VISION_KINDS
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ FAMILY_NAMES: Mapping[str, str] = {
     **dict.fromkeys(LANGUAGE_CLASSES, "llm"),
     **dict.fromkeys(MOE_CLASSES, "moe"),
     **{name: VISION_KINDS[model_type] for name, (model_type, _) in VISION_CLASSES.items()},
+    **dict.fromkeys(SAM_CLASSES, "sam"),
 }
 _ADAPTERS: Mapping[str, str] = {
     "dit": "DiTFamily",
@@ -37,12 +39,14 @@ _ADAPTERS: Mapping[str, str] = {
     "vit": "ViTFamily",
     "convnext": "ConvNextFamily",
     "swin": "SwinFamily",
+    "sam": "SamFamily",
 }
-Task = Literal["denoise", "language", "classify"]
+Task = Literal["denoise", "language", "classify", "segment"]
 _TASKS: Mapping[str, Task] = {
     "llm": "language",
     "moe": "language",
     **dict.fromkeys(VISION_KINDS.values(), "classify"),
+    "sam": "segment",
 }
 
 # Before diffusers 0.30 one class served several models; their configs still say so on the Hub.
@@ -54,7 +58,7 @@ _FORMER_BY_NORM: Mapping[str, str] = {
 
 
 def task_of(family_name: str) -> Task:
-    """Return what models of a family do: they denoise images, continue texts, or classify images."""
+    """Return what models of a family do: denoise images, continue texts, classify images, or segment them."""
     return _TASKS.get(family_name, "denoise")
 
 

@@ -14,11 +14,13 @@ from ..runtime.config import DEFAULTS, complete_config, model_width
 from ..runtime.language_config import LANGUAGE_CLASSES
 from ..runtime.mapped_routing import MAPPING
 from ..runtime.moe_classes import MOE_CLASSES
+from ..runtime.sam_sizes import SAM_CLASSES
 from ..runtime.vision_sizes import VISION_CLASSES, VISION_KINDS
 from .flux_shapes import flux_tensors
 from .hunyuan_shapes import hunyuan_tensors
 from .llm_shapes import language_tensors
 from .moe_shapes import CORRECTION, moe_tensors
+from .sam_shapes import sam_tensors
 from .tensor_names import TIMESTEP_CHANNELS, Named, Shape, affine, linear
 from .unet_shapes import unet_tensors
 from .vision_shapes import convnext_tensors, swin_tensors, vit_tensors
@@ -182,4 +184,5 @@ _BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], Named]] = {
     **dict.fromkeys(LANGUAGE_CLASSES, language_tensors),
     **dict.fromkeys(MOE_CLASSES, moe_tensors),
     **{name: _VISION[VISION_KINDS[model_type]] for name, (model_type, _) in VISION_CLASSES.items()},
+    **dict.fromkeys(SAM_CLASSES, sam_tensors),
 }

@@ -142,15 +142,10 @@ def language_shape(config: Mapping[str, Any]) -> LanguageShape:
     )
 
 
-def implied_copies(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the tensors that are one with another one by the config: copy -> stored name.
-
-    Stock checkpoints do not store the copies, and stock classes make them again.
-    """
-    class_name = class_name_of(config)
-    if not is_language_class(class_name) or not config.get("tie_word_embeddings", False):
-        return {}
-    return {"lm_head.weight": "model.embed_tokens.weight"}
+def tied_head(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the head of a language model where it is the embedding: copy -> stored name."""
+    tied = config.get("tie_word_embeddings", False)
+    return {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
 
 
 def without_code(config: Mapping[str, Any]) -> dict[str, Any]:

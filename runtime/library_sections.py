@@ -14,9 +14,10 @@ from ..errors import SourceError
 from . import bitsandbytes_section, compressed_tensors_section
 from .headers import DTYPE_CODES, TensorEntry
 from .kv.stored import is_factor
-from .language_config import implied_copies, is_language_class
+from .language_config import is_language_class
 from .manifest import QuantizedModule
 from .moe_names import stored_shapes
+from .transformers_config import implied_copies
 from .validate import CONFIG_NAME, StoredCheckpoint
 
 SECTIONS: Mapping[str, ModuleType] = {

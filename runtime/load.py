@@ -21,7 +21,7 @@ from .kv.adapter import StoredAdapter, base_folder, check_sizes, is_adapter, ope
 from .kv.assembled import assembled
 from .kv.saving import SaveWithManifest
 from .kv.scheme import factor_tensors
-from .language_config import implied_copies, is_language_class
+from .language_config import is_language_class
 from .layered import check_layers_agree
 from .library_load import load_by_library
 from .library_sections import is_known
@@ -35,7 +35,7 @@ from .moe_names import stored_shapes
 from .moe_tensors import place_stored
 from .stored_tensors import TORCH_DTYPES, check_dtype, check_tensors, dense_tensors
 from .surgery import apply_surgery
-from .transformers_config import is_transformers_class
+from .transformers_config import implied_copies, is_transformers_class
 from .transformers_model import build_transformers_model
 from .validate import CONFIG_NAME, QUANT_METHOD, StoredCheckpoint, TensorEntry, open_folder, read_json
 

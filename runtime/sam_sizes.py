@@ -12,6 +12,17 @@ from typing import Any
 
 SAM_CLASSES: Mapping[str, str] = {"SamModel": "sam"}
 """Class -> its model_type."""
+_ENCODER = "it has another image encoder, and none of its parts are those of a SamModel"
+_ALONE = "it is the image encoder alone; without the mask decoder there are no masks to compare"
+SAM_RELATIVES: Mapping[str, str] = {
+    "SamHQModel": "its mask decoder reads the encoder's inner stream at full width, which slimming changes",
+    **dict.fromkeys(("SamVisionModel", "SamHQVisionModel"), _ALONE),
+    **dict.fromkeys(
+        ("Sam2Model", "Sam2VideoModel", "Sam3Model", "Sam3VideoModel", "Sam3TrackerModel", "EdgeTamModel",
+         "EdgeTamVideoModel"), _ENCODER,
+    ),
+}  # fmt: skip
+"""Class that looks like one of `SAM_CLASSES` -> why it is not supported."""
 
 VISION: Mapping[str, Any] = {
     "hidden_size": 768, "output_channels": 256, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -77,7 +88,7 @@ class SamEncoder:
     @property
     def padded_side(self) -> int:
         """Tokens along a side, filled up to whole windows."""
-        return -(-self.side // self.window) * self.window
+        return self.side if self.window == 0 else -(-self.side // self.window) * self.window
 
     def is_global(self, layer: int) -> bool:
         """Tell whether a layer attends to the whole image."""

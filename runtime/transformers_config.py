@@ -14,9 +14,12 @@ from .language_config import (
     is_language_class,
     language_shape,
     structural_arguments,
+    tied_head,
 )
 from .moe_classes import MOE_CLASSES, is_moe_class
 from .moe_config import check_moe_config, complete_moe_config, moe_shape
+from .sam_config import check_sam_config, complete_sam_config, sam_arguments, sam_copies
+from .sam_sizes import SAM_CLASSES, is_sam_class
 from .vision_config import check_vision_config, complete_vision_config
 from .vision_sizes import VISION_CLASSES, is_vision_class
 
@@ -25,11 +28,13 @@ Value = TypeVar("Value")
 
 def is_transformers_class(class_name: object) -> bool:
     """Tell whether a stock class is one of transformers that is supported; the others are of diffusers."""
-    return is_language_class(class_name) or is_vision_class(class_name)
+    return is_language_class(class_name) or is_vision_class(class_name) or is_sam_class(class_name)
 
 
 def auto_class_of(class_name: str) -> str:
     """Return the class that users of transformers load any model of this kind with."""
+    if is_sam_class(class_name):
+        return class_name  # the automatic class for masks knows other models, too, which take other inputs
     return "AutoModelForImageClassification" if is_vision_class(class_name) else "AutoModelForCausalLM"
 
 
@@ -41,6 +46,8 @@ def complete_transformers_config(class_name: str, config: Mapping[str, Any], whe
     """
     if is_moe_class(class_name):
         return complete_moe_config(class_name, config, where)
+    if is_sam_class(class_name):
+        return complete_sam_config(class_name, config, where)
     complete = complete_vision_config if is_vision_class(class_name) else complete_language_config
     return complete(class_name, config, where)
 
@@ -60,6 +67,8 @@ def check_transformers_config(config: Mapping[str, Any], tensors: int, size: int
     class_name = str(class_name_of(config))
     if is_vision_class(class_name):
         check_vision_config(class_name, config, tensors, size, where)
+    elif is_sam_class(class_name):
+        check_sam_config(class_name, config, tensors, where)
     elif is_moe_class(class_name):
         check_moe_config(config, tensors, where)
     else:
@@ -69,11 +78,24 @@ def check_transformers_config(config: Mapping[str, Any], tensors: int, size: int
 def stock_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the stock config class is built from; nothing that makes it fetch or run other code."""
     name = str(class_name_of(config))
+    if is_sam_class(name):
+        return {**sam_arguments(config), "model_type": SAM_CLASSES[name]}
     if is_moe_class(name):
         model_type = MOE_CLASSES[name].model_type
     else:
         model_type = (VISION_CLASSES if is_vision_class(name) else LANGUAGE_CLASSES)[name][0]
     return {**structural_arguments(config), "model_type": model_type}
+
+
+def implied_copies(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tensors that are one with another one by the config: copy -> stored name.
+
+    Stock checkpoints need not store the copies, and stock classes make them again.
+    """
+    class_name = class_name_of(config)
+    if is_sam_class(class_name):
+        return sam_copies(config)
+    return tied_head(config) if is_language_class(class_name) else {}
 
 
 def longest_sequence(config: Mapping[str, Any]) -> int:

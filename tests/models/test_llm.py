@@ -15,12 +15,8 @@ from compress.models.shapes import complete_config, expected_shapes
 from compress.preflight import linear_names
 from compress.progress import SilentProgress
 from compress.recipes.schema import ModelRef
-from compress.runtime.language_config import (
-    LANGUAGE_CLASSES,
-    implied_copies,
-    language_shape,
-)
-from compress.runtime.transformers_config import stock_arguments
+from compress.runtime.language_config import LANGUAGE_CLASSES, language_shape
+from compress.runtime.transformers_config import implied_copies, stock_arguments
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
