@@ -103,6 +103,7 @@ def verify_against(
         evaluation.metrics,
         quality_samples=_quality_samples(recipe),
         fidelity_samples=recipe.evaluate.fidelity.samples if recipe.evaluate.fidelity else None,
+        points=recipe.evaluate.fidelity.points if recipe.evaluate.fidelity else 1,
         passkey_samples=_passkey_samples(recipe),
     )
     _check_figures(result, agreement)

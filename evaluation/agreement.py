@@ -25,6 +25,7 @@ _PERPLEXITY_SHARE = 0.01
 _KL_FLOOR = 0.002
 _PERPLEXITIES = ("perplexity", "decode_perplexity", "cache_perplexity")
 _PASSKEY = ("passkey", "passkey_original", "passkey_drop")
+_SHARES = ("class_agreement", "accuracy", "top1_agreement", "mask_agreement", "miou")
 _FRECHET_SHARE = 0.05
 _FRECHET_FLOOR = 0.05
 # Below the signal by this much lies what other kernels may add; beyond it there is nothing else.
@@ -87,6 +88,7 @@ def compare_metrics(
     *,
     quality_samples: int | None,
     fidelity_samples: int | None = None,
+    points: int = 1,
     passkey_samples: int | None = None,
 ) -> Agreement:
     """Hold figures against the recorded ones; what is only measured now says nothing about a record.
@@ -96,12 +98,15 @@ def compare_metrics(
     Args:
         recorded: of a report.
         measured: now.
-        quality_samples: that class agreement and accuracy were counted on, None where they were not
+        quality_samples: that class agreement, accuracy and mIoU were counted on, None where they were not
             measured.
-        fidelity_samples: the same of equal answers of classifiers.
+        fidelity_samples: the same of equal answers of classifiers, and images whose masks were compared.
+        points: masks of each of these images.
         passkey_samples: the same of hidden numbers.
     """
-    counted = dict.fromkeys(_PASSKEY, passkey_samples) | {"top1_agreement": fidelity_samples}
+    masks = None if fidelity_samples is None else fidelity_samples * points
+    compared = {"top1_agreement": fidelity_samples, "mask_agreement": masks}
+    counted = dict.fromkeys(_PASSKEY, passkey_samples) | compared
     held = (name for name in recorded if name != SPEEDUP)
     return Agreement(
         tuple(_row(name, recorded[name], measured, counted.get(name, quality_samples)) for name in held)
@@ -133,8 +138,9 @@ def _allowed(name: str, recorded: float, samples: int | None) -> float:
         "decode_kl",
     ):
         return _of_text(name, recorded)
-    if name in _PASSKEY or name.startswith(("class_agreement", "accuracy", "top1_agreement")):
-        # A handful of samples near a decision's border; a drop is a difference of two such counts.
+    if name in _PASSKEY or name.startswith(_SHARES):
+        # A handful of samples near a decision's border; a drop is a difference of two such counts. A model
+        # that segments decides, too: which of three masks it offers.
         least = max(_AGREEMENT, 3.0 / samples if samples else 0.0)
         return 2 * least if name.endswith("_drop") else least
     if name.startswith("fid"):

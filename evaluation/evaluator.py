@@ -29,6 +29,7 @@ from ..recipes.gates import SPEEDUP
 from ..recipes.schema import CalibrationSettings, EvaluateSettings, FidelitySettings, QualitySettings
 from .call_store import CallWriter, take, to_device
 from .layers import Powers
+from .mask_examples import MaskExample
 from .metrics import powers, psnr_db, ssim
 from .quality import balanced_classes, judge, why_not
 from .reference import CALLS, IMAGES_FILE, VERSION, Reference, recorded
@@ -52,12 +53,14 @@ class Evaluation:
         images: name -> [n, C, H, W] float32, final samples of equal seeds: ``original`` first, ``compressed``
             last, and between them those of the model as it was between stages, by what they are called.
         labels: one caption per image, or empty.
+        masks: of a model that segments, some prompts with the masks of both models.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     images: dict[str, Tensor] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+    masks: tuple[MaskExample, ...] = ()
 
     def add_speed(self, found: Mapping[str, Any]) -> None:
         """Add what `speed.measure_speed` returned."""

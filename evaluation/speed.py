@@ -1,5 +1,8 @@
 """How long one forward takes, original and compressed measured in turn.
 
+Of a model that segments the encoder is timed as well: it is what is compressed, and it runs once an image,
+however many masks are asked for.
+
 What was measured belongs to a machine and a moment: it is reported, but no second run gives it again.
 """
 
@@ -18,6 +21,7 @@ from ..recipes.schema import SpeedSettings
 from ..runtime.cpu import processor
 
 _FIGURES = ("original_seconds", "seconds", "speedup")
+_ENCODER, _PIXELS = "vision_encoder", "pixel_values"
 
 
 def interleaved_minima(
@@ -74,12 +78,38 @@ def forward_latency(
     """
     generator = torch.Generator().manual_seed(seed)
     inputs = original.family.example_inputs(original.module, batch, generator)
+    return _compared(original.module, compressed, inputs, rounds, synchronize)
 
+
+@torch.no_grad()
+def encoder_latency(
+    original: OpenModel,
+    compressed: nn.Module,
+    *,
+    batch: int,
+    rounds: int,
+    seed: int,
+    synchronize: Callable[[], None],
+) -> Mapping[str, float]:
+    """Time the image encoders of two models that segment; arguments and result as of `forward_latency`."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = original.family.example_inputs(original.module, batch, generator)
+    before, after = (module.get_submodule(_ENCODER) for module in (original.module, compressed))
+    return _compared(before, after, {_PIXELS: inputs[_PIXELS]}, rounds, synchronize)
+
+
+def _compared(
+    original: nn.Module,
+    compressed: nn.Module,
+    inputs: Mapping[str, Any],
+    rounds: int,
+    synchronize: Callable[[], None],
+) -> dict[str, float]:
     def run(module: nn.Module) -> None:
         module(**inputs)
         synchronize()
 
-    before, after = interleaved_minima([lambda: run(original.module), lambda: run(compressed)], rounds=rounds)
+    before, after = interleaved_minima([lambda: run(original), lambda: run(compressed)], rounds=rounds)
     return {"original_seconds": before, "seconds": after, "speedup": before / after}
 
 
@@ -87,6 +117,8 @@ def measure_speed(
     original: OpenModel, module: nn.Module, settings: SpeedSettings, seed: int, progress: Progress
 ) -> dict[str, Any]:
     """Return the report's `evaluation.speed`: settings, where, and what `forward_latency` says.
+
+    Of a model that segments, `encoder` holds what `encoder_latency` says.
 
     Args:
         original: before any stage, on the device of the other.
@@ -101,14 +133,19 @@ def measure_speed(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
+    how: dict[str, Any] = {
+        "batch": settings.batch_size, "rounds": settings.rounds, "seed": seed, "synchronize": synchronize
+    }  # fmt: skip
     with step(progress, "speed of one forward"):
-        found = forward_latency(
-            original, module, batch=settings.batch_size, rounds=settings.rounds, seed=seed,
-            synchronize=synchronize,
-        )  # fmt: skip
-    figures = {name: float(f"{found[name]:.4g}") for name in _FIGURES}
+        figures: dict[str, Any] = _rounded(forward_latency(original, module, **how))
+        if original.family.task == "segment":
+            figures["encoder"] = _rounded(encoder_latency(original, module, **how))
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()[0]
     return {**settings.model_dump(mode="json"), "on": on, "threads": torch.get_num_threads(), **figures}
+
+
+def _rounded(found: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(f"{found[name]:.4g}") for name in _FIGURES}
 
 
 def recorded_speed(evaluation: Any) -> dict[str, Any] | None:
@@ -118,8 +155,14 @@ def recorded_speed(evaluation: Any) -> dict[str, Any] | None:
         evaluation: the report's `evaluation`, as read.
     """
     found = evaluation.get("speed") if isinstance(evaluation, dict) else None
-    if not isinstance(found, dict) or set(found) != {*SpeedSettings.model_fields, "on", "threads", *_FIGURES}:
+    if not isinstance(found, dict):
         return None
-    numbers = [value for name, value in found.items() if name != "on"]
+    told = {name: value for name, value in found.items() if name != "encoder"}
+    encoder = found.get("encoder", dict.fromkeys(_FIGURES, 1.0))
+    if set(told) != {*SpeedSettings.model_fields, "on", "threads", *_FIGURES}:
+        return None
+    if not isinstance(encoder, dict) or set(encoder) != set(_FIGURES):
+        return None
+    numbers = [*(value for name, value in told.items() if name != "on"), *encoder.values()]
     usable = all(isinstance(value, int | float) and value > 0 for value in numbers)
     return found if usable and isinstance(found["on"], str) else None

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from .card_masks import mask_notes, mask_rows
 from .card_subject import Subject
 from .depth_table import removals
 from .experts_table import measure_told
@@ -15,6 +16,8 @@ from .pruning_table import prunings, steps_of
 
 _CAPTIONS = {
     "samples.png": "Samples of the original and of this checkpoint from equal noise.",
+    "masks.png": "Masks of the original and of this checkpoint at the same points of images that nothing was"
+    " trained on: of every image the point at which the original is surest.",
     "sqnr_per_timestep.png": "Signal to error of one denoiser call at every sampling step.",
     "layer_error.png": "Signal to error of every block and its linears, each block on the original's input."
     " Linears whose output can absorb scales, such as value projections, are left out.",
@@ -33,6 +36,7 @@ _CAPTIONS = {
     "decoding.png": "Mean loss of a decoded token by its distance from the prompt.",
     "training_loss.png": "Loss of the training after pruning.",
 }
+_FIRST = ("samples.png", "masks.png")  # what a model is for
 _COUNTED = ("blocks.png", "experts.png")  # whose places are those of the model before
 _METRIC_ROWS = (
     ("sqnr_db", "denoiser SQNR, all steps", "{:.2f} dB"),
@@ -49,13 +53,14 @@ def measured(subject: Subject, figures: Sequence[str]) -> Iterator[str]:
         figures: names of the pictures beside the card.
     """
     yield from ("## What it costs, what it saves", "")
-    if "samples.png" in figures:
-        yield from _picture("samples.png", subject)
+    first = [name for name in figures if name in _FIRST]
+    for name in first:
+        yield from _picture(name, subject)
     yield from table(("", "original", "this checkpoint"), _rows(subject))
     yield from _notes(subject.document["evaluation"])
     yield from _commands(subject)
     for name in figures:
-        if name != "samples.png":
+        if name not in first:
             yield from _picture(name, subject)
 
 
@@ -101,17 +106,15 @@ def _rows(subject: Subject) -> list[tuple[str, str, str]]:
         what = "quantized layers of the blocks, share of bfloat16"
         rows.append((what, "1", f"{metrics['linear_bytes_ratio']:.4f}"))
     if "speed" in subject.document["evaluation"]:
-        rows.append(_speed_row(subject.document["evaluation"]["speed"]))
-    of_logits = "perplexity" in metrics or "top1_agreement" in metrics
+        rows += _speed_rows(subject.document["evaluation"]["speed"])
     # Beside a compressed cache this says what happened to the weights, and nothing of the cache.
     text = subject.document["evaluation"].get("text", {})
     one_pass = ", read in one pass" if "note" in text or kv_stages(subject.document) else ""
     for name, what, form in _METRIC_ROWS:
         if name in metrics:
-            rows.append(
-                (f"SQNR of the logits{one_pass}" if of_logits else what, "", form.format(metrics[name]))
-            )
+            rows.append((_output_named(metrics, what, one_pass), "", form.format(metrics[name])))
     rows += _classifier_rows(metrics)
+    rows += mask_rows(metrics)
     if "perplexity" in metrics:
         before, after = f"{metrics['perplexity_original']:.4f}", f"{metrics['perplexity']:.4f}"
         rows.append((f"perplexity on text that was not calibrated on{one_pass}", before, after))
@@ -124,6 +127,14 @@ def _rows(subject: Subject) -> list[tuple[str, str, str]]:
         rows.append(("class agreement", before, after))
         rows.append(("feature FID", f"{metrics['fid_original']:.3f}", f"{metrics['fid']:.3f}"))
     return rows
+
+
+def _output_named(metrics: Mapping[str, Any], denoiser: str, one_pass: str) -> str:
+    """Say what an SQNR is of, by the figures that are beside it."""
+    if "mask_agreement" in metrics:
+        return "SQNR of the embedding of an image"
+    of_logits = "perplexity" in metrics or "top1_agreement" in metrics
+    return f"SQNR of the logits{one_pass}" if of_logits else denoiser
 
 
 def _cache_rows(document: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -140,10 +151,12 @@ def _cache_rows(document: Mapping[str, Any], metrics: Mapping[str, Any]) -> list
     return rows
 
 
-def _speed_row(speed: Mapping[str, Any]) -> tuple[str, str, str]:
-    text = f"one forward of {speed['batch_size']}, shortest of {speed['rounds']}, milliseconds"
-    before, after = (f"{1000 * speed[name]:.4g}" for name in ("original_seconds", "seconds"))
-    return text, before, f"{after} ({speed['speedup']:.2f} times as fast)"
+def _speed_rows(speed: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    for what, found in (("", speed), (" of the image encoder", speed.get("encoder"))):
+        if found is not None:
+            text = f"one forward{what} of {speed['batch_size']}, shortest of {speed['rounds']}, milliseconds"
+            before, after = (f"{1000 * found[name]:.4g}" for name in ("original_seconds", "seconds"))
+            yield text, before, f"{after} ({found['speedup']:.2f} times as fast)"
 
 
 def _answer_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -177,6 +190,9 @@ def _classifier_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def _notes(details: Mapping[str, Any]) -> Iterator[str]:
     """Say how the figures of the table were measured."""
     fidelity, quality, text = details.get("fidelity"), details.get("quality"), details.get("text")
+    if details.get("segmentation"):
+        yield from mask_notes(details["segmentation"])
+        return
     if details.get("images"):
         yield from _image_notes(details)
         return

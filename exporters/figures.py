@@ -24,11 +24,13 @@ from .figures_bits import draw_bits, draw_points, draw_sensitivity
 from .figures_depth import draw_choices, draw_kept
 from .figures_experts import chooses_experts, draw_experts, draw_fitness, searches
 from .figures_kv import draw_decoding, draw_singular_values
+from .figures_masks import draw_masks
 from .figures_pruning import draw_scores, draw_training, draw_widths
 from .kv_table import cache_of, decoding_of, kv_stages
 from .layer_table import allocation_of, has_quantizer, label_of, mixed_label_of
 from .pruning_table import numbered, prunings, recoveries, widths_of
 
+MASKS = "masks.png"
 SAMPLES, TIMESTEPS, LAYERS, BITS = "samples.png", "sqnr_per_timestep.png", "layer_error.png", "bits.png"
 SENSITIVITY, POINTS = "sensitivity.png", "error_over_bytes.png"
 SCORES, WIDTHS, TRAINING = "scores.png", "widths.png", "training_loss.png"
@@ -36,8 +38,8 @@ KEPT, CHOICES = "blocks.png", "choices.png"
 EXPERTS, FITNESS = "experts.png", "fitness.png"
 SINGULAR_VALUES, DECODING = "kv_singular_values.png", "decoding.png"
 ORDER = (
-    SAMPLES, TIMESTEPS, LAYERS, BITS, SENSITIVITY, POINTS, KEPT, CHOICES, EXPERTS, FITNESS, WIDTHS, SCORES,
-    SINGULAR_VALUES, DECODING, TRAINING,
+    SAMPLES, MASKS, TIMESTEPS, LAYERS, BITS, SENSITIVITY, POINTS, KEPT, CHOICES, EXPERTS, FITNESS, WIDTHS,
+    SCORES, SINGULAR_VALUES, DECODING, TRAINING,
 )  # fmt: skip
 """In which a card shows the pictures."""
 
@@ -242,6 +244,7 @@ def write_figures(folder: Path, evaluation: Evaluation, document: Mapping[str, A
     inside = [row for row in details.get("linears", ()) if row["block"] is not None]
     drawings: list[Drawing] = [
         (SAMPLES, bool(evaluation.images), lambda: draw_samples(evaluation, label)),
+        (MASKS, bool(evaluation.masks), lambda: draw_masks(evaluation.masks, label)),
         (TIMESTEPS, bool(details.get("timesteps")), lambda: draw_timesteps(details, metrics)),
         (LAYERS, _differs(details.get("layers", ())), lambda: draw_layers(details["layers"])),
         (BITS, label_of(inside) is not None,

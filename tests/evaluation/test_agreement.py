@@ -55,6 +55,26 @@ def test_a_report_without_figures_proves_nothing():
     assert found.text == "the report records no figures"
 
 
+@pytest.mark.parametrize(
+    ("metric", "near", "far"),
+    [
+        ("mask_agreement", 0.77, 0.75),
+        ("miou", 0.83, 0.85),
+        ("miou_original", 0.83, 0.85),
+        ("miou_drop", 0.87, 0.89),
+    ],
+)
+def test_masks_may_move_by_as_many_as_a_few_other_choices(metric, near, far):
+    """16 images of 5 points: 80 masks; true masks are at least as many as their images, here 80."""
+
+    def holds(measured):
+        return compare_metrics(
+            {metric: 0.8}, {metric: measured}, quality_samples=80, fidelity_samples=16, points=5
+        ).holds
+
+    assert holds(near) and not holds(far)
+
+
 def test_few_samples_allow_for_a_few_of_them():
     assert compare({"class_agreement": 0.90}, samples=100).holds
     assert not compare({"class_agreement": 0.90}, samples=1000).holds
