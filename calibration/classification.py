@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -175,7 +175,19 @@ def record_images(
     return ClassificationCalibration(seed, content_key(model, content), chosen, pools, settings.batch_size)
 
 
-def warn_of_left_out(images: ImageSet, place: str, progress: Progress) -> None:
+class LeftOut(Protocol):
+    """A set that knows what is not in it, such as `ImageSet`."""
+
+    @property
+    def skipped(self) -> Sequence[str]:
+        """Names of files that cannot be read."""
+
+    @property
+    def copies(self) -> int:
+        """How many are held out for measuring."""
+
+
+def warn_of_left_out(images: LeftOut, place: str, progress: Progress) -> None:
     """Warn once of files that cannot be read, with the name of the first, and once of held-out images."""
     count = len(images.skipped)
     if count:

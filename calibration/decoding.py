@@ -5,11 +5,14 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from os import cpu_count
 from pathlib import Path
 from stat import S_ISREG
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,6 +24,8 @@ MAX_ASPECT = 32
 """Resizing the short side of a narrower image would make it huge."""
 _MODES = {1: "L", 3: "RGB"}
 _MAX_READERS = 8
+_ORIENTATION = 0x0112
+_UPRIGHT, _FIRST_ON_ITS_SIDE, _LAST_ORIENTATION = 1, 5, 8
 _DEEP = ("I", "F")
 """Modes of more than eight bits begin so; converting them would clip, not scale."""
 _DAMAGED = (
@@ -32,6 +37,21 @@ _DAMAGED = (
 
 class Unreadable(Exception):
     """A file is no image that can be used; says which and why."""
+
+
+@dataclass(frozen=True)
+class ImageHead:
+    """What an image says of itself.
+
+    Attributes:
+        size: (height, width) in pixels, upright as its camera says.
+        stored: (height, width) of the rows in the file.
+        turned: whether upright and stored are different pictures, whatever their sizes.
+    """
+
+    size: tuple[int, int]
+    stored: tuple[int, int]
+    turned: bool
 
 
 def check_header(path: Path) -> None:
@@ -58,12 +78,46 @@ def decode(path: Path, channels: int) -> np.ndarray:
         Unreadable: see `check_header`; or the data is damaged.
     """
     with _opened(path) as image:
-        try:
-            upright = ImageOps.exif_transpose(image).convert(_MODES[channels])
-            pixels = np.asarray(upright, dtype=np.uint8)
-        except _DAMAGED as error:
-            raise Unreadable(f"{path}: cannot be decoded: {error}") from error
+        pixels = _pixels(image, str(path), channels)
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def head_of(stream: BinaryIO, where: str) -> ImageHead:
+    """Look at what an image says of itself, without decoding it.
+
+    Args:
+        stream: of its bytes.
+        where: what errors call it.
+
+    Raises:
+        Unreadable: as `check_header`.
+    """
+    with _image(stream, where) as image:
+        try:
+            orientation = image.getexif().get(_ORIENTATION, _UPRIGHT)
+        except _DAMAGED as error:
+            raise Unreadable(f"{where}: cannot be read: {error}") from error
+        stored = (image.height, image.width)
+    turned = orientation in range(_UPRIGHT + 1, _LAST_ORIENTATION + 1)
+    size = stored[::-1] if turned and orientation >= _FIRST_ON_ITS_SIDE else stored
+    return ImageHead(size, stored, turned)
+
+
+def decode_stream(stream: BinaryIO, where: str) -> np.ndarray:
+    """Decode an image, upright as its camera says.
+
+    Args:
+        stream: of its bytes.
+        where: what errors call it.
+
+    Returns:
+        [height, width, 3] uint8; grey images have three equal channels.
+
+    Raises:
+        Unreadable: as `decode`.
+    """
+    with _image(stream, where) as image:
+        return _pixels(image, where, 3)
 
 
 def unreadable(paths: Sequence[Path], channels: int) -> list[str]:
@@ -85,19 +139,37 @@ def unreadable(paths: Sequence[Path], channels: int) -> list[str]:
         return [found for found in readers.map(problem, paths) if found]
 
 
-def _opened(path: Path) -> Image.Image:
+def _pixels(image: Image.Image, where: str, channels: int) -> np.ndarray:
+    try:
+        upright = ImageOps.exif_transpose(image).convert(_MODES[channels])
+        return np.asarray(upright, dtype=np.uint8)
+    except _DAMAGED as error:
+        raise Unreadable(f"{where}: cannot be decoded: {error}") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         # A pipe or a device would keep whoever opens it waiting.
         if not S_ISREG(path.stat().st_mode):
             raise Unreadable(f"{path}: no regular file")
+        stream = path.open("rb")
+    except OSError as error:
+        raise Unreadable(f"{path}: cannot be read: {error}") from error
+    with stream, _image(stream, str(path)) as image:
+        yield image
+
+
+def _image(stream: BinaryIO, where: str) -> Image.Image:
+    try:
         with warnings.catch_warnings():
             # Sizes are judged below, by a limit of our own.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=FORMATS)
+            image = Image.open(stream, formats=FORMATS)
     except UnidentifiedImageError:
-        raise Unreadable(f"{path}: not an image that is read ({', '.join(FORMATS)})") from None
+        raise Unreadable(f"{where}: not an image that is read ({', '.join(FORMATS)})") from None
     except (*_DAMAGED, Image.DecompressionBombError) as error:
-        raise Unreadable(f"{path}: cannot be read: {error}") from error
+        raise Unreadable(f"{where}: cannot be read: {error}") from error
     width, height = image.size
     problem = None
     if width * height > MAX_PIXELS:
@@ -108,5 +180,5 @@ def _opened(path: Path) -> Image.Image:
         problem = f"more than eight bits a channel (mode {image.mode})"
     if problem is not None:
         image.close()
-        raise Unreadable(f"{path}: {problem}")
+        raise Unreadable(f"{where}: {problem}")
     return image

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from ..errors import SourceError
 from ..models.headers import read_header
 from ..runtime.hashes import file_sha256
+from .file_parts import FilePart
 from .image_files import PIXELS, FileList, Images, TensorFile
 
-_END_BYTES = 2**12
-
 Content = Hashable
+_Item = TypeVar("_Item")
 
 
 def contents(*sets: Images) -> list[list[Content]]:
@@ -44,7 +45,8 @@ def _of_files(sets: Sequence[FileList]) -> list[list[Content]]:
     whole = [values for values in hashes if values is not None]
     if len(whole) < len(sets):
         paths = [path for item in sets for path in item.paths]
-        whole = _split(_in_steps(paths, [size for item in sets for size in item.sizes]), sets)
+        sizes = [size for item in sets for size in item.sizes]
+        whole = _split(in_steps(paths, sizes, _ends_sha256, file_sha256), sets)
     return [
         [(number, row) if value is None else value for row, value in enumerate(values)]
         for number, values in enumerate(whole)
@@ -57,13 +59,24 @@ def _split(values: Sequence[str | None], sets: Sequence[FileList]) -> list[tuple
     return [tuple(next(remaining) for _ in item.paths) for item in sets]
 
 
-def _in_steps(paths: Sequence[Path], sizes: Sequence[int | None]) -> list[str | None]:
-    """Return what tells files apart, reading as little of them as that takes."""
+def in_steps(
+    items: Sequence[_Item], sizes: Sequence[int | None], *reads: Callable[[_Item], str]
+) -> list[str | None]:
+    """Return what tells files apart, reading as little of them as that takes.
+
+    Args:
+        items: the files.
+        sizes: their bytes; None: cannot be read.
+        reads: from little to everything; each is only asked of those that are equal so far.
+
+    Returns:
+        Equal values for equal files; None: cannot be read.
+    """
     marks: list[str | None] = [None if size is None else f"size {size}" for size in sizes]
-    for read in (_ends_sha256, file_sha256):
+    for read in reads:
         for index in _repeated(marks):
             try:
-                marks[index] = f"{marks[index]} {read(paths[index])}"
+                marks[index] = f"{marks[index]} {read(items[index])}"
             except OSError:
                 marks[index] = None
     return marks
@@ -76,12 +89,7 @@ def _repeated(marks: Iterable[str | None]) -> list[int]:
 
 
 def _ends_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        found = hashlib.sha256(stream.read(_END_BYTES))
-        size = stream.seek(0, 2)
-        stream.seek(max(0, size - _END_BYTES))
-        found.update(stream.read(_END_BYTES))
-    return found.hexdigest()
+    return FilePart(path.name, path).ends_sha256()
 
 
 def _of_rows(source: TensorFile) -> list[Content]:

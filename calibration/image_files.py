@@ -178,29 +178,38 @@ def find_images(path: Path) -> Layout:
         return Layout(path, _tensor_file(path), None)
     if not path.is_dir():
         raise SourceError(f"{path}: no such folder or file of images", hint=_LAYOUT_HINT)
-    parts = _parts(path)
-    train = parts.get(TRAIN)
-    if train is None:
-        if parts:
-            raise SourceError(
-                f"{path}: has a part {next(iter(parts))!r} and no {TRAIN!r}",
-                hint=f"name the folder of that part itself, or add {TRAIN}/",
-            )
-        return Layout(path, _folder(path), None)
-    others = [name for name in HELD_OUT if name in parts]
-    return Layout(path, _part(train), _part(parts[others[0]]) if others else None)
+    train, held_out = parts_of(path, _TABLE_SUFFIX)
+    return Layout(
+        path, _folder(path) if train is None else _part(train), None if held_out is None else _part(held_out)
+    )
 
 
-def _parts(path: Path) -> dict[str, Path]:
-    """Return the name of a part -> its folder or file."""
+def parts_of(path: Path, suffix: str) -> tuple[Path | None, Path | None]:
+    """Find the parts of a folder.
+
+    Args:
+        path: the folder.
+        suffix: of a file that may stand for the folder of a part.
+
+    Returns:
+        The place to train on and that to measure on; None, None: the folder has no parts.
+
+    Raises:
+        SourceError: a part is there twice, or none to train on.
+    """
     found: dict[str, Path] = {}
     for name in (TRAIN, *HELD_OUT):
-        places = [place for place in (path / name, path / f"{name}{_TABLE_SUFFIX}") if place.exists()]
+        places = [place for place in (path / name, path / f"{name}{suffix}") if place.exists()]
         if len(places) > 1:
             raise SourceError(f"{path}: has both {places[0].name} and {places[1].name}", hint="keep one")
         if places:
             found[name] = places[0]
-    return found
+    if found and TRAIN not in found:
+        raise SourceError(
+            f"{path}: has a part {next(iter(found))!r} and no {TRAIN!r}",
+            hint=f"name the folder of that part itself, or add {TRAIN}/",
+        )
+    return found.pop(TRAIN, None), next(iter(found.values()), None)
 
 
 def _part(path: Path) -> Images:
@@ -220,7 +229,7 @@ def _folder(root: Path) -> FileList:
         table = read_table(root, metadata[0])
         return FileList(root, table.paths, table.labels, tuple(sorted(set(table.labels or ()))), table.lack)
     seen = {_place(root): root}
-    by_class = {path.name: tuple(_below(path, seen)) for path in entries if path.is_dir()}
+    by_class = {path.name: tuple(_below([path], seen)) for path in entries if path.is_dir()}
     flat = tuple(path for path in entries if path.suffix.lower() in SUFFIXES and not path.is_dir())
     if not any(by_class.values()):
         if not flat:
@@ -243,12 +252,19 @@ def _entries(folder: Path) -> list[Path]:
         raise _cannot_read(folder, error) from None
 
 
-def _below(folder: Path, seen: dict[tuple[int, int], Path]) -> Iterator[Path]:
-    """Yield the images in a folder and in those below it; `seen` has the folders that were entered.
+def images_below(folder: Path) -> Iterator[Path]:
+    """Yield the images in a folder and in those below it, but for what is hidden.
 
     What is no regular file is yielded, too: it is counted as one that cannot be read.
+
+    Raises:
+        SourceError: a folder cannot be read, or is met twice.
     """
-    waiting = [folder]
+    return _below(list(reversed(_entries(folder))), {_place(folder): folder})
+
+
+def _below(waiting: list[Path], seen: dict[tuple[int, int], Path]) -> Iterator[Path]:
+    """Yield the images of some paths, the last first; `seen` has the folders that were entered."""
     while waiting:
         path = waiting.pop()
         if path.is_dir():

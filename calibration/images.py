@@ -18,7 +18,8 @@ from torch import Tensor
 from ..errors import SourceError
 from ..models.base import OpenModel
 from ..runtime.hashes import digest
-from .image_contents import Content, comparable, contents
+from .holding_out import hold_out
+from .image_contents import comparable, contents
 from .image_files import (
     EMPTY_HINT,
     FileList,
@@ -146,23 +147,13 @@ def _parted(pool: Pool) -> tuple[Pool, Pool]:
     if len(order) < 2:
         raise SourceError(f"{pool.path}: one image; some are calibrated on, and others measured on")
     (held,) = contents(pool.source)
-    groups: dict[Content, list[int]] = {}
-    for row in order:
-        groups.setdefault(held[row], []).append(row)
-    if len(groups) < 2:
+    if len({held[row] for row in order}) < 2:
         raise SourceError(
             f"{pool.path}: its {len(order)} images are all equal; some are calibrated on, and others measured"
             " on",
             hint="give different images",
         )
-    wanted = held_out_count(len(order))
-    chosen: set[int] = set()
-    for row in reversed(order):
-        if row not in chosen and len(groups[held[row]]) <= wanted - len(chosen):
-            chosen.update(groups[held[row]])
-    if not chosen:
-        smallest: list[int] = min(groups.values(), key=len)
-        chosen.update(smallest)
+    chosen = hold_out(order, held, held_out_count(len(order)))
     parts = {
         "train": tuple(row for row in order if row not in chosen),
         "held out": tuple(row for row in order if row in chosen),
