@@ -2,7 +2,8 @@
 
 Everything random in a step follows from (seed, step, part), and the state on disk is ours (accelerate's
 own is a pickle). So on a CPU with as many threads a killed run ends with the very bytes of one that was
-not. There is no early stopping: the last step is the result, or the moving average of all.
+not. There is no early stopping: the last step is the result, or the moving average of all, or the best of
+the values that a caller notes (`best.Choosing`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+)
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -28,6 +34,7 @@ from ...errors import PlanError, StageError
 from ...progress import Progress, step
 from ...recipes.recovery import TrainingSettings
 from .ahead import one_ahead
+from .best import BestWeights, Choosing, best_step
 from .ema import MovingAverage
 from .optimizer import adamw, set_rate
 from .schedule import learning_rate
@@ -93,6 +100,8 @@ def train(
     progress: Progress,
     factors: Mapping[str, float] | None = None,
     watch: Watch | None = None,
+    choosing: Choosing | None = None,
+    summed: bool = False,
 ) -> Trained:
     """Train in place; go on with the state in `folder` where there is one.
 
@@ -106,6 +115,11 @@ def train(
         progress: gets one step with one unit per step that is left.
         factors: name of a parameter -> what the learning rate is multiplied by for it; None: 1 for all.
         watch: is called after every step; what it returns is kept with the state, rows of equal length.
+        choosing: the result has the weights of the best row, and learning rates follow from the rows, not
+            from the schedule of the settings. `watch` is then called before the first step too, and its
+            rows begin with (finished steps, value); there is no moving average.
+        summed: gradients are those of the sum over the items of a batch, not of their mean; what is
+            recorded stays the mean.
 
     Raises:
         PlanError: the device cannot compute in the precision, or the batch does not divide.
@@ -117,7 +131,7 @@ def train(
     device = next(iter(parameters.values())).device
     dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
     with training(trainable.module, parameters), _accelerator(settings, device) as accelerator:
-        run = _Loop(trainable, settings, steps, seed, accelerator, factors, watch)
+        run = _Loop(trainable, settings, steps, seed, accelerator, factors, watch, choosing, summed)
         trained = run.go(state_key(key, parameters), folder, progress)
         _refuse_overflow(parameters, dtypes, settings)
         return trained
@@ -214,8 +228,12 @@ class _Loop:
         accelerator: Accelerator,
         factors: Mapping[str, float] | None,
         watch: Watch | None,
+        choosing: Choosing | None,
+        summed: bool,
     ) -> None:
-        self._watch = watch
+        self._watch, self._choosing = watch, choosing
+        self._best: BestWeights | None = None
+        self._scale = settings.batch_size if summed else 1
         self._trainable, self._settings, self._steps = trainable, settings, steps
         self._seed, self._accelerator = seed, accelerator
         self._parameters = trainable.parameters()
@@ -235,14 +253,10 @@ class _Loop:
     def go(self, key: str, folder: Path, progress: Progress) -> Trained:
         """Take all steps that are left."""
         state = TrainingState(key, self._parameters, self._inner, self._average, [], self._accelerator.scaler)
-        try:
-            start = read_state(folder, state)
-        except DamagedStateError as error:
-            progress.warn(f"{error.message}; the training starts over")
-            start = 0
-        self._kept = start
-        if start:
-            progress.note(f"training goes on after step {start} of {self._steps}")
+        if self._choosing is not None:
+            main = self._accelerator.is_main_process
+            self._best = BestWeights(folder, key, self._parameters, self._choosing.better, writes=main)
+        start = self._begin(folder, state, progress)
         began = time.monotonic()
         turns = product(range(start, self._steps), range(self._settings.accumulate))
         with (
@@ -250,7 +264,7 @@ class _Loop:
             closing(one_ahead(self._batch, turns)) as batches,
         ):
             for number in range(start, self._steps):
-                rate = learning_rate(self._settings, number, self._steps)
+                rate = self._rate_of(number, state.rows)
                 loss, shown = self._step(number, rate, batches)
                 state.losses.append(loss)
                 done = number + 1
@@ -261,17 +275,62 @@ class _Loop:
         seconds = time.monotonic() - began
         if self._average is not None:
             self._average.apply()
-        rates = [learning_rate(self._settings, number, self._steps) for number in range(self._steps)]
+        self._take_best(state.rows)
+        rates = [self._rate_of(number, state.rows) for number in range(self._steps)]
         mean_seconds = seconds / max(1, self._steps - start)
         return Trained(state.losses, rates, start, mean_seconds, state.rows)
+
+    def _begin(self, folder: Path, state: TrainingState, progress: Progress) -> int:
+        """Go on with a kept state, or start; return how many steps are finished."""
+        best = self._best
+        try:
+            start = read_state(folder, state, None if best is None else best.check)
+        except DamagedStateError as error:
+            progress.warn(f"{error.message}; the training starts over")
+            start = 0
+        self._accelerator.wait_for_everyone()  # all have read what one of them is going to replace
+        self._kept = start
+        if start:
+            progress.note(f"training goes on after step {start} of {self._steps}")
+        if best is not None:
+            best.settle(state.rows)
+            if not start:
+                self._note(0, state)
+        return start
+
+    def _rate_of(self, number: int, rows: Sequence[Sequence[float]]) -> float:
+        """Return the learning rate of a step, from 0, by what was noted before it."""
+        if self._choosing is None:
+            return learning_rate(self._settings, number, self._steps)
+        return self._choosing.rate(number, [row for row in rows if row[0] <= number])
 
     def _note(self, done: int, state: TrainingState) -> None:
         """Let the caller look at the weights, and keep what it notes."""
         if self._watch is None:
             return
         row = self._watch(done, self._parameters if self._average is None else self._average.tensors)
-        if row is not None:
-            state.rows.append(list(row))
+        if row is None:
+            return
+        # Devices may round differently, and all have to take the same steps.
+        state.rows.append(broadcast_object_list([list(row)])[0])
+        if self._best is not None:
+            self._best.offer(state.rows)
+
+    def _take_best(self, rows: Sequence[Sequence[float]]) -> None:
+        """End with the weights of the best row, where that is asked for.
+
+        Raises:
+            StageError: they cannot be read.
+        """
+        if self._best is None or self._choosing is None:
+            return
+        self._accelerator.wait_for_everyone()  # one process writes them
+        try:
+            self._best.apply(best_step(rows, self._choosing.better))
+        except DamagedStateError as error:
+            raise StageError(
+                f"{self._settings.method}: {error.message}", hint="run it again; the training starts over"
+            ) from None
 
     def _part(self, turn: int) -> int:
         """Return which part of a batch this process computes in a turn."""
@@ -298,7 +357,7 @@ class _Loop:
                 for name, value in numbers.items():
                     sums[name] = sums.get(name, torch.zeros_like(total)) + value / self._settings.accumulate
                 self._refuse(float(loss.detach()), number, "loss")
-                accelerator.backward(loss)
+                accelerator.backward(loss * self._scale)
                 if accelerator.sync_gradients:
                     self._clip(number)
                 self._optimizer.step()
@@ -342,6 +401,8 @@ class _Loop:
     def _keep(self, folder: Path, state: TrainingState) -> None:
         if self._accelerator.is_main_process:
             write_state(folder, state)
+        if self._best is not None:
+            self._best.settle(state.rows)
         self._kept = len(state.losses)
         self._accelerator.wait_for_everyone()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,8 +80,18 @@ def write_state(folder: Path, state: TrainingState) -> None:
         save_file(tensors, temporary, metadata={_ABOUT: json.dumps(about, sort_keys=True)})
 
 
-def read_state(folder: Path, state: TrainingState) -> int:
+def read_state(
+    folder: Path,
+    state: TrainingState,
+    check: Callable[[Sequence[Sequence[float]]], None] | None = None,
+) -> int:
     """Put a kept state in place of the one given, and return how many steps are finished; 0: none is kept.
+
+    Args:
+        folder: see `write_state`.
+        state: of the training; its key is that of the kept one.
+        check: is asked about the kept rows before anything changes, and raises DamagedStateError where
+            what belongs to them is not at hand.
 
     Raises:
         DamagedStateError: what is kept is damaged, or of another training. Nothing is changed.
@@ -102,10 +112,17 @@ def read_state(folder: Path, state: TrainingState) -> int:
         raise DamagedStateError(f"{path}: the values are not those that were written")
     if not same:
         raise DamagedStateError(f"{path}: the state of another training")
+    if check is not None:
+        check(tensors["rows"].tolist() if "rows" in tensors else [])
     _restore(state, tensors)
     if state.scaler is not None and about["scaler"]:
         state.scaler.load_state_dict(about["scaler"])
     return len(state.losses)
+
+
+def remove_state(folder: Path) -> None:
+    """Remove a kept state that nothing goes on from any more."""
+    (folder / _FILE).unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -27,12 +27,13 @@ def recomputing(encoder: nn.Module) -> Iterator[None]:
     layers = list(encoder.get_submodule("layers").children())
     try:
         for layer in layers:
-            vars(layer)["forward"] = partial(_again, layer.forward)
+            vars(layer)["forward"] = partial(again, layer.forward)
         yield
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
 
 
-def _again(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
+def again(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `forward`, keep its tensors among the arguments alone, and call it again on the way back."""
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
