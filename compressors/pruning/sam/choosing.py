@@ -103,7 +103,7 @@ def widths_after(before: Widths, heads: int, settings: SlimSamSettings) -> Width
 
 
 def kept_of(count: int, ratio: float) -> int:
-    """Return int(count * (1 - ratio)), with the ratio as it is written: 100 at 0.77 are 23, not 22."""
+    """Return int(count * (1 - ratio)), with the ratio as it is written: 10 at 0.9 leave 1, not 0."""
     return floor(count * (1 - Fraction(repr(ratio))))
 
 
