@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import CompressError
 from ..models.base import OpenModel
+from ..models.registry import family_for
 from ..progress import Progress, step
 from ..recipes.export import PACKAGES
 from ..recipes.secrets import TOKEN_VARIABLES
@@ -33,7 +34,7 @@ from .decoding import Decoding, decoding_of
 from .formats import as_shipped
 from .sdnq_format import check_written
 from .stock import library_of, loader_of, registered_way, stock_way
-from .verify_worker import DECODED
+from .verify_worker import DECODED, joined
 
 _WORKER = Path(__file__).with_name("verify_worker.py")
 _BATCH = 2
@@ -158,10 +159,11 @@ def verify_export(
         answer = ask_fresh_process(request, inputs)
         if answer.missing:
             return Verification(False, False, None, {}, [], notes=(NOT_EXECUTED[format_],))
-        output = _run(shipped.module, inputs, threads)
+        compared = model.family.compared
+        output = _run(shipped.module, inputs, threads, compared)
         # What no stage has rounded has no integers: the format rounds it, and nothing of ours computes that.
         same = shipped is model or not model.quantization
-        own = output if same else _run(model.module, inputs, threads)
+        own = output if same else _run(model.module, inputs, threads, compared)
         expected = _Expected(output, _decode(shipped.module, decoding, threads), own)
         bar.advance(len(ways))
     return _judge(answer, ways, loads_with, expected, format_)
@@ -297,15 +299,17 @@ def request_of(
         "base": None if base is None else str(Path(base).resolve()),
         "library": library_of(class_name), "class_name": loader_of(class_name), "dtype": dtype,
         "device": device, "seed": seed, "threads": threads or torch.get_num_threads(), "ways": ways,
-        "needs": packages_of(format_),
+        "needs": packages_of(format_), "compared": list(family_for(class_name).compared),
         "unexpected": list(decoding.factors) if decoding else [],
         "decoding": {"ids": decoding.ids.tolist(), "prompt": decoding.prompt} if decoding else None,
     }  # fmt: skip
 
 
-def _run(module: nn.Module, inputs: Mapping[str, Any], threads: int | None) -> Tensor:
+def _run(
+    module: nn.Module, inputs: Mapping[str, Any], threads: int | None, compared: tuple[int, ...]
+) -> Tensor:
     with torch.no_grad(), computing_with(threads or torch.get_num_threads()):
-        output: Tensor = module(**inputs, return_dict=False)[0]
+        output: Tensor = joined(module(**inputs, return_dict=False), compared)
     return output.cpu()
 
 

@@ -26,9 +26,9 @@ def main(request_path: str) -> None:
     Args:
         request_path: JSON with `folder`, `base` (of an adapter: folder of its original; or None), `library`,
             `class_name`, `dtype`, `device`, `threads`, `seed`, `ways`, `needs` (packages without which
-            nothing is tried), `inputs` (safetensors),
-            `constants`, `unexpected` (tensors that are none of the library's, sorted), `decoding` (None, or
-            `ids`, a list of rows, and `prompt`, see `decode`), and the files to write: `outputs`
+            nothing is tried), `inputs` (safetensors), `constants`, `compared` (see `joined`), `unexpected`
+            (tensors that are none of the library's, sorted), `decoding` (None, or `ids`, a list of rows, and
+            `prompt`, see `decode`), and the files to write: `outputs`
             (safetensors, by way; decoded: by way and `DECODED`) and `answer`, JSON with `missing`, packages
             that are not installed, and `errors`, by way.
     """
@@ -56,7 +56,8 @@ def _run(request: dict[str, Any]) -> dict[str, str]:
         try:
             module = _load(way, request)
             with torch.no_grad():
-                output = module(**_nested(tensors, request["constants"]), return_dict=False)[0]
+                found = module(**_nested(tensors, request["constants"]), return_dict=False)
+                output = joined(found, request["compared"])
             outputs[way] = output.cpu().contiguous()
             if request["decoding"] and way != "stock":
                 outputs[way + DECODED] = _decode_anew(module, request)
@@ -65,6 +66,19 @@ def _run(request: dict[str, Any]) -> dict[str, str]:
             errors[way] = " ".join(f"{type(error).__name__}: {error}".split())
     save_file(outputs, request["outputs"])
     return errors
+
+
+def joined(outputs: Any, compared: Any) -> Any:
+    """Return the compared outputs of a forward as one tensor: itself, or all of them end to end.
+
+    Args:
+        outputs: a tuple of tensors.
+        compared: positions in it.
+    """
+    import torch
+
+    found = [outputs[position] for position in compared]
+    return found[0] if len(found) == 1 else torch.cat([tensor.flatten() for tensor in found])
 
 
 def _decode_anew(module: Any, request: dict[str, Any]) -> Any:

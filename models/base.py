@@ -148,6 +148,8 @@ class Family(ABC):
     task: ClassVar[Literal["denoise", "language", "classify", "segment"]] = "denoise"
     tied: ClassVar[bool] = False
     """Copies (`replicas`) are one tensor in the stock module, and stock checkpoints store them once."""
+    compared: ClassVar[tuple[int, ...]] = (0,)
+    """Which outputs of a forward, as a tuple, an export must reproduce: all that its users read."""
     latents: ClassVar[str] = "hidden_states"
     """Name of the denoiser's argument that holds the noisy latents [batch, channels, height, width]."""
 

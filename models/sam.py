@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from ..errors import SourceError
-from ..runtime.sam_sizes import SAM_CLASSES
+from ..runtime.manifest import ModuleSurgery
+from ..runtime.sam_sizes import SAM_CLASSES, sam_encoder
 from ..runtime.transformers_config import implied_copies
 from ..runtime.transformers_model import build_transformers_model
 from .base import AS_CONFIGURED, Family, FoldGroup, LinearSite, Role, Shapes
+from .native_config import Attributes, PrunedSizes
 from .sam_macs import decoder_macs, encoder_macs
 from .sam_shapes import (
     FINAL_ATTENTION,
@@ -47,6 +49,7 @@ class SamFamily(Family):
     library = "transformers"
     task = "segment"
     tied = True
+    compared = (0, 1)  # how the model rates its masks, and the masks
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
         """Build the stock module.
@@ -119,6 +122,22 @@ class SamFamily(Family):
         """Encode positions of pixels and of points by one table."""
         return [(first, copy) for copy, first in implied_copies(config).items()]
 
+    def native_config(
+        self, config: Mapping[str, Any], surgery: Mapping[str, ModuleSurgery]
+    ) -> dict[str, Any] | None:
+        """Say one width and one inner width, where all layers have the same and heads share the width.
+
+        The inner width is written out: left out, it would be `mlp_ratio` times the new width.
+        """
+        sizes = PrunedSizes.of(config, surgery, _attributes(config))
+        vision = {
+            **(config.get("vision_config") or {}),
+            "hidden_size": sizes.shapes["vision_encoder.patch_embed.projection.weight"][0],
+            "mlp_dim": sizes.shapes[f"{LAYERS}.0.mlp.lin1.weight"][0],
+        }
+        native = {**config, "vision_config": vision}
+        return native if sizes.are_said_by(native, _attributes(native)) else None
+
     def _places(self, module: nn.Module) -> Iterator[tuple[str, Role, int | None]]:
         """Yield name, role and block of every linear that may be there, in forward order."""
         for index, (block, _) in enumerate(self.blocks(module)):
@@ -139,3 +158,10 @@ class SamFamily(Family):
 
 def _attention(name: str, roles: tuple[Role, ...]) -> Iterator[tuple[str, Role, None]]:
     yield from ((f"{name}.{part}", role, None) for part, role in zip(PROJECTIONS, roles, strict=True))
+
+
+def _attributes(config: Mapping[str, Any]) -> Attributes:
+    """Return what the stock attentions of an encoder compute with."""
+    encoder = sam_encoder(config)
+    values = {"num_attention_heads": encoder.heads, "scale": encoder.head_dim**-0.5}
+    return {f"{LAYERS}.{index}.attn": values for index in range(encoder.layers)}

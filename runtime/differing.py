@@ -11,6 +11,8 @@ from ..errors import SourceError
 from .manifest import ModuleSurgery, SurgeryAttribute
 
 _ATTRIBUTES: tuple[str, ...] = get_args(SurgeryAttribute)
+_HEADS = ("heads", "num_attention_heads")
+"""What an attention has; the `scale` of another module may be that of its first random values."""
 
 
 def difference(module: nn.Module, stock: nn.Module) -> dict[str, ModuleSurgery]:
@@ -28,8 +30,9 @@ def difference(module: nn.Module, stock: nn.Module) -> dict[str, ModuleSurgery]:
         if other is None or type(other) is not type(child):
             raise SourceError(f"module {name} is not part of the original")
         shapes = dict(_smaller(child, other, name))
+        named = _ATTRIBUTES if any(key in vars(child) for key in _HEADS) else ()
         attributes: dict[Any, int | float] = {
-            key: vars(child)[key] for key in _ATTRIBUTES if _differs(child, other, key)
+            key: vars(child)[key] for key in named if _differs(child, other, key)
         }
         if shapes or attributes:
             found[name] = ModuleSurgery(shapes=shapes, attributes=attributes)

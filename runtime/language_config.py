@@ -151,7 +151,9 @@ def tied_head(config: Mapping[str, Any]) -> dict[str, str]:
 def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config without what makes stock code fetch or run other code than its own."""
     return {
-        key: value for key, value in config.items() if key.strip("_").removesuffix(_INTERNAL) not in _CODE
+        key: without_code(value) if isinstance(value, dict) else value  # parts have configs of their own
+        for key, value in config.items()
+        if key.strip("_").removesuffix(_INTERNAL) not in _CODE
     }
 
 

@@ -177,6 +177,13 @@ def _check_together(config: Mapping[str, Any], where: str) -> None:
                 f"{where}: {key} {vision[key]} of vision_config is not the {prompt[key]} of"
                 " prompt_encoder_config"
             )
+    side = vision["image_size"] // vision["patch_size"]
+    stated = (config.get("prompt_encoder_config") or {}).get("image_embedding_size", side)
+    if type(stated) is not int or stated != side:  # stock code would go by it, and make a grid of that size
+        raise SourceError(
+            f"{where}: prompt_encoder_config: image_embedding_size {stated!r} is not the {side} patches of a"
+            " side"
+        )
     if prompt["mask_input_channels"] % 4:
         raise SourceError(
             f"{where}: prompt_encoder_config: mask_input_channels {prompt['mask_input_channels']} is no"
