@@ -1,7 +1,7 @@
 """Does a recipe speak of the kind of model that it names? Torch-free.
 
-A denoiser is sampled from, a language model reads text, a classifier sees images. What is only of use
-for one of them is refused for the others instead of being left aside without a word.
+A denoiser is sampled from, a language model reads text, a classifier or a model that segments sees images.
+What is only of use for one of them is refused for the others instead of being left aside without a word.
 """
 
 from __future__ import annotations
@@ -54,8 +54,17 @@ def check_kind(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
         _check_language(loaded, checkpoint, family)
     elif task == "classify":
         _check_classifier(loaded, family)
+    elif task == "segment":
+        _check_segmenter(loaded, family)
     else:
         _check_denoiser(loaded, checkpoint, family)
+    fidelity = loaded.recipe.evaluate.fidelity
+    if task != "segment" and fidelity is not None and _changed(fidelity, ("points",)):
+        raise loaded.error(
+            ("evaluate", "fidelity", "points"),
+            f"prompts models that segment, and {family} is none",
+            "leave it out",
+        )
     if task != "language" and loaded.recipe.evaluate.answers is not None:
         raise loaded.error(
             ("evaluate", "answers"), f"asks language models, and {family} is none", "leave it out"
@@ -77,21 +86,31 @@ def _check_denoiser(loaded: LoadedRecipe, checkpoint: Checkpoint, family: str) -
 
 def _check_classifier(loaded: LoadedRecipe, family: str) -> None:
     """Refuse what is of use for others; whether there are images is the matter of `fitting_images`."""
-    unused = f"is of use for denoisers, and {family} is a classifier"
+    _check_seer(loaded, f"{family} is a classifier")
+    others = (*LANGUAGE_ONLY, *DENOISER_ONLY, *SEGMENTER_ONLY)
+    _check_gates(loaded, dict.fromkeys(others, f"is not measured for a classifier ({family})"))
+    losses = ("cross_entropy", "pseudo_labels", "output_norm")
+    _check_losses(loaded, *losses, reason=f"is a loss of denoisers, and {family} is a classifier")
+
+
+def _check_segmenter(loaded: LoadedRecipe, family: str) -> None:
+    """Refuse what is of use for others; whether there are images is the matter of `fitting_scenes`."""
+    _check_seer(loaded, f"{family} is a model that segments")
+    others = (*LANGUAGE_ONLY, *DENOISER_ONLY, *CLASSIFIER_ONLY, "kl")
+    _check_gates(loaded, dict.fromkeys(others, f"is not measured for a model that segments ({family})"))
+
+
+def _check_seer(loaded: LoadedRecipe, kind: str) -> None:
+    """Refuse keys that are of no use for a model that sees images."""
+    unused = f"is of use for denoisers, and {kind}"
     _refuse_keys(loaded, _DENOISER_KEYS, unused, "leave it out; it has `images`")
-    _refuse_keys(
-        loaded, _LANGUAGE_KEYS, f"is of use for language models, and {family} is a classifier", "leave it out"
-    )
+    _refuse_keys(loaded, _LANGUAGE_KEYS, f"is of use for language models, and {kind}", "leave it out")
     for name, part in (
         ("fidelity", loaded.recipe.evaluate.fidelity),
         ("quality", loaded.recipe.evaluate.quality),
     ):
         for key in _changed(part, _SAMPLING_KEYS) if part is not None else ():
             raise loaded.error(("evaluate", name, key), unused, "leave it out")
-    others = (*LANGUAGE_ONLY, *DENOISER_ONLY, *SEGMENTER_ONLY)
-    _check_gates(loaded, dict.fromkeys(others, f"is not measured for a classifier ({family})"))
-    losses = ("cross_entropy", "pseudo_labels", "output_norm")
-    _check_losses(loaded, *losses, reason=f"is a loss of denoisers, and {family} is a classifier")
 
 
 def _check_losses(loaded: LoadedRecipe, *fitting: str, reason: str) -> None:

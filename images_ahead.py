@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from .calibration.image_files import find_images
 from .calibration.images import pools_of, training_pool
 from .calibration.inputs import image_place
+from .calibration.segmentation import scene_pools_of
 from .errors import SourceError
 from .recipes.recovery import FinetuneSettings
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from .calibration.image_sets import Pool, Pools
+    from .calibration.scene_sets import ScenePools
     from .models.base import OpenModel
     from .recipes.schema import Recipe
 
@@ -29,12 +31,14 @@ class RunImages:
         data: index of a stage -> hash of the images that it names for itself.
     """
 
-    pools: Pools | None = None
+    pools: Pools | ScenePools | None = None
     data: Mapping[int, str] = field(default_factory=dict)
 
 
 def images_of(model: OpenModel, recipe: Recipe) -> RunImages:
-    """Find the images of a run of a classifier, and read one of each training; others have none.
+    """Find the images of a run of a classifier or a segmenter; others have none.
+
+    One of each training of a classifier is read, and all that a segmenter is calibrated and measured on.
 
     Args:
         model: the original.
@@ -44,6 +48,8 @@ def images_of(model: OpenModel, recipe: Recipe) -> RunImages:
         SourceError: images do not fit the model, or none of those of a training can be learned from: they
             cannot be read, or are all held out for measuring.
     """
+    if model.family.task == "segment" and recipe.stages:
+        return RunImages(_scenes_of(model, recipe))
     if model.family.task != "classify" or not recipe.stages:
         return RunImages()
     settings = recipe.calibration
@@ -64,3 +70,16 @@ def images_of(model: OpenModel, recipe: Recipe) -> RunImages:
             raise SourceError(f"{where}: {error.message}", hint=error.hint) from None
         data[index], trainings[path] = layout.fingerprint(), pool
     return RunImages(None if pools is None else replace(pools, trainings=trainings), data)
+
+
+def _scenes_of(model: OpenModel, recipe: Recipe) -> ScenePools | None:
+    """Divide the images of a segmenter, and look at those that will be asked for."""
+    if image_place(recipe.calibration, model.source.folder) is None:
+        return None
+    pools = scene_pools_of(model, recipe.calibration, recipe.seed)
+    pools.train.first(recipe.calibration.samples).scene(0)
+    if recipe.evaluate.fidelity is not None:
+        pools.held_out.first(recipe.evaluate.fidelity.samples)
+    if recipe.evaluate.quality is not None:
+        pools.held_out.first(recipe.evaluate.quality.samples, annotated=True)
+    return pools

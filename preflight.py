@@ -22,6 +22,7 @@ from .fitting_answers import check_answers
 from .fitting_data import check_data
 from .fitting_experts import check_experts
 from .fitting_images import check_images
+from .fitting_scenes import check_scenes
 from .models.registry import FAMILY_NAMES
 from .models.shapes import expected_shapes
 from .recipes import patterns
@@ -258,8 +259,8 @@ def check_stages(loaded: LoadedRecipe, checkpoint: Checkpoint, *, planned: bool 
         PlanError: a stage does not fit the family; or see `fitting_experts.check_experts`.
         RecipeError: a pattern matches no layer, or a key is of no use for this kind of model; with its
             place in the file.
-        SourceError: see `fitting.check_kind`, `fitting_images.check_images`, `fitting_data.check_data`,
-            `fitting_answers.check_answers`.
+        SourceError: see `fitting.check_kind`, `fitting_images.check_images`, `fitting_scenes.check_scenes`,
+            `fitting_data.check_data`, `fitting_answers.check_answers`.
     """
     family = FAMILY_NAMES[checkpoint.class_name]
     for index, stage in enumerate(loaded.recipe.stages):
@@ -277,6 +278,7 @@ def check_stages(loaded: LoadedRecipe, checkpoint: Checkpoint, *, planned: bool 
             _check_patterns(loaded, ("stages", index, stage.method, "keep"), stage.settings.keep, checkpoint)
     check_experts(loaded, checkpoint)
     check_images(loaded, checkpoint)
+    check_scenes(loaded, checkpoint)
     check_data(loaded, checkpoint)
     check_answers(loaded, checkpoint, planned=planned)
 

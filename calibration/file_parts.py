@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .fingerprints import version_of
 
@@ -76,7 +76,8 @@ class FilePart:
             if self.length is None:
                 yield stream
             else:
-                with io.BufferedReader(_Stretch(stream, self.start, self.length)) as stretch:
+                stretch: Any = io.BufferedReader(_Stretch(stream, self.start, self.length))
+                with stretch:
                     yield stretch
 
     def read(self, most: int) -> bytes | None:

@@ -12,11 +12,23 @@ from .base import Calibration
 from .classification import ClassificationCalibration, ImageCalls, NoImages, record_images
 from .diffusion import DiffusionCalibration
 from .image_sets import Pools
+from .scene_sets import ScenePools
+from .segmentation import SegmentationCalibration, record_scenes
 from .sensitivity_calls import Calls, RecordedCalls
 from .text import NoText, TextCalibration, TextCalls, record_text
 
 if TYPE_CHECKING:
     from ..recipes.schema import CalibrationSettings
+
+
+Recorded = (
+    DiffusionCalibration
+    | TextCalibration
+    | NoText
+    | ClassificationCalibration
+    | SegmentationCalibration
+    | NoImages
+)
 
 
 def record(
@@ -27,12 +39,13 @@ def record(
     cache: Path | None,
     progress: Progress,
     fresh: bool = False,
-    pools: Pools | None = None,
+    pools: Pools | ScenePools | None = None,
     reads: bool = True,
-) -> DiffusionCalibration | TextCalibration | NoText | ClassificationCalibration | NoImages:
+) -> Recorded:
     """Record the original, or find what an earlier run recorded.
 
-    See `diffusion.record`, `record_text`, and `record_images`, which keeps nothing and alone takes `pools`.
+    See `diffusion.record`, `record_text`, and `record_images` and `record_scenes`, which keep nothing and
+    alone take `pools`, of their kind.
     A language model of which no stage `reads` any text needs none.
     """
     if model.family.task == "language" and not reads:
@@ -40,7 +53,11 @@ def record(
     if model.family.task == "language":
         return record_text(model, settings, seed=seed, cache=cache, progress=progress, fresh=fresh)
     if model.family.task == "classify":
-        return record_images(model, settings, seed=seed, progress=progress, pools=pools)
+        known = pools if isinstance(pools, Pools) else None
+        return record_images(model, settings, seed=seed, progress=progress, pools=known)
+    if model.family.task == "segment":
+        divided = pools if isinstance(pools, ScenePools) else None
+        return record_scenes(model, settings, seed=seed, progress=progress, pools=divided)
     return diffusion.record(model, settings, seed=seed, cache=cache, progress=progress, fresh=fresh)
 
 

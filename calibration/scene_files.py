@@ -139,6 +139,11 @@ def held_out_counts(masked: int, others: int) -> tuple[int, int]:
     return held_out_count(masked), others // HELD_OUT_PARTS
 
 
+def choice_count(images: int, wanted: int) -> int:
+    """Return how many of `images` are set apart for the choice where `wanted` are asked for."""
+    return min(wanted, held_out_count(images))
+
+
 def _part(path: Path) -> SceneFiles:
     if path.is_dir():
         return _folder(path)

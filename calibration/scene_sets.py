@@ -20,7 +20,7 @@ from ..models.base import OpenModel
 from ..runtime.hashes import digest
 from .decoding import Unreadable
 from .holding_out import hold_out
-from .scene_files import SceneFiles, SceneLayout, equal_scenes, held_out_counts
+from .scene_files import SceneFiles, SceneLayout, choice_count, equal_scenes, held_out_counts
 from .scene_preprocessing import ScenePreprocessor, scene_preprocessor_for
 from .scene_reading import look_at, read_image, read_masks
 from .scenes import Annotation, Scene
@@ -287,11 +287,6 @@ def split_for_choice(scenes: SceneSet, count: int, seed: int) -> tuple[SceneSet,
     first = {held[index]: index for index in sorted(chosen, reverse=True)}  # of equal ones the first
     choice = scenes.some(sorted(first.values()))
     return scenes.some([index for index in range(len(scenes)) if held[index] not in apart]), choice
-
-
-def choice_count(images: int, wanted: int) -> int:
-    """Return how many of `images` are set apart for the choice where `wanted` are asked for."""
-    return min(wanted, max(1, images // 5))
 
 
 def _pool(

@@ -121,7 +121,9 @@ class CalibrationSettings(_Settings):
         None,
         description="Images for a classifier: a folder with a folder per class, or with a metadata.csv or "
         "metadata.jsonl (file_name, label), perhaps below train/ and validation/ or test/; or a safetensors "
-        "file (pixels uint8, labels); looked up as prompts are. null: those that come with the model.",
+        "file (pixels uint8, labels). For a model that segments: a folder of images or an uncompressed .tar "
+        "of one, perhaps with masks as SA-1B has them, in NAME.json beside NAME.jpg. Looked up as prompts "
+        "are. null: those that come with the model.",
     )
     strict: bool = Field(
         False, description="Refuse a folder with images that cannot be read, instead of leaving them out."
