@@ -1,6 +1,6 @@
 """Figures between stages: what pruning cost, and what training brought back.
 
-They are measured as the result is, on a classifier's held-out images or by a denoiser's samples, and kept
+They are measured as the result is, on held-out images or by a denoiser's samples, and kept
 beside other measurements, so that a run that goes on with finished stages tells them again.
 """
 
@@ -18,6 +18,7 @@ from .evaluation.by_task import Measurer
 from .evaluation.classification import ClassificationEvaluator
 from .evaluation.evaluator import Evaluator
 from .evaluation.reference import Reference
+from .evaluation.segmentation import SegmentationEvaluator
 from .models.base import OpenModel
 from .progress import Progress, step
 from .recipes.schema import Stage
@@ -26,6 +27,7 @@ from .workdir import digest
 
 _PHASES = ("prune", "recover")
 _DRAWN = "compressed"
+_Measures = ClassificationEvaluator | SegmentationEvaluator | Evaluator
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,7 @@ class Interim:
     def wanted(self, index: int) -> bool:
         """Tell whether the model is measured after a stage: it was pruned or trained, and goes on."""
         changed = self.stages[index].settings.phase in _PHASES
-        return (
-            isinstance(self.evaluator, ClassificationEvaluator | Evaluator)
-            and changed
-            and index < len(self.stages) - 1
-        )
+        return isinstance(self.evaluator, _Measures) and changed and index < len(self.stages) - 1
 
     def kept(self, index: int, stage: Path) -> dict[str, Any]:
         """Return what a stage's details say of it: `measured`, name -> value; empty where it was not.
@@ -85,7 +83,7 @@ class Interim:
     def measure(self, index: int, model: OpenModel, stage: Path) -> None:
         """Measure the model as a stage left it, where that is wanted, and keep figures and samples."""
         evaluator = self.evaluator
-        if not self.wanted(index) or not isinstance(evaluator, ClassificationEvaluator | Evaluator):
+        if not self.wanted(index) or not isinstance(evaluator, _Measures):
             return
         with step(self.progress, f"figures after {self.stages[index].method}"):
             found = evaluator.between(model, self.reference, self.progress)

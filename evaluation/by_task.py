@@ -1,4 +1,4 @@
-"""Which evaluation fits a model: samples of a denoiser, next tokens, or classes of images."""
+"""Which evaluation fits a model: samples of a denoiser, next tokens, classes of images, or masks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Protocol
 
 from ..calibration.image_sets import Pools
 from ..calibration.questions import Questions
+from ..calibration.scene_sets import ScenePools
 from ..models.base import OpenModel
 from ..progress import Progress
 from ..recipes.schema import CalibrationSettings, EvaluateSettings
@@ -14,6 +15,7 @@ from .classification import ClassificationEvaluator
 from .evaluator import Evaluation, Evaluator
 from .language import LanguageEvaluator
 from .reference import Reference
+from .segmentation import SegmentationEvaluator
 
 
 class Measurer(Protocol):
@@ -33,7 +35,7 @@ def evaluator_for(
     settings: EvaluateSettings,
     seed: int,
     calibration: CalibrationSettings,
-    pools: Pools | None = None,
+    pools: Pools | ScenePools | None = None,
     questions: Questions | None = None,
 ) -> Measurer:
     """Return what measures a model of this kind.
@@ -43,11 +45,15 @@ def evaluator_for(
         settings: what to measure.
         seed: of the run.
         calibration: where class labels, prompts, text or images come from.
-        pools: images of a classifier, where they were found already.
+        pools: images of a classifier or of a model that segments, where they were found already.
         questions: that a language model is asked, where the settings want it.
     """
     if model.family.task == "classify":
-        return ClassificationEvaluator(settings, seed, calibration, pools)
+        known = pools if isinstance(pools, Pools) else None
+        return ClassificationEvaluator(settings, seed, calibration, known)
+    if model.family.task == "segment":
+        scenes = pools if isinstance(pools, ScenePools) else None
+        return SegmentationEvaluator(settings, seed, calibration, scenes)
     if model.family.task == "language":
         return LanguageEvaluator(settings, seed, calibration, questions)
     return Evaluator(settings, seed, calibration)

@@ -48,12 +48,12 @@ def draw_masks(examples: Sequence[MaskExample], label: str) -> Figure:
             _draw_cell(grid[row, column], painted(example), example, told(example))
         grid[row, 0].set_ylabel(name, fontsize=8.5, color=INK)
     figure.suptitle("Masks at a point", fontsize=10.5, weight="bold", x=0.01, ha="left")
-    told = (
+    notes = (
         "IoU: intersection over union.",
         "The blue line on the result is the edge of the original's mask.",
     )
     figure.supxlabel(
-        ("\n" if len(examples) <= _NARROW else " ").join(told), fontsize=7.5, color=MUTED, x=0.01, ha="left",
+        ("\n" if len(examples) <= _NARROW else " ").join(notes), fontsize=7.5, color=MUTED, x=0.01, ha="left",
         multialignment="left",
     )  # fmt: skip
     figure.set_layout_engine("constrained", h_pad=0.02, hspace=0.01)
