@@ -30,7 +30,7 @@ _MAX_BYTES = 2**20
 _CHANNELS = 3
 _SWITCHES = ("do_resize", "do_rescale", "do_normalize", "do_pad")
 _RESAMPLINGS = range(6)
-_LARGEST_FACTOR = 1e3
+_LARGEST_FACTOR = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,8 +158,10 @@ def _checked(source: str, values: Mapping[str, Any], side: int) -> dict[str, Any
     factor = values.get("rescale_factor")
     if factor is not None:
         settings["rescale_factor"] = _number(source, "rescale_factor", factor)
-        if not 0 < factor <= _LARGEST_FACTOR:
-            raise SourceError(f"{source}: rescale_factor is {factor!r}, not above 0")
+        if not 0 < settings["rescale_factor"] <= _LARGEST_FACTOR:
+            raise SourceError(
+                f"{source}: rescale_factor is {factor!r}, not above 0 and at most {_LARGEST_FACTOR}"
+            )
     resample = values.get("resample")
     if resample is not None:
         if type(resample) is not int or resample not in _RESAMPLINGS:

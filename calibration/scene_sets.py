@@ -7,7 +7,7 @@ out, too. Never are all images in memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -256,13 +256,13 @@ def divide(model: OpenModel, layout: SceneLayout, strict: bool, seed: int) -> Sc
 
 
 def split_for_choice(scenes: SceneSet, count: int, seed: int) -> tuple[SceneSet, SceneSet]:
-    """Set some images apart by which epochs are compared: no equal one is left among the others.
+    """Set different images apart by which epochs are compared: no equal one is left among the others.
 
     They have masks where there are so many of these, so that masks can be compared.
 
     Args:
         scenes: to divide.
-        count: how many are wanted; at most a fifth is taken, and at least one.
+        count: how many are wanted; at most a fifth of the different images is taken, and at least one.
         seed: of the run.
 
     Returns:
@@ -271,22 +271,28 @@ def split_for_choice(scenes: SceneSet, count: int, seed: int) -> tuple[SceneSet,
     Raises:
         SourceError: nothing would be left to train on.
     """
-    wanted = choice_count(len(scenes), count)
     (by_row,) = equal_scenes(scenes.files)
     held = [by_row[row] for row in scenes.rows]
-    if len(set(held)) < 2:
+    different = len(set(held))
+    if different < 2:
         raise SourceError(
-            f"{scenes.files.root}: {len(set(held))} different image to train on; some are trained on, and"
-            " others chosen by",
+            f"{scenes.files.root}: {different} different image to train on; some are trained on, and others"
+            " choose the epoch",
             hint="give more images",
         )
+    wanted = choice_count(different, count)
     order = torch.randperm(len(scenes), generator=generator_for(seed, "choice images")).tolist()
-    masked = [index for index in order if scenes.masks[index]]
-    chosen = hold_out(masked if len(masked) >= wanted else order, held, wanted)
+    with_masks = [index for index in order if scenes.masks[index]]
+    candidates = [_one_of_each(indices, held) for indices in (with_masks, order)]
+    chosen = next(indices for indices in candidates if len(indices) >= wanted)[:wanted]
     apart = {held[index] for index in chosen}
-    first = {held[index]: index for index in sorted(chosen, reverse=True)}  # of equal ones the first
-    choice = scenes.some(sorted(first.values()))
-    return scenes.some([index for index in range(len(scenes)) if held[index] not in apart]), choice
+    rest = [index for index in range(len(scenes)) if held[index] not in apart]
+    return scenes.some(rest), scenes.some(sorted(chosen))
+
+
+def _one_of_each(indices: Sequence[int], contents: Sequence[Hashable]) -> list[int]:
+    """Return the first index of every content."""
+    return list({contents[index]: index for index in reversed(indices)}.values())
 
 
 def _pool(
