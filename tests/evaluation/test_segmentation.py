@@ -28,7 +28,7 @@ from ..tiny_scenes import write_parts, write_scenes
 
 QUIET = SilentProgress()
 EVALUATE = EvaluateSettings.model_validate(
-    {"fidelity": {"samples": 8, "points": 3}, "quality": {"samples": 10, "batch_size": 4}}
+    {"fidelity": {"samples": 8, "points": 3, "batch_size": 1}, "quality": {"samples": 10, "batch_size": 1}}
 )
 
 
@@ -57,12 +57,12 @@ def recorded(opened, images, tmp_path_factory):
     return evaluator, cache, evaluator.reference(opened(), cache, QUIET)
 
 
-def _worse(model, by=0.5):
+def _worse(model):
     """Disturb the last layer of an encoder."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         weight = model.module.vision_encoder.layers[-1].mlp.lin2.weight
-        weight.add_(by * torch.randn(weight.shape, generator=generator))
+        weight.add_(torch.randn(weight.shape, generator=generator))
     return model
 
 
@@ -134,14 +134,14 @@ def test_figures_are_those_of_the_images_one_by_one(opened, images, recorded):
             fits[name].append(iou(best_masks(model.module, embedding, scene, points)[0], wanted))
     metrics = result.metrics
     assert metrics["sqnr_db"] == pytest.approx(10 * np.log10(signal / error), abs=1e-3)
-    # A pixel at a mask's edge may fall to the other side where images were embedded together.
-    assert metrics["mask_agreement"] == pytest.approx(float(torch.cat(agreement).mean()), abs=2e-3)
+    assert metrics["mask_agreement"] == pytest.approx(float(torch.cat(agreement).mean()), abs=2e-5)
     assert 0.05 < metrics["mask_agreement"] < 0.999
     for name, overlaps in fits.items():
-        assert metrics[name] == pytest.approx(float(torch.cat(overlaps).mean()), abs=2e-3)
+        assert metrics[name] == pytest.approx(float(torch.cat(overlaps).mean()), abs=2e-5)
+    assert abs(metrics["miou_drop"]) > 5e-4, "else one model's could stand for the other's"
     assert metrics["miou_drop"] == pytest.approx(metrics["miou_original"] - metrics["miou"], abs=1e-5)
     worst = result.details["segmentation"]["fidelity"]["worst"]
-    assert worst[0]["mean"] == pytest.approx(min(float(one.mean()) for one in agreement), abs=6e-3)
+    assert worst[0]["mean"] == pytest.approx(min(float(one.mean()) for one in agreement), abs=2e-5)
     between = evaluator.between(worse, reference, QUIET)
     assert between.metrics == metrics and between.masks == ()
 
@@ -245,7 +245,7 @@ def test_examples_are_those_of_which_the_original_is_surest(opened, recorded, im
         best = int(scores.argmax())
         assert one.point == pytest.approx(annotations[best].point)
         assert (one.truth == annotations[best].mask).all()
-        assert (one.original != masks[best].numpy()).mean() < 0.01
+        assert (one.original == masks[best].numpy()).all()
         assert one.image.shape == (48, 64, 3) and (one.image == scenes.image(index)).all()
         wanted = torch.from_numpy(one.truth)[None]
         assert one.result_iou == pytest.approx(
@@ -306,9 +306,13 @@ def test_nothing_is_measured_where_all_is_off(opened):
 
 def test_the_encoder_is_timed_beside_the_whole_model(opened):
     model, settings = opened(), SpeedSettings(batch_size=1, rounds=2)
-    found = json.loads(json.dumps(measure_speed(model, opened().module, settings, 0, QUIET)))
-    assert found["encoder"]["original_seconds"] < found["original_seconds"]
-    assert found["encoder"]["speedup"] > 0
+    module, calls = opened().module, []
+    for name in ("vision_encoder", "mask_decoder"):
+        module.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    found = json.loads(json.dumps(measure_speed(model, module, settings, 0, QUIET)))
+    assert calls == ["vision_encoder", "mask_decoder"] * 4 + ["vision_encoder"] * 4, "two rounds warm up"
+    times = found["encoder"]
+    assert times["speedup"] == pytest.approx(times["original_seconds"] / times["seconds"], rel=0.01)
     assert recorded_speed({"speed": found}) == found
     for damage in (3, {}, {**found["encoder"], "speedup": 0}, {**found["encoder"], "more": 1.0}):
         assert recorded_speed({"speed": {**found, "encoder": damage}}) is None
