@@ -1,4 +1,4 @@
-"""A classifier is measured between stages, and the figures are told again by a run that goes on."""
+"""Models are measured between stages, and the figures are told again by a run that goes on."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from compress.progress import SilentProgress
 from compress.recipes.loader import load_recipe
 from compress.recipes.schema import CalibrationSettings, EvaluateSettings, ModelRef
 from PIL import Image
+
+from .tiny_sam import save_tiny_sam
+from .tiny_scenes import write_parts
 
 PRUNE = {"isomorphic": {"ratios": {"width": 0.25}, "importance": "magnitude", "round_to": 4}}
 EVALUATE = {"fidelity": {"samples": 8}, "quality": {"samples": 20}}
@@ -54,6 +57,24 @@ def test_all_stages_that_change_a_classifier_but_the_last(tmp_path):
     assert interim.kept(0, tmp_path / "one")["measured"]["accuracy"] < 0.3
     interim.measure(2, model, tmp_path / "three")
     assert interim.kept(2, tmp_path / "three") == {}
+
+
+def test_masks_are_held_against_those_of_the_original_between_stages(tmp_path):
+    place = write_parts(tmp_path / "images", 3, 3)
+    model = open_model(ModelRef(id=str(save_tiny_sam(tmp_path / "sam"))), progress=SilentProgress())
+    settings = EvaluateSettings.model_validate({"fidelity": {"samples": 3}, "quality": {"samples": 2}})
+    evaluator = evaluator_for(model, settings, 0, CalibrationSettings(images=place))
+    reference = evaluator.reference(model, tmp_path / "references", SilentProgress())
+    recipe = load_recipe(_recipe(tmp_path / "out", [PRUNE, _finetune(1)])).recipe
+    interim = Interim(evaluator, reference, recipe.stages, tmp_path / "measured", SilentProgress())
+    assert [interim.wanted(index) for index in range(2)] == [True, False]
+    with torch.no_grad():
+        model.module.vision_encoder.neck.conv2.weight.neg_()
+    interim.measure(0, model, tmp_path / "one")
+    kept = interim.kept(0, tmp_path / "one")["measured"]
+    assert set(kept) == {"sqnr_db", "mask_agreement", "miou", "miou_original", "miou_drop"}
+    assert kept["mask_agreement"] < 1 and kept["sqnr_db"] < 20
+    assert interim.samples([tmp_path / "one"]) == {}
 
 
 @pytest.mark.slow
