@@ -144,7 +144,7 @@ def _check_encoder(encoder: SamEncoder, where: str) -> None:
     if encoder.side < 1 or tokens > MAX_TOKENS:
         raise SourceError(
             f"{inside}: image_size {encoder.image_size}, patch_size {encoder.patch} and window_size"
-            f" {encoder.window} make {tokens} patches; 1 to {MAX_TOKENS} are supported"
+            f" {encoder.window} make {tokens} tokens; 1 to {MAX_TOKENS} are supported"
         )
 
 

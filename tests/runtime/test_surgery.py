@@ -51,6 +51,25 @@ class GroupedAttention(nn.Module):
         self.o_proj = nn.Linear(32, 32)
 
 
+class FusedAttention(nn.Module):
+    """As Segment Anything has it: one linear for queries, keys and values, and tables of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_attention_heads, self.scale = 4, 8**-0.5
+        self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.rel_pos_h, self.rel_pos_w = nn.Parameter(torch.zeros(5, 8)), nn.Parameter(torch.zeros(5, 8))
+
+
+class Patches(nn.Module):
+    """With a projection that is called as that of a fused attention, and a table of positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Conv2d(3, 8, 4, stride=4)
+        self.positions = nn.Parameter(torch.zeros(1, 4, 4, 8))
+
+
 def network():
     """Return one module of every kind that is cut."""
     return nn.ModuleDict(
@@ -64,6 +83,8 @@ def network():
             "windows": WindowAttention(),
             "diffusers": DiffusersAttention(),
             "language": GroupedAttention(),
+            "fused": FusedAttention(),
+            "embedding": Patches(),
         }
     )
 
@@ -83,6 +104,20 @@ def diffusers_heads(count, head_dim, /, **attributes):
     width = count * head_dim
     stated = {"heads": count, "inner_dim": width, "inner_kv_dim": width, "scale": head_dim**-0.5}
     return whole("diffusers", width, "to_{}", "to_out.0", {**stated, **attributes})
+
+
+def fused_heads(head_dim, /, *, left_out=(), **attributes):
+    """Return the surgery of the fused attention with narrower heads, less what is left out."""
+    width = 4 * head_dim
+    surgery = {
+        "fused.qkv": cut(weight=(3 * width, 32), bias=(3 * width,)),
+        "fused.proj": cut(weight=(32, width)),
+        "fused": ModuleSurgery(
+            shapes={"rel_pos_h": (5, head_dim), "rel_pos_w": (5, head_dim)},
+            attributes={"scale": head_dim**-0.5, **attributes},
+        ),
+    }
+    return {name: item for name, item in surgery.items() if name not in left_out}
 
 
 def whole(attention, width, inner, out, attributes):
@@ -120,6 +155,31 @@ def test_every_known_attention_is_cut():
     apply_surgery(module, {**heads(3, 6, "windows"), **table, **diffusers_heads(2, 4)})
     assert module["windows"].relative_position_bias.relative_position_bias_table.shape == (9, 3)
     assert (module["diffusers"].inner_dim, module["diffusers"].scale) == (8, 0.5)
+
+
+def test_a_fused_attention_is_cut():
+    module = network()
+    apply_surgery(module, fused_heads(5))
+    fused = module["fused"]
+    assert (fused.qkv.out_features, fused.proj.in_features, fused.scale) == (60, 20, 5**-0.5)
+    assert fused.rel_pos_h.shape == fused.rel_pos_w.shape == (5, 5)
+
+
+def test_the_stream_of_a_fused_attention_may_narrow_alone():
+    module = network()
+    apply_surgery(module, {"fused.qkv": cut(weight=(96, 20)), "fused.proj": cut(weight=(20, 32), bias=(20,))})
+    assert (module["fused"].qkv.in_features, module["fused"].scale) == (20, 8**-0.5)
+
+
+def test_what_is_called_as_a_part_of_an_attention_is_none():
+    module = network()
+    apply_surgery(
+        module,
+        {
+            "embedding.proj": cut(weight=(5, 3, 4, 4), bias=(5,)), "embedding": cut(positions=(1, 4, 4, 5)),
+        },
+    )  # fmt: skip
+    assert module["embedding"].proj.out_channels == module["embedding"].positions.shape[-1] == 5
 
 
 def test_a_depthwise_convolution_may_keep_one_channel():
@@ -176,12 +236,31 @@ REFUSED = {
     "diffusers: no scale": (diffusers_heads(4, 4, scale=None), r"scale 0.35\d+ is not that of 4 channels"),
     "diffusers: no heads": (diffusers_heads(3, 8, heads=None), "scale .* is not that of 6 channels"),
     "diffusers: no heads, and a scale of fewer": (
-        diffusers_heads(3, 6, heads=None), "18 channels make no 4 heads"),
+        diffusers_heads(3, 6, heads=None), "18 channels of queries make no 4 heads"),
     "diffusers: fewer heads, and their channels left": (
         {"diffusers": ModuleSurgery(attributes={"heads": 2, "scale": 16**-0.5})},
         "heads of 16 channels, and before the cut they had 8"),
     "diffusers: a width of before": (
         diffusers_heads(3, 8, inner_dim=None), "32 as inner_dim; its heads make 24"),
+    "fused: tables left wide": (
+        {**fused_heads(5, left_out=["fused"]), "fused": ModuleSurgery(attributes={"scale": 5**-0.5})},
+        "8 columns of rel_pos_h; its heads make 5"),
+    "fused: a table by itself": (
+        {"fused": cut(rel_pos_w=(5, 4))}, "4 columns of rel_pos_w; its heads make 8"),
+    "fused: no scale": (
+        {**fused_heads(5, left_out=["fused"]), "fused": cut(rel_pos_h=(5, 5), rel_pos_w=(5, 5))},
+        r"scale 0.35\d+ is not that of 5 channels"),
+    "fused: projections alone": (fused_heads(5, left_out=["fused"]), "8 columns of rel_pos_h"),
+    "fused: rows of no heads": (
+        {"fused.qkv": cut(weight=(61, 32), bias=(61,))}, "61 rows of queries, keys and values make no 4"),
+    "fused: an output left wide": (
+        fused_heads(5, left_out=["fused.proj"]), "32 channels as inputs of the output projection"),
+    "fused: an output alone": (
+        {"fused.proj": cut(weight=(32, 16))}, "16 channels as inputs of the output projection; its heads"),
+    "fused: fewer heads": (fused_heads(5, num_attention_heads=3), "60 rows .* make no 3 heads"),
+    "fused: shorter tables": (
+        {"fused": cut(rel_pos_h=(4, 8))}, r"\[4, 8\]; of \[5, 8\], pruning removes columns"),
+    "a smaller grid of positions": ({"embedding": cut(positions=(1, 1, 1, 8))}, "pruning removes columns"),
     "diffusers: a width of keys of before": (diffusers_heads(3, 8, inner_kv_dim=None), "32 as inner_kv_dim"),
 }  # fmt: skip
 
