@@ -47,6 +47,8 @@ def best_masks(module: nn.Module, embedding: Tensor, scene: Scene, points: Tenso
     Returns:
         Masks [n, height, width] bool and the ratings [n] float32, on the CPU.
     """
+    if not len(points):
+        return torch.zeros(0, *scene.size, dtype=torch.bool), torch.zeros(0)
     reference = next(module.parameters())
     whole = embedding[None].to(reference.device, reference.dtype)
     asked = scene.points(points.float())
@@ -62,8 +64,6 @@ def best_masks(module: nn.Module, embedding: Tensor, scene: Scene, points: Tenso
         score, best = rated[0].float().max(dim=-1)
         masks.append(_full_size(logits[0].float()[torch.arange(len(part)), best], scene))
         scores.append(score.cpu())
-    if not masks:
-        return torch.zeros(0, *scene.size, dtype=torch.bool), torch.zeros(0)
     return torch.cat(masks), torch.cat(scores)
 
 

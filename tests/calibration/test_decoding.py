@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
 from compress.calibration import decoding
-from compress.calibration.decoding import Unreadable, check_header, decode
+from compress.calibration.decoding import ImageHead, Unreadable, check_header, decode, decode_stream, head_of
 from PIL import Image
 
 
@@ -41,6 +42,34 @@ def test_an_image_stands_upright_as_its_camera_says(tmp_path):
     exif[0x0112] = 6  # turn by 90 degrees
     image.save(tmp_path / "turned.png", exif=exif)
     assert decode(tmp_path / "turned.png", 3).shape == (3, 8, 5)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_a_head_says_what_will_be_decoded(tmp_path, orientation):
+    """Orientations 5 to 8 lie on their side; 0 and 9 are none."""
+    image = Image.fromarray(_gradient())
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    path = tmp_path / "a.png"
+    image.save(path, exif=exif)
+    with path.open("rb") as stream:
+        head = head_of(stream, "a")
+        stream.seek(0)
+        pixels = decode_stream(stream, "a")
+    assert head.size == pixels.shape[:2] and head.stored == (5, 8)
+    assert head.turned == (not np.array_equal(pixels, _gradient())) == (1 < orientation < 9)
+    assert np.array_equal(pixels.transpose(2, 0, 1), decode(path, 3))
+
+
+def test_streams_of_grey_and_damaged_images(tmp_path):
+    Image.fromarray(_gradient()[..., 0]).save(tmp_path / "grey.png")
+    data = (tmp_path / "grey.png").read_bytes()
+    found = decode_stream(io.BytesIO(data), "grey")
+    assert found.shape == (5, 8, 3) and np.array_equal(found[..., 0], found[..., 2])
+    assert head_of(io.BytesIO(data), "grey") == ImageHead((5, 8), (5, 8), False)
+    for read in (head_of, decode_stream):
+        with pytest.raises(Unreadable, match="a thing: not an image"):
+            read(io.BytesIO(b"no image"), "a thing")
 
 
 def test_real_photographs(shared_data):
