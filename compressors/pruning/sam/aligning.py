@@ -159,22 +159,22 @@ def align(
     full_key = _key(student, teachers, phase, train, choice, settings, [steps, seed, key])
     kept = BestWeights(folder, state_key(full_key, parameters), parameters, choice.better)
     record = _Record(folder / _DONE, full_key)
-    done = record.read(kept, progress)
-    if done is not None:
-        return done
+    aligned = record.read(kept, progress)
+    if aligned is None:
 
-    def rate(_: int, rows: Rows) -> float:
-        return rate_after(rows, choice, lr=settings.lr, patience=settings.patience)
+        def rate(_: int, rows: Rows) -> float:
+            return rate_after(rows, choice, lr=settings.lr, patience=settings.patience)
 
-    trained = run_training(
-        learner, _training(settings, steps), steps=steps, seed=seed, key=full_key, folder=folder,
-        progress=progress, watch=_Watch(student, choice, settings, len(train), steps),
-        choosing=Choosing(choice.better, rate), summed=True,
-    )  # fmt: skip
-    aligned = _aligned(trained, choice)
-    kept.settle(trained.rows)
-    record.write(aligned)
+        trained = run_training(
+            learner, _training(settings, steps), steps=steps, seed=seed, key=full_key, folder=folder,
+            progress=progress, watch=_Watch(student, choice, settings, len(train), steps),
+            choosing=Choosing(choice.better, rate), summed=True,
+        )  # fmt: skip
+        aligned = _aligned(trained, choice)
+        record.write(aligned)
+    # In this order: as long as a state stands, so do the weights that it names.
     remove_state(folder)
+    kept.settle(aligned.epochs)
     return aligned
 
 
