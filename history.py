@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from .models.base import Source
 
 # Of a stage's details: rows per layer, per measured sensitivity, per allocation that was tried; how scores
-# and singular values spread; how a search went; and times, with which equal runs would write different files.
+# and singular values spread; how a search or an aligning went; and times and kills, with which equal runs
+# would write different files.
 _REPORT_ALONE = frozenset(
     {
         *("layers", "sensitivity", "points", "seconds", "histogram", "decisions", "search"),
-        "singular_values",
+        *("singular_values", "training_loss", "choice_values", "resumed_at"),
     }
 )
 

@@ -30,7 +30,7 @@ def activation_bytes(module: nn.Module, family: Family) -> int:
     counted = _SavedBytes(module)
     with keeping_flags(module), torch.random.fork_rng(devices=[]), torch.enable_grad():
         module.requires_grad_(True)
-        with torch.autograd.graph.saved_tensors_hooks(counted.pack, _unpack), _FusedAttention():
+        with torch.autograd.graph.saved_tensors_hooks(counted.pack, _unpack), FusedAttention():
             output = module(**moved)
     del output  # until here its graph held what was counted
     return counted.bytes
@@ -54,7 +54,7 @@ class _SavedBytes:
         return tensor
 
 
-class _FusedAttention(TorchFunctionMode):
+class FusedAttention(TorchFunctionMode):
     """Lets attention on the meta device be one kernel, as on a CPU; by itself it is taken apart there."""
 
     def __torch_function__(

@@ -17,6 +17,7 @@ METHODS: Mapping[str, tuple[str, str]] = {
     "tinyfusion": (".pruning.tinyfusion", "TinyFusion"),
     "depth": (".pruning.depth", "Depth"),
     "eep": (".pruning.eep", "Eep"),
+    "slimsam": (".pruning.slimsam", "SlimSam"),
     "finetune": (".recovery.finetune", "Finetune"),
     "distill": (".recovery.distill", "Distill"),
     "rtn": (".quantization.rtn", "Rtn"),

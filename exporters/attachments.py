@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import SourceError
 from ..models.origins import NAME as DEPTH_FILE
 
-NAMES: tuple[str, ...] = ("pruning.json", DEPTH_FILE, "experts.json")
+NAMES: tuple[str, ...] = ("pruning.json", DEPTH_FILE, "experts.json", "slimming.json")
 MAX_BYTES = 64 * 2**20
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -125,6 +126,11 @@ class SlimSamSettings(StageSettings):
     def length(self) -> tuple[int | None, float | None]:
         """(steps, epochs) of each aligning; one of them is None."""
         return (self.steps, None) if self.steps is not None else (None, self.epochs or 20.0)
+
+    def steps_for(self, images: int) -> int:
+        """Return the optimizer steps of each aligning on so many images; the last may go over their end."""
+        steps, epochs = self.length
+        return steps if steps is not None else max(1, ceil((epochs or 0) * images / self.batch_size))
 
     @property
     def parts(self) -> int:

@@ -22,6 +22,7 @@ from .experts import EepSettings
 from .kv_cache import CskvSettings
 from .pruning import IsomorphicSettings
 from .recovery import FinetuneSettings, MaskedDistillSettings
+from .slimsam import SlimSamSettings
 from .stage_base import PHASES, Phase, StageSettings
 
 WeightBits = Literal[2, 3, 4, 6, 8]
@@ -284,8 +285,8 @@ QuantizeSettings = UniformSettings | MixdqSettings
 STAGES: dict[str, type[StageSettings]] = {
     settings.method: settings
     for settings in (
-        IsomorphicSettings, TinyFusionSettings, DepthSettings, EepSettings, FinetuneSettings,
-        MaskedDistillSettings, RtnSettings, SmoothQuantSettings, ViditQSettings, MixdqSettings,
-        CskvSettings,
+        IsomorphicSettings, TinyFusionSettings, DepthSettings, EepSettings, SlimSamSettings,
+        FinetuneSettings, MaskedDistillSettings, RtnSettings, SmoothQuantSettings, ViditQSettings,
+        MixdqSettings, CskvSettings,
     )
 }  # fmt: skip

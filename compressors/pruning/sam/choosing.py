@@ -80,7 +80,7 @@ def widths_after(before: Widths, heads: int, settings: SlimSamSettings) -> Width
     Raises:
         PlanError: the ratio leaves less than one unit per head, or than one multiple.
     """
-    of_heads, of_inner = _multiples(heads, settings)
+    of_heads, of_inner = multiples(heads, settings)
     embedding = kept_width(before.embedding, settings.ratio, of_heads, what="the residual stream")
     if settings.ranking == "global":
         one = of_heads // heads
@@ -172,7 +172,7 @@ def choose(scores: Scores, sites: EncoderSites, settings: SlimSamSettings) -> Ke
         return Kept(embedding, (), ())
     head_dims, inner = widths.head_dims, widths.inner
     if settings.ranking == "global":
-        of_heads, of_inner = _multiples(sites.heads, settings)
+        of_heads, of_inner = multiples(sites.heads, settings)
         one = of_heads // sites.heads
         head_dims = compete(scores.attention, settings.ratio, one, settings.normalizer)
         inner = compete(scores.inner, settings.ratio, of_inner, settings.normalizer)
@@ -243,7 +243,7 @@ _NORMALIZERS: Mapping[Normalizer, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 """Name -> what is subtracted, and what is divided by."""
 
 
-def _multiples(heads: int, settings: SlimSamSettings) -> tuple[int, int]:
+def multiples(heads: int, settings: SlimSamSettings) -> tuple[int, int]:
     """Return what the widths of the residual stream and of all heads, and inner widths, are multiples of."""
     wanted = settings.round_to or heads
     return lcm(wanted, heads), wanted

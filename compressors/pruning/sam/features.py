@@ -14,7 +14,7 @@ is kept for it. What is in memory during a step, beside weights, gradients and m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -198,7 +198,8 @@ def compare(
 
 def squared_distance(ours: Tensor, theirs: Tensor) -> Tensor:
     """Return the sum of squared differences, float32; only the first takes a gradient."""
-    with torch.autocast(ours.device.type, enabled=False):
+    # A step is rehearsed on `meta` for its memory, and there is no autocast there.
+    with nullcontext() if ours.is_meta else torch.autocast(ours.device.type, enabled=False):
         return functional.mse_loss(ours.float(), theirs.detach().float(), reduction="sum")
 
 

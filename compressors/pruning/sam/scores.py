@@ -136,7 +136,7 @@ def score(
             heads or of feed-forward networks are 0: then nothing may be removed.
     """
     sites = encoder_sites(model.module)
-    names = [f"{name}.weight" for name in _scored(sites, embedding=embedding)]
+    names = [f"{name}.weight" for name in scored(sites, embedding=embedding)]
     with ExitStack() as stack:
         # Half precision has too few digits for gradients that are summed over a thousand images.
         encoder = model.module.get_submodule(ENCODER)
@@ -157,7 +157,13 @@ def score(
     return scores
 
 
-def _scored(sites: EncoderSites, *, embedding: bool) -> Iterator[str]:
+def scored(sites: EncoderSites, *, embedding: bool) -> Iterator[str]:
+    """Yield the names of the linears and convolutions whose weights are scored.
+
+    Args:
+        sites: of the encoder.
+        embedding: whether the residual stream is scored.
+    """
     for layer in sites.layers:
         yield from (layer.qkv, layer.proj, layer.lin1, layer.lin2)
     if embedding:
