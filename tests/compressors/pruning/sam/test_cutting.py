@@ -112,6 +112,8 @@ def test_both_attentions_of_the_library_agree_on_a_cut_model():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_keys_are_folded_in_their_own_type(dtype):
     module = tiny_sam().to(dtype)
+    with torch.no_grad():
+        module.vision_encoder.layers[1].attn.qkv.weight.mul_(1 / 3)  # digits that float32 has not
     before = copy.deepcopy(module).vision_encoder.layers[1].attn.qkv
     within, inner = unequal()
     slice_bottleneck(module, within, inner, attn_scale="preserve", rel_pos="slice")
