@@ -44,7 +44,7 @@ class SlimSamSettings(StageSettings):
     )
     sigma: float = Field(
         0.01,
-        gt=0.0,
+        ge=1e-6,
         le=1e3,
         description="Deviation of the noise that disturbs the embedding which scores are gradients towards; "
         "the choice does not depend on it, but without noise there is no gradient.",

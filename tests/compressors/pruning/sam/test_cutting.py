@@ -299,6 +299,9 @@ def test_what_is_planned_is_what_a_cut_records(model, equal_widths):
     assert list(model.surgery.items()) == list(planned.items())
     real = {name: tuple(value.shape) for name, value in model.module.state_dict().items()}
     assert {name: real[name] for name in flat_shapes(planned)} == flat_shapes(planned)
+    spec = model.dense()
+    assert {name: tensor.shape for name, tensor in spec.tensors.items()} == real
+    assert spec.parameters == sum(value.numel() for value in model.module.parameters())
     scales = [cut["scale"] for cut in flat_attributes(planned).values()]
     assert scales == [layer.attn.scale for layer in model.module.vision_encoder.layers]
     assert not planned_surgery(model.config, 48, [12] * 3, [96] * 3)
