@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,7 +20,9 @@ _NARROW = 3  # prompts beside which a sentence does not fit on one line
 _FADED = 0.45  # share of the picture that is left outside a mask
 _OPACITY = 0.62  # of a mask
 _TRUTH = "#4a4f57"
+_FINE = 360  # pixels of a longer side up to which small images are enlarged
 _Mask = NDArray[np.bool_]
+_Values = TypeVar("_Values", bound=np.generic)
 
 
 def draw_masks(examples: Sequence[MaskExample], label: str) -> Figure:
@@ -61,7 +64,9 @@ def draw_masks(examples: Sequence[MaskExample], label: str) -> Figure:
 
 
 def _draw_cell(axes: Axes, picture: NDArray[np.uint8], example: MaskExample, told: str) -> None:
-    axes.imshow(picture, interpolation="antialiased")
+    height, width = example.image.shape[:2]
+    # In pixels of the image, in which the point is, whatever the picture was enlarged to.
+    axes.imshow(picture, interpolation="antialiased", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
     axes.plot(
         *example.point, marker="o", markersize=5.5, color="white", markeredgecolor="black",
         markeredgewidth=1.3, scalex=False, scaley=False,
@@ -100,14 +105,21 @@ def _overlaid(
     image: NDArray[np.uint8], mask: _Mask, colour: str, line: _Mask | None = None
 ) -> NDArray[np.uint8]:
     """Return the image, pale and grey, with a mask in a colour, and perhaps the edge of another in blue."""
+    image, mask = _enlarged(image), _enlarged(mask)
     grey = image.astype(np.float32).mean(axis=2, keepdims=True)
     values = np.repeat(255.0 - _FADED * (255.0 - grey), 3, axis=2)
     values[mask] = _OPACITY * _rgb(colour) + (1.0 - _OPACITY) * grey[mask]
     width = max(1, round(max(mask.shape) / 160))
     values[_edge(mask, width)] = _rgb(colour)
     if line is not None:
-        values[_edge(line, width)] = _rgb(BLUE)
+        values[_edge(_enlarged(line), width)] = _rgb(BLUE)
     return values.round().astype(np.uint8)
+
+
+def _enlarged(values: NDArray[_Values]) -> NDArray[_Values]:
+    """Return pixels [h, w, ...] as squares of pixels where there are few: edges are thin lines then."""
+    times = max(1, _FINE // max(values.shape[:2]))
+    return values.repeat(times, axis=0).repeat(times, axis=1)
 
 
 def _edge(mask: _Mask, width: int) -> _Mask:

@@ -101,12 +101,15 @@ def test_masks_lie_where_they_are_and_the_original_s_edge_on_the_result():
         figure = draw_masks([shown], "slim")
     image, original, result, _ = (_colours(axes) for axes in figure.axes)
     assert (image == shown.image).all()
-    assert original[0, 5].tolist() == _rgb(BLUE) and result[20, 15].tolist() == _rgb(ORANGE)
-    assert result[10, 31].tolist() == _rgb(BLUE), "the edge of the original's mask"
-    outside, inside = original[40, 50], original[12, 12]
+    assert original.shape == (48 * 5, 64 * 5, 3), "enlarged, so that edges are thin"
+    assert original[0, 25].tolist() == _rgb(BLUE) and result[100, 79].tolist() == _rgb(ORANGE)
+    assert result[50, 159].tolist() == _rgb(BLUE), "the edge of the original's mask"
+    outside, inside = original[200, 250], original[60, 60]
     assert outside[0] == outside[1] == outside[2] >= 140, "pale and grey"
     assert inside[2] > inside[0], "blue"
-    assert result[12, 8][0] > result[12, 8][2], "orange"
+    assert result[60, 40][0] > result[60, 40][2], "orange"
+    edges = {tuple(axes.get_images()[0].get_extent()) for axes in figure.axes}
+    assert edges == {(-0.5, 63.5, 47.5, -0.5)}, "the point is in pixels of the image"
 
 
 def test_an_example_is_not_larger_than_a_picture_needs():
