@@ -21,6 +21,7 @@ from compress.models.base import flat_shapes
 from compress.models.open import open_model
 from compress.recipes.schema import ModelRef
 from compress.recipes.slimsam import SlimSamSettings
+from compress.runtime.surgery import apply_surgery
 
 from ....tiny_sam import save_tiny_sam, tiny_sam
 from .encoders import QUIET, embed, heavy_tailed, shown
@@ -305,6 +306,17 @@ def test_what_is_planned_is_what_a_cut_records(model, equal_widths):
     scales = [cut["scale"] for cut in flat_attributes(planned).values()]
     assert scales == [layer.attn.scale for layer in model.module.vision_encoder.layers]
     assert not planned_surgery(model.config, 48, [12] * 3, [96] * 3)
+
+
+@pytest.mark.parametrize("rel_pos", ["slice", "zero"])
+def test_what_is_recorded_builds_the_cut_model_again(model, rel_pos):
+    cut_embedding(model, uniform()[0], rel_pos=rel_pos)
+    cut_bottleneck(model, *unequal(), attn_scale="preserve", rel_pos=rel_pos)
+    again = model.family.build(model.config).eval()
+    apply_surgery(again, model.surgery)
+    again.load_state_dict(model.module.state_dict(), strict=True)
+    pixels = shown(1).pixels([0])
+    assert torch.equal(embed(again, pixels), embed(model.module, pixels))
 
 
 def test_a_whole_choice_on_one_model(tmp_path):
