@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from ..exporters.depth_table import removals
 from ..exporters.experts_table import expert_stages
 from ..exporters.pruning_table import prunings, recoveries
-from . import _depth, _experts, _kv, _pruning
+from ..exporters.slimming_table import slimmings
+from . import _depth, _experts, _kv, _pruning, _slimming
 from ._tables import Section, Table
 from ._units import amount, plain, size
 
@@ -45,6 +46,9 @@ def sections(document: Document) -> Iterator[Section]:
     for stage in prunings(history):
         yield _pruning.removed(stage)
         yield _pruning.costs(stage)
+    for stage in slimmings(history):
+        yield _slimming.widths(stage)
+        yield _slimming.costs(stage)
     for stage in recoveries(history):
         yield textwrap.fill(_pruning.training(stage), _WIDTH, subsequent_indent="  ")
     if document["layers"]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..exporters.tensors_seen import compared_tensors
-from . import _allocation, _experts, _kv, _pruning
+from . import _allocation, _experts, _kv, _pruning, _slimming
 from ._tables import Section, Table
 from ._units import amount, duration, plain, size
 
@@ -82,6 +82,7 @@ def report(document: Document) -> list[Section]:
         sections += [line for stage in stages for line in _allocation.lines(stage)]
         sections += _experts.sections(document)
         sections += _pruning.sections(document)
+        sections += _slimming.sections(document)
         sections += _kv.sections(document)
         sections += _pruning.advice(document)
         sections.append(before_after(stages[0]["before"], stages[-1]["after"]))

@@ -21,6 +21,7 @@ from .card_loading import loading
 from .card_metadata import front_matter, metadata
 from .card_provenance import licence, provenance
 from .card_pruning import pruning
+from .card_slimming import slimming
 from .card_subject import Subject
 from .kv_table import cache_of, kv_stages
 from .layer_table import average_bits, exceptions
@@ -103,6 +104,7 @@ def render_card(
         gates(subject),
         experts(subject),
         pruning(subject),
+        slimming(subject),
         compressed_cache(subject),
         allocation(subject),
         layers(subject),

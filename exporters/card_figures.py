@@ -28,6 +28,8 @@ _CAPTIONS = {
     "choices.png": "How the search settled: the probability of every group's choice over its steps.",
     "experts.png": "Experts of every layer: which stay, or how much of each went into those that stay.",
     "fitness.png": "Fitness of every evaluation of the search on the train items, and the best so far.",
+    "slimming.png": "Error of the encoder's output after every phase, and how the alignings went, on the"
+    " images by which their weights were chosen.",
     "widths.png": "Width of every layer before and after pruning.",
     "scores.png": "Scores of the channels that competed with each other: kept and removed."
     " A head goes as a whole.",

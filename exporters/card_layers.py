@@ -16,6 +16,7 @@ from .kv_table import kv_stages
 from .layer_table import grouped, has_quantizer
 from .markdown import code, sentence, table
 from .pruning_table import prunings
+from .slimming_table import slimmings
 
 
 def export_notes(subject: Subject) -> Iterator[str]:
@@ -67,6 +68,10 @@ def limits(subject: Subject) -> Iterator[str]:
     if prunings(subject.document):
         yield "- Narrower layers have fewer multiply-accumulates, by the share stated above. Time falls less"
         yield "  where a layer was small already, or its width is no multiple of what the processor works in."
+    slimmed = bool(slimmings(subject.document))
+    if slimmed:
+        yield "- Layers that attend to the whole image are narrower, but compare as many tokens: their"
+        yield "  softmax takes the time that it took. Prompt encoder and mask decoder are unchanged."
     if removals(subject.document):
         yield "- Fewer blocks have fewer multiply-accumulates, by the share stated above. What lies before"
         yield "  and after the blocks takes its time as it did."
@@ -77,7 +82,7 @@ def limits(subject: Subject) -> Iterator[str]:
     products = "- Attention products, softmax, normalisation and the layers listed as floating point run"
     if linears and prunings(subject.document):
         yield from (products, "  in floating point.")
-    elif not prunings(subject.document):
+    elif not prunings(subject.document) and not slimmed:
         yield from (f"{products} as in the", "  original.")
     yield from _speed(subject)
     yield ""

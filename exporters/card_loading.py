@@ -23,6 +23,17 @@ inputs.pop("token_type_ids", None)
 output = model.generate(**inputs, max_new_tokens=32)
 print(tokenizer.decode(output[0], skip_special_tokens=True))"""
 
+_MASKS = """\
+import transformers
+from PIL import Image
+processor = transformers.SamProcessor(transformers.SamImageProcessor.from_pretrained({}))
+image = Image.open("photo.jpg").convert("RGB")
+inputs = processor(image, input_points=[[[320, 240]]], return_tensors="pt")  # x, y in pixels of the image
+output = model(**inputs)
+masks = processor.post_process_masks(
+    output.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"]
+)  # of the one image: [1, 3, height, width]; output.iou_scores says which of the three is the best"""
+
 
 def loading(subject: Subject) -> Iterator[str]:
     """Yield the section."""
@@ -73,6 +84,11 @@ def _use(subject: Subject) -> Iterator[str]:
     if task_of(subject.model["family"]) == "classify":
         yield "This is the whole classifier. How an image is prepared for it is unchanged and lies beside it:"
         yield f"`transformers.AutoImageProcessor.from_pretrained({_arguments(subject)})`."
+        return
+    if task_of(subject.model["family"]) == "segment":
+        yield "This is the whole model: image encoder, prompt encoder and mask decoder. How images and points"
+        yield "are prepared for it is unchanged and lies beside it. To get masks of what is at a point:"
+        yield from ("", *fenced(_MASKS.format(_arguments(subject)), "python"))
         return
     if library_of(subject.model["class"]) == "transformers":
         # The config names code of its own, and the library asks before it reads that even for a tokenizer.

@@ -12,6 +12,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from ..recipes.export import ROUNDING_FORMATS
 from ..recipes.schema import settings_class
 from ..runtime.language_config import is_language_class
+from ..runtime.sam_sizes import is_sam_class
 from ..runtime.vision_sizes import is_vision_class
 from .card_subject import Subject
 from .stock import library_of
@@ -51,6 +52,8 @@ def metadata(subject: Subject) -> dict[str, Any]:
 def _task(class_name: str) -> str | None:
     if is_vision_class(class_name):
         return "image-classification"
+    if is_sam_class(class_name):
+        return "mask-generation"
     return "text-generation" if is_language_class(class_name) else _TASKS.get(class_name)
 
 

@@ -26,20 +26,23 @@ from .figures_experts import chooses_experts, draw_experts, draw_fitness, search
 from .figures_kv import draw_decoding, draw_singular_values
 from .figures_masks import draw_masks
 from .figures_pruning import draw_scores, draw_training, draw_widths
+from .figures_slimming import draw_phases, draw_slim_widths
 from .kv_table import cache_of, decoding_of, kv_stages
 from .layer_table import allocation_of, has_quantizer, label_of, mixed_label_of
 from .pruning_table import numbered, prunings, recoveries, widths_of
+from .slimming_table import differs, slimmings
 
 MASKS = "masks.png"
 SAMPLES, TIMESTEPS, LAYERS, BITS = "samples.png", "sqnr_per_timestep.png", "layer_error.png", "bits.png"
 SENSITIVITY, POINTS = "sensitivity.png", "error_over_bytes.png"
 SCORES, WIDTHS, TRAINING = "scores.png", "widths.png", "training_loss.png"
+SLIMMING = "slimming.png"
 KEPT, CHOICES = "blocks.png", "choices.png"
 EXPERTS, FITNESS = "experts.png", "fitness.png"
 SINGULAR_VALUES, DECODING = "kv_singular_values.png", "decoding.png"
 ORDER = (
-    SAMPLES, MASKS, TIMESTEPS, LAYERS, BITS, SENSITIVITY, POINTS, KEPT, CHOICES, EXPERTS, FITNESS, WIDTHS,
-    SCORES, SINGULAR_VALUES, DECODING, TRAINING,
+    SAMPLES, MASKS, TIMESTEPS, LAYERS, BITS, SENSITIVITY, POINTS, KEPT, CHOICES, EXPERTS, FITNESS, SLIMMING,
+    WIDTHS, SCORES, SINGULAR_VALUES, DECODING, TRAINING,
 )  # fmt: skip
 """In which a card shows the pictures."""
 
@@ -187,6 +190,10 @@ def _of_pruning(document: Mapping[str, Any]) -> Iterator[Drawing]:
         drawn = partial(draw_experts, details, again=number > 1)
         yield numbered(EXPERTS, number), chooses_experts(details), drawn
         yield numbered(FITNESS, number), searches(details), partial(draw_fitness, details)
+    for number, stage in enumerate(slimmings(document), 1):
+        details = stage["details"]
+        yield numbered(SLIMMING, number), True, partial(draw_phases, details)
+        yield numbered(WIDTHS, number), differs(details), partial(draw_slim_widths, details)
     for number, stage in enumerate(recoveries(document), 1):
         yield numbered(TRAINING, number), True, partial(draw_training, stage["details"])
 
@@ -218,6 +225,7 @@ def made_of(document: Mapping[str, Any]) -> str:
     if scheme is None and has_quantizer(document):
         scheme = "quantized"
     cut = "pruned" if prunings(document) or removals(document) or expert_stages(document) else None
+    cut = "slimmed" if slimmings(document) else cut
     trained = "trained" if recoveries(document) else None
     return "\n".join(filter(None, (cut, trained, scheme))) or "compressed"
 

@@ -84,7 +84,15 @@ def draw_widths(details: Mapping[str, Any]) -> Figure:
     Args:
         details: of a pruning stage.
     """
-    panels = {kind: layers_of(details, kind) for kind in widths_of(details)}
+    return draw_layer_widths({kind: layers_of(details, kind) for kind in widths_of(details)})
+
+
+def draw_layer_widths(panels: Mapping[str, Sequence[Layer]]) -> Figure:
+    """Draw widths of layers, before and after.
+
+    Args:
+        panels: kind of width -> its layers; at least one.
+    """
     longest = max(len(layers) for layers in panels.values())
     figure = new_figure(min(11.0, max(5.2, 1.6 + 0.32 * longest)), 0.85 + 1.65 * len(panels))
     axes_list = figure.subplots(len(panels), 1, squeeze=False).ravel()
