@@ -16,7 +16,7 @@ so that the choice depends neither on the noise of the scores nor on the scale o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import floor, lcm
 
@@ -80,14 +80,26 @@ def widths_after(before: Widths, heads: int, settings: SlimSamSettings) -> Width
     Raises:
         PlanError: the ratio leaves less than one unit per head, or than one multiple.
     """
+    return _bottleneck_after(
+        replace(before, embedding=_embedding_after(before, heads, settings)), heads, settings
+    )
+
+
+def _embedding_after(before: Widths, heads: int, settings: SlimSamSettings) -> int:
+    return kept_width(
+        before.embedding, settings.ratio, multiples(heads, settings)[0], what="the residual stream"
+    )
+
+
+def _bottleneck_after(before: Widths, heads: int, settings: SlimSamSettings) -> Widths:
+    """Return the sizes with those of the bottleneck changed; the residual stream stays."""
     of_heads, of_inner = multiples(heads, settings)
-    embedding = kept_width(before.embedding, settings.ratio, of_heads, what="the residual stream")
     if settings.ranking == "global":
         one = of_heads // heads
         check_pool(before.head_dims, settings.ratio, one, what="heads")
         check_pool(before.inner, settings.ratio, of_inner, what="feed-forward networks")
         return Widths(
-            embedding,
+            before.embedding,
             tuple(_rounded(kept_of(size, settings.ratio), size, one) for size in before.head_dims),
             tuple(_rounded(kept_of(size, settings.ratio), size, of_inner) for size in before.inner),
         )
@@ -99,7 +111,7 @@ def widths_after(before: Widths, heads: int, settings: SlimSamSettings) -> Width
         kept_width(size, settings.ratio, of_inner, what=f"layer {layer}: its feed-forward network")
         for layer, size in enumerate(before.inner)
     )
-    return Widths(embedding, head_dims, inner)
+    return Widths(before.embedding, head_dims, inner)
 
 
 def kept_of(count: int, ratio: float) -> int:
@@ -166,10 +178,13 @@ def choose(scores: Scores, sites: EncoderSites, settings: SlimSamSettings) -> Ke
         PlanError: see `widths_after`.
         StageError: a score is not finite.
     """
-    widths = widths_after(Widths.of(sites), sites.heads, settings)
-    embedding = None if scores.embedding is None else best(scores.embedding, widths.embedding)
+    before, embedding = Widths.of(sites), None
+    if scores.embedding is not None:
+        embedding = best(scores.embedding, _embedding_after(before, sites.heads, settings))
     if not scores.attention:
         return Kept(embedding, (), ())
+    # In the second phase the stream is narrow already, and the ratio is not asked of it again.
+    widths = _bottleneck_after(before, sites.heads, settings)
     head_dims, inner = widths.head_dims, widths.inner
     if settings.ranking == "global":
         of_heads, of_inner = multiples(sites.heads, settings)

@@ -19,6 +19,7 @@ from compress.errors import PlanError, StageError
 from compress.recipes.slimsam import SlimSamSettings
 
 from ....tiny_sam import tiny_sam
+from .learners import narrower
 
 BASE = Widths(768, (64,) * 12, (3072,) * 12)
 NORMALIZERS = ("gaussian", "mean", "max", "sum", "min_max")
@@ -231,3 +232,14 @@ def test_the_normalizer_decides():
     found = {name: compete(scores, 0.7, 1, name) for name in NORMALIZERS}
     assert found["mean"] == found["sum"]  # layers of one size
     assert len(set(found.values())) == 4
+
+
+@pytest.mark.parametrize("ranking", ["uniform", "global"])
+def test_the_second_phase_does_not_ask_the_ratio_of_the_stream_again(ranking):
+    """A quarter of a quarter of 48 channels would be less than one for each of 4 heads."""
+    module = narrower(tiny_sam(), 12)
+    scores = Scores(None, random_scores([12] * 3), random_scores([96] * 3))
+    kept = choose(scores, encoder_sites(module), SlimSamSettings(ratio=0.75, ranking=ranking))
+    assert kept.embedding is None and sum(len(item) for item in kept.attention) == 9
+    with pytest.raises(PlanError, match="the residual stream"):
+        choose(Scores(*random_scores([12]), (), ()), encoder_sites(module), SlimSamSettings(ratio=0.75))
