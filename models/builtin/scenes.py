@@ -1,6 +1,6 @@
 """Shapes over photographs: images whose masks are known, for the built-in Segment Anything model.
 
-A scene is a crop of a photograph with one to five shapes laid over each other; a shape is filled with a crop
+A scene is a crop of a photograph with one to four shapes laid over each other; a shape is filled with a crop
 of another photograph or with colours, and its edge is soft. What is seen of a shape is its mask.
 """
 
@@ -70,9 +70,9 @@ class Photographs:
 
 
 def recoloured(pixels: Pixels, generator: np.random.Generator) -> Pixels:
-    """Return pixels [h, w, 3] with channels exchanged, and other contrast and brightness."""
+    """Return pixels [h, w, 3] with channels exchanged, less contrast, and another brightness."""
     changed = pixels[:, :, generator.permutation(3)].astype(np.float32)
-    gain, shift = generator.uniform(0.6, 1.4, 3), generator.uniform(-40, 40, 3)
+    gain, shift = generator.uniform(0.3, 0.9, 3), generator.uniform(-60, 60, 3)
     return np.clip((changed - 128) * gain + 128 + shift, 0, 255).astype(np.uint8)
 
 
@@ -104,7 +104,7 @@ def outline(kind: str, generator: np.random.Generator) -> NDArray[np.float64]:
 def cover(generator: np.random.Generator, height: int, width: int) -> NDArray[np.float32]:
     """Return how much of every pixel a random shape covers: [height, width] in 0..1."""
     kind = str(generator.choice(KINDS))
-    radius = 0.5 * max(height, width) * np.exp(generator.uniform(np.log(0.2), np.log(0.65)))
+    radius = 0.5 * max(height, width) * np.exp(generator.uniform(np.log(0.28), np.log(0.7)))
     centre = generator.uniform([0.1 * width, 0.1 * height], [0.9 * width, 0.9 * height])
     corners = outline(kind, generator)
     canvas = Image.new("L", (width * DETAIL, height * DETAIL))
@@ -137,14 +137,14 @@ def filling(
         pixels = ends[0] + slope * (ends[1] - ends[0]) + grain
     gap = pixels.mean(axis=(0, 1)) - beneath
     strongest = int(np.abs(gap).argmax())
-    if abs(gap[strongest]) < 50:
+    if abs(gap[strongest]) < 70:
         # Towards the side with more room, so that clipping does not undo it.
-        pixels[:, :, strongest] += np.float32((90 if beneath[strongest] < 128 else -90) - gap[strongest])
+        pixels[:, :, strongest] += np.float32((110 if beneath[strongest] < 128 else -110) - gap[strongest])
     return pixels
 
 
-def draw_scene(photographs: Photographs, generator: np.random.Generator) -> tuple[Pixels, Pixels]:
-    """Return an image [h, w, 3] as a JPEG file keeps it, and what pixels show: 0 background, 1.. a shape.
+def draw_scene(photographs: Photographs, generator: np.random.Generator) -> tuple[bytes, Pixels]:
+    """Return an image [h, w, 3] as a JPEG file, and what its pixels show: 0 background, 1.. a shape.
 
     Args:
         photographs: to cut from.
@@ -153,7 +153,7 @@ def draw_scene(photographs: Photographs, generator: np.random.Generator) -> tupl
     height, width = SIZES[int(generator.integers(len(SIZES)))]
     background, which = photographs.crop(generator, height, width)
     image, labels = background.astype(np.float32), np.zeros((height, width), dtype=np.uint8)
-    for label in range(1, int(generator.integers(1, 6)) + 1):
+    for label in range(1, int(generator.integers(1, 5)) + 1):
         share = cover(generator, height, width)
         inside = share >= 0.5
         if inside.sum() < SMALLEST:
@@ -161,14 +161,14 @@ def draw_scene(photographs: Photographs, generator: np.random.Generator) -> tupl
         fill = filling(photographs, generator, image[inside].mean(axis=0), which)[:height, :width]
         image += share[:, :, None] * (fill.clip(0, 255) - image)
         labels[inside] = label
-    return np.asarray(Image.open(io.BytesIO(jpeg(image.clip(0, 255).astype(np.uint8))))), labels
-
-
-def jpeg(image: Pixels) -> bytes:
-    """Return an image [h, w, 3] as a JPEG file."""
     file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=88)
-    return file.getvalue()
+    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=88)
+    return file.getvalue(), labels
+
+
+def decoded(file: bytes) -> Pixels:
+    """Return the pixels [h, w, 3] of a JPEG file."""
+    return np.array(Image.open(io.BytesIO(file)))
 
 
 def shapes_of(labels: Pixels) -> list[int]:

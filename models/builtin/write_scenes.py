@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .scenes import Photographs, Pixels, draw_scene, jpeg, shapes_of
+from .scenes import Photographs, Pixels, draw_scene, shapes_of
 
 FOLDER = Path(__file__).parent / "sam" / "images"
 SEEDS = {"train": 1, "validation": 2}
@@ -62,8 +62,8 @@ def annotation(mask: NDArray[np.bool_], number: int, generator: np.random.Genera
     }
 
 
-def drawn(data: Path, part: str, count: int) -> Iterator[tuple[Pixels, Pixels, list[dict[str, Any]]]]:
-    """Yield the images of a file [h, w, 3], what their pixels show [h, w], and annotations by label.
+def drawn(data: Path, part: str, count: int) -> Iterator[tuple[bytes, Pixels, list[dict[str, Any]]]]:
+    """Yield images as JPEG files, what their pixels show [h, w], and their annotations by label.
 
     Args:
         data: folder of the photographs.
@@ -72,22 +72,22 @@ def drawn(data: Path, part: str, count: int) -> Iterator[tuple[Pixels, Pixels, l
     """
     photographs, generator = Photographs(data, part), np.random.default_rng(SEEDS[part])
     while count:
-        image, labels = draw_scene(photographs, generator)
+        file, labels = draw_scene(photographs, generator)
         shapes = shapes_of(labels)
         if shapes:
             count -= 1
-            yield image, labels, [annotation(labels == label, label, generator) for label in shapes]
+            yield file, labels, [annotation(labels == label, label, generator) for label in shapes]
 
 
 def write(data: Path, out: Path, part: str, count: int) -> None:
     """Write one file; see the module."""
     out.mkdir(parents=True, exist_ok=True)
     with tarfile.open(out / f"{part}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
-        for number, (image, _, annotations) in enumerate(drawn(data, part, count), start=1):
-            name, (height, width) = f"{part}_{number:04d}", image.shape[:2]
+        for number, (image, labels, annotations) in enumerate(drawn(data, part, count), start=1):
+            name, (height, width) = f"{part}_{number:04d}", labels.shape
             about = {"image_id": number, "width": width, "height": height, "file_name": f"{name}.jpg"}
             text = json.dumps({"image": about, "annotations": annotations}, separators=(",", ":"))
-            for ending, content in (("jpg", jpeg(image)), ("json", text.encode())):
+            for ending, content in (("jpg", image), ("json", text.encode())):
                 member = tarfile.TarInfo(f"{name}.{ending}")
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))

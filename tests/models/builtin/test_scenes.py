@@ -7,7 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compress.models.builtin.scenes import SMALLEST, SOURCES, Photographs, draw_scene, outline, shapes_of
+from compress.models.builtin.scenes import (
+    SMALLEST,
+    SOURCES,
+    Photographs,
+    decoded,
+    draw_scene,
+    outline,
+    shapes_of,
+)
 from compress.models.builtin.write_scenes import (
     FOLDER,
     SEEDS,
@@ -33,7 +41,7 @@ def photographs(tmp_path):
     return tmp_path
 
 
-def read(counts: str, height: int, width: int) -> np.ndarray:
+def unpacked(counts: str, height: int, width: int) -> np.ndarray:
     """Decode COCO's characters by their definition: five bits each, the sixth says that more follow."""
     runs, values = [], iter(ord(character) - 48 for character in counts)
     for value in values:
@@ -54,7 +62,7 @@ def test_masks_are_written_as_coco_writes_them(seed):
     generator = np.random.default_rng(seed)
     mask = generator.uniform(size=tuple(generator.integers(1, 90, 2))) < generator.uniform()
     assert sum(run_lengths(mask)) == mask.size
-    assert np.array_equal(read(characters(run_lengths(mask)), *mask.shape), mask)
+    assert np.array_equal(unpacked(characters(run_lengths(mask)), *mask.shape), mask)
 
 
 def test_characters_of_a_known_mask():
@@ -88,7 +96,8 @@ def test_shapes_differ_from_what_they_cover(photographs):
     train, generator = Photographs(photographs, "train"), np.random.default_rng(0)
     sizes, gaps = set(), []
     for _ in range(60):
-        image, labels = draw_scene(train, generator)
+        file, labels = draw_scene(train, generator)
+        image = decoded(file)
         sizes.add(labels.shape)
         for label in shapes_of(labels):
             assert (labels == label).sum() >= SMALLEST
@@ -129,7 +138,7 @@ def test_the_shipped_archives_hold_images_beside_their_masks(part, count):
             size = [image.height, image.width]
         for note in told["annotations"]:
             assert note["segmentation"]["size"] == size
-            mask = read(note["segmentation"]["counts"], *size)
+            mask = unpacked(note["segmentation"]["counts"], *size)
             ((x, y),) = note["point_coords"]
             assert mask[int(y), int(x)] and mask.sum() == note["area"]
 
