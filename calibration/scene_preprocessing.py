@@ -69,7 +69,7 @@ class ScenePreprocessor:
             reason = " ".join(str(error).split())[:200]
             raise SourceError(f"{self.source}: cannot prepare the images: {reason}") from error
         wanted = (_CHANNELS, self.side, self.side)
-        if tuple(pixels.shape) != wanted or height > self.side or width > self.side:
+        if tuple(pixels.shape) != wanted:
             raise SourceError(
                 f"{self.source}: prepares images {list(pixels.shape)}, the model takes {list(wanted)}",
                 hint=f"correct size and pad_size there to {self.side}",

@@ -143,8 +143,10 @@ def record_scenes(
     for note in pools.notes:
         progress.note(note)
     warn_of_left_out(chosen, pools.train.path.as_posix(), progress)
-    content = {"format": FORMAT_VERSION, "images": chosen.key, "all": pools.train.key, "seed": seed,
-               "batch_size": settings.batch_size}  # fmt: skip
+    # The key of some images of a pool is one of all of its images.
+    content = {
+        "format": FORMAT_VERSION, "images": chosen.key, "seed": seed, "batch_size": settings.batch_size
+    }  # fmt: skip
     return SegmentationCalibration(seed, content_key(model, content), chosen, pools, settings.batch_size)
 
 

@@ -61,7 +61,6 @@ def tar_parts(path: Path) -> list[FilePart]:
     """
     found: dict[str, FilePart] = {}
     try:
-        size = path.stat().st_size
         with path.open("rb") as stream:
             _check_uncompressed(path, stream.read(8))
             stream.seek(0)
@@ -71,8 +70,6 @@ def tar_parts(path: Path) -> list[FilePart]:
                     continue
                 if name in found:
                     raise SourceError(f"{path}: holds {name} twice", hint="pack it again, every file once")
-                if member.offset_data + member.size > size:
-                    raise ValueError(f"{name} ends behind the end of the archive")
                 found[name] = FilePart(name, path, member.offset_data, member.size)
     except _DAMAGED as error:
         reason = " ".join(str(error).split())[:200]

@@ -215,6 +215,10 @@ def test_images_are_looked_at_before_the_first_stage(sam, tmp_path):
         (parts / "validation" / f"{name}.json").write_text("{")
     with pytest.raises(SourceError, match="1 images are held out for measuring; 3 cannot be read; 2 are"):
         images_of(model, recipe)
+    for name in ("sa_0", "sa_1", "sa_2"):
+        (parts / "validation" / f"{name}.json").write_text('{"annotations": []}')
+    with pytest.raises(SourceError, match="1 images with masks are held out for measuring; 2 are asked for"):
+        images_of(model, recipe)
     for index in range(3):
         (parts / "train" / f"sa_{index}.jpg").write_bytes(b"broken")
     with pytest.raises(SourceError, match="3 images may be calibrated on; 3 cannot be read; 4 are asked for"):

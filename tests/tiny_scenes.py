@@ -125,9 +125,9 @@ def write_parts(folder: Path, train: int, held_out: int, **options: Any) -> Path
 
 
 def write_tar(folder: Path, path: Path, prefix: str = "./") -> Path:
-    """Pack the files of a folder uncompressed, as SA-1B is distributed; returns `path`."""
+    """Pack the files below a folder uncompressed, as SA-1B is distributed; returns `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w:") as archive:
-        for file in sorted(folder.iterdir()):
-            archive.add(file, arcname=prefix + file.name)
+        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+            archive.add(file, arcname=prefix + file.relative_to(folder).as_posix())
     return path

@@ -144,6 +144,12 @@ def test_endless_archives_are_refused(tmp_path, monkeypatch):
     assert len(tar_parts(path)) == 5
 
 
+def test_many_entries_are_read(tmp_path):
+    """Their headers together are more than one header may be; those of SA-1B have 22,000."""
+    path = _pack(tmp_path / "x.tar", [(f"{index}.jpg", b"1") for index in range(2100)])
+    assert len(tar_parts(path)) == 2100
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_damaged_archives_are_refused_or_read_and_nothing_else(tmp_path, kind):
     """Random changes of headers: parts within the file, or the one error; and it ends."""
@@ -167,5 +173,7 @@ def test_damaged_archives_are_refused_or_read_and_nothing_else(tmp_path, kind):
         except SourceError:
             refused += 1
             continue
-        assert all(part.start >= 0 and part.start + (part.length or 0) <= len(data) for part in parts)
+        for part in parts:
+            assert part.start >= 0 and part.start + (part.length or 0) <= len(data)
+            assert part.read(2**20) == data[part.start : part.start + (part.length or 0)]
     assert refused > 20
