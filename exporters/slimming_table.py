@@ -97,6 +97,8 @@ def training_told(phase: Document) -> str:
     """Say how long an aligning took, and which of its weights stayed: "1,000 steps of 4 (20 epochs), ..."."""
     epochs = f"{phase['epochs']:.3g} epoch{'s' if phase['epochs'] != 1 else ''}"
     steps = f"{phase['steps']:,} steps of {phase['batch_size']} ({epochs})"
+    if not phase["best_step"]:
+        return f"{steps}; nothing was better than the weights from before"
     if phase["best_step"] == phase["steps"]:
         return f"{steps}; the last weights were the best"
     return f"{steps}; the weights of step {phase['best_step']:,} were the best"

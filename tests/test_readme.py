@@ -56,6 +56,20 @@ def test_the_page_on_experts_shows_valid_recipes(repository, tmp_path):
         assert [stage.method for stage in load_recipe(copy).recipe.stages] == ["eep"]
 
 
+def test_the_page_on_slimming_shows_a_valid_recipe(repository, tmp_path):
+    text = (repository / "docs" / "sam.md").read_text(encoding="utf-8")
+    (block,) = _blocks(text, "yaml")
+    copy = tmp_path / "page.yaml"
+    copy.write_text(block, encoding="utf-8")
+    (stage,) = load_recipe(copy).recipe.stages
+    assert stage.method == "slimsam"
+    named = set(re.findall(r"`(\w+)(?:: \w+)?`", text)) & {
+        "epochs", "ranking", "rel_pos", "attn_scale", "slimming", "features", "gradients", "choice_images",
+        "sigma", "recompute", "accumulate", "precision",
+    }  # fmt: skip
+    assert len(named) >= 10 and named <= set(type(stage.settings).model_fields)
+
+
 def test_recipe_names_exist(readme):
     names = {recipe.name for recipe in shipped()}
     mentioned = set(re.findall(r"\b(?:dit|pixart|sd3)_\w*w\d+a\d+\w*", readme))

@@ -228,6 +228,19 @@ def test_words_count_by_themselves():
     assert training_told({"steps": 7, "epochs": 1.0, "batch_size": 2, "best_step": 7}) == (
         "7 steps of 2 (1 epoch); the last weights were the best"
     )
+    assert training_told({"steps": 7, "epochs": 2.5, "batch_size": 2, "best_step": 0}) == (
+        "7 steps of 2 (2.5 epochs); nothing was better than the weights from before"
+    )
+
+
+def test_weights_from_before_may_stay():
+    details = slimmed_details()
+    phase = details["phases"][1]
+    phase |= {"best_step": 0, "choice_values": [[0, 0.41, 1e-4], *phase["choice_values"]]}
+    name, points, best = next(course(details))
+    assert (points[0], best, len(points)) == ((0, 0.41), 0, 21)
+    with plain_defaults():
+        draw_phases(details)
 
 
 def test_names_and_metadata(slimmed):
