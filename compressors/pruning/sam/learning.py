@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ....recipes.slimsam import SlimSamSettings
+from ....runtime.memory import return_freed_memory
 from ...recovery.keeping import KeptPixels
 from ...recovery.schedule import item_order
 from .features import Squares, Targets, Watched, compare, encoder_of, output_of, teach
@@ -80,6 +81,8 @@ class Aligning:
         What has no share in the loss is not computed: without features no hook is set, and the previous
         model does not run.
         """
+        # Gradients and moments arise between activations. What these leave would stay in memory in pieces.
+        return_freed_memory()
         step, pixels = batch
         share = self.share(step)
         if not share:
