@@ -57,7 +57,8 @@ class SceneFiles:
     @cached_property
     def hashes(self) -> tuple[str | None, ...] | None:
         """SHA-256 of the images; None: cannot be read. None instead of all: they are too many to read."""
-        if not count_by_content(size or 0 for size in self.sizes):
+        masks = (part.size for part in self.masks if part is not None)
+        if not count_by_content(size or 0 for size in (*self.sizes, *masks)):
             return None
         return tuple(map(_hash, self.images))
 

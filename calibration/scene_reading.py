@@ -65,6 +65,11 @@ def look_at(files: SceneFiles, row: int, *, decode: bool) -> int:
     return len(masks)
 
 
+def readers() -> ThreadPoolExecutor:
+    """Return threads that read images: decoding them leaves other threads free to work."""
+    return ThreadPoolExecutor(min(_MAX_READERS, cpu_count() or 1))
+
+
 def unreadable_scenes(parts: Iterable[SceneFiles]) -> list[str]:
     """Decode all images and return what is wrong with those that cannot be read, in their order."""
 
@@ -76,8 +81,8 @@ def unreadable_scenes(parts: Iterable[SceneFiles]) -> list[str]:
         return ""
 
     places = [(files, row) for files in parts for row in range(len(files))]
-    with ThreadPoolExecutor(min(_MAX_READERS, cpu_count() or 1)) as readers:
-        return [found for found in readers.map(problem, places) if found]
+    with readers() as pool:
+        return [found for found in pool.map(problem, places) if found]
 
 
 def has_masks(files: SceneFiles, row: int) -> bool:

@@ -22,7 +22,7 @@ from .decoding import Unreadable
 from .holding_out import hold_out
 from .scene_files import SceneFiles, SceneLayout, choice_count, equal_scenes, held_out_counts
 from .scene_preprocessing import ScenePreprocessor, scene_preprocessor_for
-from .scene_reading import look_at, read_image, read_masks
+from .scene_reading import look_at, read_image, read_masks, readers
 from .scenes import Annotation, Scene
 from .seeds import generator_for
 
@@ -188,17 +188,18 @@ class ScenePool:
         rows: list[int] = []
         masks: list[int] = []
         skipped: list[str] = []
-        for row in self.order:
-            if len(rows) == count:
-                break
-            if annotated and self.files.masks[row] is None:
-                continue
-            found = self._look(row)
-            if found is None:
-                skipped.append(self.files.images[row].name)
-            elif found or not annotated:
-                rows.append(row)
-                masks.append(found)
+        offered = [row for row in self.order if self.files.masks[row] is not None or not annotated]
+        with readers() as pool:
+            while offered and len(rows) < count:
+                # Each gives one image at the most, so none is looked at in vain.
+                missing = count - len(rows)
+                part, offered = offered[:missing], offered[missing:]
+                for row, found in zip(part, pool.map(self._look, part), strict=True):
+                    if found is None:
+                        skipped.append(self.files.images[row].name)
+                    elif found or not annotated:
+                        rows.append(row)
+                        masks.append(found)
         key = digest([self.key, rows])
         return SceneSet(
             self.files, tuple(rows), tuple(masks), self.prepare, key, tuple(skipped), self.copies, self.notes
@@ -246,11 +247,12 @@ def divide(model: OpenModel, layout: SceneLayout, strict: bool, seed: int) -> Sc
         SourceError: there are too few, or nothing is left to learn from.
     """
     prepare = scene_preprocessor_for(model)
-    train = _pool(layout, layout.train, prepare, strict, seed)
+    content = digest([layout.fingerprint(), seed, prepare.key])
+    train = _pool(layout, layout.train, prepare, strict, seed, content)
     if layout.held_out is None:
         train, held_out = _parted(train)
     else:
-        held_out = replace(_pool(layout, layout.held_out, prepare, strict, seed), held_out=True)
+        held_out = replace(_pool(layout, layout.held_out, prepare, strict, seed, content), held_out=True)
         train = _without(train, held_out)
     return ScenePools(train, held_out, train.notes)
 
@@ -296,12 +298,17 @@ def _one_of_each(indices: Sequence[int], contents: Sequence[Hashable]) -> list[i
 
 
 def _pool(
-    layout: SceneLayout, files: SceneFiles, prepare: ScenePreprocessor, strict: bool, seed: int
+    layout: SceneLayout,
+    files: SceneFiles,
+    prepare: ScenePreprocessor,
+    strict: bool,
+    seed: int,
+    content: str,
 ) -> ScenePool:
     """Return all images of a part, in the order of the seed."""
     order = torch.randperm(len(files), generator=generator_for(seed, "images")).tolist()
-    key = digest([layout.fingerprint(), files is layout.train, seed, prepare.key])
     notes = (prepare.note,) if prepare.note else ()
+    key = digest([content, files is layout.train])
     return ScenePool(layout.path, files, tuple(order), prepare, strict, False, key, notes=notes)
 
 
