@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from .calibration.inputs import OWN_IMAGES, image_place
 from .calibration.scene_files import (
-    LAYOUT_HINT,
+    MASKS_HINT,
     SceneFiles,
     SceneLayout,
     choice_count,
@@ -119,7 +119,7 @@ def _check_masks(loaded: LoadedRecipe, layout: SceneLayout) -> None:
         raise loaded.error(
             ("evaluate", "quality"),
             f"compares with true masks, and the images of {layout.path} have none{empty}",
-            f"leave it out, or give masks: {LAYOUT_HINT}",
+            f"leave it out, or give masks: {MASKS_HINT}",
         )
     have = usable if layout.held_out is not None else held_out_counts(usable, 0)[0]
     if quality.samples > have:

@@ -22,9 +22,9 @@ from .tar_files import tar_parts
 
 MASKS_SUFFIX = ".json"
 ARCHIVE_SUFFIX = ".tar"
-LAYOUT_HINT = (
-    "a folder of images, or a .tar of one; masks of NAME.jpg in NAME.json beside it, as SA-1B has them"
-)
+_ARCHIVES = frozenset({ARCHIVE_SUFFIX, ".tgz"})  # .tar.gz and .tgz are refused with what to do
+MASKS_HINT = "masks of NAME.jpg stand in NAME.json beside it, as in SA-1B"
+LAYOUT_HINT = f"name a folder of images, or an uncompressed .tar of one; {MASKS_HINT}"
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _part(path: Path) -> SceneFiles:
         return _folder(path)
     if not path.exists():
         raise SourceError(f"{path}: no such folder or archive of images", hint=LAYOUT_HINT)
-    if path.suffix.lower() != ARCHIVE_SUFFIX or not path.is_file():
+    if not _ARCHIVES.intersection(map(str.lower, path.suffixes)) or not path.is_file():
         raise SourceError(f"{path}: neither a folder nor a {ARCHIVE_SUFFIX} archive", hint=LAYOUT_HINT)
     parts = {part.name: part for part in tar_parts(path)}
     images = [part for name, part in parts.items() if _is_image(name)]

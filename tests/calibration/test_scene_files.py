@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import os
 from pathlib import Path
 
@@ -80,7 +81,14 @@ def test_places_that_are_refused(tmp_path, name, message):
         (tmp_path / file).write_text("x")
     with pytest.raises(SourceError, match=message) as found:
         find_scenes(tmp_path / name)
-    assert "NAME.json beside it" in str(found.value.hint)
+    assert "name a folder of images" in str(found.value.hint)
+
+
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz", "x.tar"])
+def test_a_compressed_archive_by_any_name(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(b"1"))
+    with pytest.raises(SourceError, match=r"is compressed \(gzip\)"):
+        find_scenes(tmp_path / name)
 
 
 def test_a_folder_of_archives_says_to_name_one(tmp_path):
