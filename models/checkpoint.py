@@ -263,7 +263,7 @@ def _class_name(raw: Mapping[str, Any], where: Path) -> str:
         )
     given = class_name_of(raw)
     class_name = stock_class_name(given, raw)
-    if given in SAM_RELATIVES:
+    if given is not None and given in SAM_RELATIVES:
         raise SourceError(
             f"{where}: {given!r} is not supported: {SAM_RELATIVES[given]}",
             hint="use a checkpoint of SamModel",
