@@ -145,10 +145,11 @@ def _check_cut(model: ModelSpec | OpenModel, format: str) -> None:
     if format != "compress" and model.surgery:
         form = stored_form(model.family, model.config, model.surgery)
         if form.surgery or format != "dequantized":
+            padded = format == "dequantized" and model.family.padded_config(model.config, model.surgery)
             raise PlanError(
                 f"export.format: {format} is loaded by the stock class alone, which cannot build layers that"
                 f" were cut to sizes of their own ({min(form.surgery or model.surgery)})",
-                hint="use compress" + (", or padded: true" if format == "dequantized" else ""),
+                hint="use compress" + (", or padded: true" if padded else ""),
             )
 
 
