@@ -32,8 +32,8 @@ def preview_document(loaded: LoadedRecipe, progress: Progress) -> dict[str, Any]
     if not isinstance(method, Previewing):
         first = recipe.stages[0].method if recipe.stages else "no stage"
         raise UsageError(
-            f"--with-scores: the recipe begins with {first}, which removes nothing by scores",
-            hint="leave --with-scores out; it is for recipes that begin with a pruning stage",
+            f"--with-scores: the recipe begins with {first}, whose choice is not made before it runs",
+            hint="leave --with-scores out; it is for recipes that begin with isomorphic",
         )
     spec = read_spec(recipe.model)
     with step(progress, "plan"):
