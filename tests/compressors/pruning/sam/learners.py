@@ -55,8 +55,8 @@ class OutputJudge:
 
     key = "outputs"
 
-    def __init__(self, original: nn.Module, images: MemoryScenes):
-        self.images = images.values
+    def __init__(self, original: nn.Module, images: Any):
+        self.images = images.pixels(range(len(images)))
         self.wanted = embedded(original, self.images)
 
     def measure(self, module: nn.Module) -> float:

@@ -17,8 +17,8 @@ def test_killed_at_every_write(tmp_path):
         env=environment, capture_output=True, text=True, check=False, timeout=1500,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    # Best weights of steps 0, 3 and 8, states of 3, 6 and 9, and the record of the end: before and after.
-    assert done.stdout.splitlines()[-1] == "deaths 14"
+    # Best weights of steps 0, 3, 8 and 10, states of 3, 6 and 9, the record of the end: before and after.
+    assert done.stdout.splitlines()[-1] == "deaths 16"
     resumed = {line.split()[-1] for line in done.stdout.splitlines() if "resumed at" in line}
     assert resumed >= {"0", "3", "6", "9", "12"}
     assert Path(tmp_path, "whole", "end").stat().st_size > 10_000
