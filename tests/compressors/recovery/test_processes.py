@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compress.compressors.recovery.best import Choosing
 from safetensors.torch import load_file, save_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -49,6 +50,53 @@ def test_two_processes_train_as_one(tmp_path, regression, trained, settings):
     resumed = regression()
     assert trained(resumed, tmp_path / "alone", settings(accumulate=2, ema=0.9)).resumed_at == 18
     assert all(torch.allclose(first[name], item, atol=1e-6) for name, item in resumed.parameters().items())
+
+
+_BEST = """
+import importlib.util, os, sys
+from pathlib import Path
+from safetensors.torch import save_file
+from accelerate import PartialState
+from compress.compressors.recovery.best import Choosing
+spec = importlib.util.spec_from_file_location("given", sys.argv[1])
+given = importlib.util.module_from_spec(spec)
+sys.modules["given"] = given
+spec.loader.exec_module(given)
+trainable, folder = given.Regression(), Path(sys.argv[2])
+values = {0: 9.0, 4: 7.0, 9: 2.0, 14: 3.0, 20: 4.0}
+
+# Each process measures a little differently, as devices may; the first one's numbers count.
+def watch(done, weights):
+    return [done, values[done] - 1e-3 * int(os.environ["RANK"])] if done in values else None
+
+choosing = Choosing(lambda value, other: value < other, lambda done, rows: 1e-2 * rows[-1][1])
+result = given.run_training(
+    trainable, folder, given.settings_of(accumulate=2), watch=watch, choosing=choosing, summed=True
+)
+assert [row[1] for row in result.rows] == list(values.values()), result.rows
+state = PartialState()
+weights = {name: item.detach() for name, item in trainable.parameters().items()}
+save_file(weights, folder / f"end-{state.process_index}-{state.num_processes}.safetensors")
+state.destroy_process_group()
+"""
+
+
+def test_two_processes_end_with_the_same_best_weights(tmp_path, regression, trained, settings):
+    program = tmp_path / "best.py"
+    program.write_text(_BEST)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    given = str(Path(__file__).with_name("conftest.py"))
+    subprocess.run([*launcher, str(program), given, str(tmp_path / "both")], check=True, timeout=900)
+    alone, values = regression(), {0: 9.0, 4: 7.0, 9: 2.0, 14: 3.0, 20: 4.0}
+    trained(
+        alone, tmp_path / "alone", settings(accumulate=4), summed=True,
+        watch=lambda done, _: [done, values[done]] if done in values else None,
+        choosing=Choosing(lambda value, other: value < other, lambda done, rows: 1e-2 * rows[-1][1]),
+    )  # fmt: skip
+    first, second = (load_file(tmp_path / "both" / f"end-{index}-2.safetensors") for index in range(2))
+    for name, item in alone.parameters().items():
+        assert torch.equal(first[name], second[name])
+        assert torch.allclose(first[name], item, atol=1e-6)
 
 
 _RECIPE = """

@@ -234,6 +234,12 @@ def _edit(path):
     path.write_text(json.dumps(found))
 
 
+def _improve(path):
+    found = json.loads(path.read_text())
+    found["aligned"]["losses"][0] = 0.0
+    path.write_text(json.dumps(found))
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
@@ -241,6 +247,7 @@ def _edit(path):
         ("best-8.safetensors", lambda path: path.unlink()),
         ("aligned.json", _shorten),
         ("aligned.json", _edit),
+        ("aligned.json", _improve),
         ("aligned.json", lambda path: path.write_text("[]")),
     ],
 )

@@ -171,6 +171,7 @@ def test_the_way_back_frees_the_features():
     """Also while the loss is still there, as in a loop that computes the next part."""
     student, teacher = _pair("inside")
     student.vision_encoder.requires_grad_(True)
+    teacher.requires_grad_(True)  # even so
     _, targets = teach(teacher.vision_encoder, PIXELS, "inside")
     alive = [weakref.ref(item) for found in targets for item in found]
     assert not any(item.requires_grad for found in targets for item in found)
