@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..runtime.sam_config import POSITIONS, POSITIONS_COPY
-from ..runtime.sam_sizes import SamEncoder, part_of, sam_encoder
+from ..runtime.sam_sizes import LAYER_DOWNSAMPLE_RATE, SamEncoder, part_of, sam_encoder
 from .tensor_names import Named, affine, linear
 
 ENCODER = "vision_encoder"
@@ -81,7 +81,7 @@ def _prompts(prompt: Mapping[str, Any]) -> Named:
 
 def _decoder(decoder: Mapping[str, Any]) -> Named:
     width, tokens = decoder["hidden_size"], decoder["num_multimask_outputs"] + 1
-    inside = width // decoder["attention_downsample_rate"]
+    inside = width // LAYER_DOWNSAMPLE_RATE
     yield f"{DECODER}.iou_token.weight", (1, width)
     yield f"{DECODER}.mask_tokens.weight", (tokens, width)
     for index in range(decoder["num_hidden_layers"]):
@@ -93,7 +93,7 @@ def _decoder(decoder: Mapping[str, Any]) -> Named:
         yield from _attention(f"{layer}.{TO_TOKENS}", width, inside)
         for norm in range(1, 5):
             yield from affine(f"{layer}.layer_norm{norm}", width)
-    yield from _attention(FINAL_ATTENTION, width, inside)
+    yield from _attention(FINAL_ATTENTION, width, width // decoder["attention_downsample_rate"])
     yield from affine(f"{TWO_WAY}.layer_norm_final_attn", width)
     for name, shape in (
         ("upscale_conv1", (width, width // 4, 2, 2)), ("upscale_conv2", (width // 4, width // 8, 2, 2))

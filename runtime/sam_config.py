@@ -22,7 +22,7 @@ from .config_values import (
     is_integer,
 )
 from .language_config import structural_arguments
-from .sam_sizes import PARTS, SAM_CLASSES, SamEncoder, part_of, sam_encoder
+from .sam_sizes import LAYER_DOWNSAMPLE_RATE, PARTS, SAM_CLASSES, SamEncoder, part_of, sam_encoder
 
 MAX_SIDE = 2**14  # pixels of an image
 MAX_TOKENS = 2**18
@@ -153,7 +153,8 @@ def _check_decoder(decoder: Mapping[str, Any], where: str) -> None:
     width, heads = decoder["hidden_size"], decoder["num_attention_heads"]
     if width < 8:
         raise SourceError(f"{inside}: hidden_size {width}: an eighth of it makes masks")
-    for channels in (width, width // decoder["attention_downsample_rate"]):
+    rates = (1, LAYER_DOWNSAMPLE_RATE, decoder["attention_downsample_rate"])
+    for channels in (width // rate for rate in rates):
         if channels < 1 or channels % heads:
             raise SourceError(f"{inside}: num_attention_heads {heads} does not divide {channels} channels")
 

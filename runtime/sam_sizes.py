@@ -43,6 +43,8 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
     "vision_config": VISION, "prompt_encoder_config": PROMPT, "mask_decoder_config": DECODER,
 }  # fmt: skip
 """Key of config.json -> what in it decides shapes, with the stock defaults."""
+LAYER_DOWNSAMPLE_RATE = 2
+"""Of the cross attentions in the decoder's layers; stock code takes only the last one's from the config."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..tiny_sam import save_tiny_sam
+from ..tiny_sam import TINY, save_tiny_sam
 
 VARIANTS = [
     {},
@@ -96,6 +96,15 @@ def test_shapes_and_order_are_those_of_the_stock_class(vision, tmp_path, check_f
     assert expected_shapes("SamModel", model.config) == stock
     check_forward_order(model)
     assert {site.role for site in model.linears()} >= {"attention.qkv", "attention.out", "cross.q", "head"}
+
+
+@pytest.mark.parametrize("rate", [1, 2, 4])
+def test_layers_of_the_decoder_halve_their_cross_attentions_whatever_the_config_says(rate):
+    decoder = {**TINY["mask_decoder_config"], "attention_downsample_rate": rate}
+    given = transformers.SamConfig(**{**TINY, "mask_decoder_config": decoder}).to_dict()
+    config = complete_config("SamModel", given, "config.json")
+    module = meta_module(family_for("SamModel"), config)
+    assert expected_shapes("SamModel", config) == {n: tuple(t.shape) for n, t in module.state_dict().items()}
 
 
 @pytest.mark.parametrize("vision", VARIANTS, ids=str)

@@ -50,6 +50,7 @@ DAMAGED = [
     ({D: {"hidden_size": 64}}, "mask_decoder_config: hidden_size 64 is not the hidden_size 32"),
     ({D: {"hidden_size": 4}}, "hidden_size 4: an eighth of it makes masks"),
     ({D: {"num_attention_heads": 3}}, "num_attention_heads 3 does not divide 32 channels"),
+    ({D: {"num_attention_heads": 32, "attention_downsample_rate": 1}}, "does not divide 16 channels"),
     ({D: {"attention_downsample_rate": 16}}, "num_attention_heads 4 does not divide 2 channels"),
     ({D: {"iou_head_depth": 0}}, "iou_head_depth: 0 is not an integer"),
     ({D: {"mlp_dim": None}}, "mlp_dim: None is not an integer"),
