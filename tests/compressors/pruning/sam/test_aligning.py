@@ -8,6 +8,7 @@ import torch
 from compress.compressors.pruning.sam.aligning import rate_after
 from compress.errors import StageError
 
+from ....tiny_sam import tiny_sam
 from .learners import (
     MemoryScenes,
     OutputJudge,
@@ -284,3 +285,12 @@ def test_another_student_is_another_aligning(whole, tmp_path):
         progress=told,
     )  # fmt: skip
     assert found.resumed_at == 0 and told.warnings
+
+
+def test_without_a_gradient_nothing_moves(tmp_path):
+    """The optimizer is Adam without decay: a student that has nothing to learn keeps its weights."""
+    # Eager: there attention is computed alike with gradients and without.
+    original, student = tiny_sam(attention="eager"), tiny_sam(attention="eager")
+    settings = settings_of(steps=2, features=False, lr=0.1)
+    run_align(student, original, ScriptedJudge(1, 2, 3), tmp_path, settings=settings)
+    assert same(state(student), state(original))

@@ -157,3 +157,16 @@ def test_teachers_may_be_stored_in_half_precision(dtype):
     learner = _learner("embedding", first, original.to(dtype))
     loss, _ = learner.loss(learner.batch(0, 0, 1))
     assert loss.dtype == torch.float32 and 0 < loss.item() < 100
+
+
+@pytest.mark.parametrize("phase", ["embedding", "outputs"])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_layers_run_again_on_the_way_back_where_they_are_recomputed(phase, recompute):
+    original, first, _ = models()
+    learner, runs = _learner(phase, first, original, recompute=recompute), []
+    for layer in first.vision_encoder.layers:
+        layer.attn.register_forward_pre_hook(lambda *_: runs.append(1))
+    loss, _ = learner.loss(learner.batch(0, 0, 4))
+    assert len(runs) == 3
+    loss.backward()
+    assert len(runs) == (6 if recompute else 3)
