@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import SourceError
 from .attention_sizes import HINT, attentions_near, check_attention, head_dim_of
 from .manifest import ModuleSurgery
+from .sam_stream import check_stream
 
 
 def apply_surgery(module: nn.Module, surgery: Mapping[str, ModuleSurgery]) -> None:
@@ -41,6 +42,7 @@ def apply_surgery(module: nn.Module, surgery: Mapping[str, ModuleSurgery]) -> No
         _check_module(child, name, depthwise)
     for name, head_dim in attentions.items():
         check_attention(module.get_submodule(name), name, head_dim)
+    check_stream(module)
 
 
 def _find(module: nn.Module, name: str) -> nn.Module:
