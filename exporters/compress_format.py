@@ -23,7 +23,8 @@ from ..runtime.language_config import without_code
 from ..runtime.manifest import FILE_NAME, Manifest, QuantizedModule
 from ..runtime.mapped_routing import is_mapped
 from ..runtime.modules import name_of, quantized_layers
-from ..runtime.validate import STOP_KEY, STOP_TEXT, expected_tensors, guard_name, quantization_section
+from ..runtime.stopping import stopped, without_stop
+from ..runtime.validate import expected_tensors, guard_name, quantization_section
 from .bits_file import bits_files
 from .custom_code import code_files, config_keys
 from .form import stored_form
@@ -53,7 +54,7 @@ def layout(model: OpenModel) -> Layout:
     if quantization or form.surgery:
         config["quantization_config"] = quantization_section(manifest, dtype)
         if model.family.library == "transformers":
-            config[STOP_KEY] = STOP_TEXT
+            config = stopped(config)
         loads_with = ["compress.load(path)", registered_way(name)]
     else:
         way = trusting_way(name) if is_mapped(config) else stock_way(name, dtype)
@@ -124,8 +125,8 @@ def _guard(class_name: str, quantization: Mapping[str, QuantizedModule]) -> list
 
 def stock_config(model: OpenModel) -> dict[str, Any]:
     """Return the model's config without anything that only applies to how it was stored before."""
-    dropped = ("quantization_config", "_name_or_path", STOP_KEY)
-    config = {key: value for key, value in model.config.items() if key not in dropped}
+    dropped = ("quantization_config", "_name_or_path")
+    config = {key: value for key, value in without_stop(model.config).items() if key not in dropped}
     if model.family.library == "transformers":
         return transformers_config(config, model.spec.dtype)
     config.setdefault("_class_name", type(model.module).__name__)

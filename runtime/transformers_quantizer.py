@@ -26,15 +26,14 @@ from .linear_experts import split_experts
 from .manifest import Manifest
 from .modules import ALIGNMENT, name_of, quantized_layers, swap_linears
 from .moe_classes import is_moe_class
+from .stopping import take_stops
 from .stored_section import StoredSection, check_cut, check_kept_factors, check_layers, refuse_empty
 from .stored_tensors import check_tensors
 from .surgery import apply_surgery
 from .transformers_config import auto_class_of, complete_transformers_config, is_transformers_class
 from .validate import (
     QUANT_METHOD,
-    STOP_KEY,
     check_quantized,
-    check_stop,
     guard_name,
     quantization_section,
     read_header,
@@ -67,7 +66,7 @@ class CompressQuantizer(HfQuantizer):
         The name is of the library, which asks here before files are looked for and the module is built. A
         stock class refuses to build from sizes per layer; they are held against the module once it is cut.
         """
-        check_stop(vars(config).pop(STOP_KEY, None), "config.json")
+        take_stops(config, "config.json")
         document = config.to_dict()
         class_name = class_name_of(document)
         if is_transformers_class(class_name):  # limits, before a module of such sizes is built

@@ -23,6 +23,7 @@ from .language_config import class_name_of, is_language_class
 from .manifest import FILE_NAME, MAX_BYTES, VERSION, Manifest, QuantizedModule
 from .mapped_routing import is_mapped
 from .moe_names import expert_linear, part_of
+from .stopping import check_stops
 from .stored_values import check_values
 from .strict_json import parse_object
 from .transformers_config import check_transformers_config, is_transformers_class, named_as_modules
@@ -34,8 +35,6 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 LANGUAGE_WEIGHTS_NAME = "model.safetensors"
 INDEX_SUFFIX = ".index.json"
 QUANT_METHOD = "compress"
-STOP_KEY = "transformers_weights"
-STOP_TEXT = "compress has to be imported first, or load the folder with compress.load"
 _BLOCK = re.compile(r"(?:(?:model|vit|deit)\.layers|transformer_blocks)\.(\d+)\.")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 
@@ -304,7 +303,7 @@ def open_folder(folder: Path) -> StoredCheckpoint:
         stated = parse_section(section, str(folder / CONFIG_NAME))  # type: ignore[arg-type]
         manifest = manifest or stated
         _check_same(manifest, stated, folder)
-        check_stop(config.get(STOP_KEY), str(folder / CONFIG_NAME))
+        check_stops(config, str(folder / CONFIG_NAME))
         take_guard(class_name_of(config), manifest, tensors, str(folder))
         check_quantized(manifest, str(section["dtype"]), tensors, str(folder))  # type: ignore[index]
     elif manifest is not None and method is None and _needs_section(manifest):
@@ -346,23 +345,6 @@ def guard_name(class_name: str | None, manifest: Manifest) -> str | None:
     name = min(manifest.quantization, key=lambda name: (expert_linear(name) is not None, name))
     part = part_of(f"{name}.weight")
     return f"{name}.weight" if part is None else part.fused
-
-
-def check_stop(value: object, where: str) -> None:
-    """Check what config.json says under `STOP_KEY`: the name of the weights' file, for transformers.
-
-    What we write there is no name of a file. transformers looks at it before it builds or reads anything, and
-    refuses with its text, whatever it was told to ignore; our quantizer is asked before that, and takes it
-    away. The library's own `save_pretrained` drops the key: of a folder that it wrote again, tensors of
-    other sizes than the config's are the only stop.
-
-    Raises:
-        SourceError: it is there, and something else.
-    """
-    if value is not None and value != STOP_TEXT:
-        raise SourceError(
-            f"{where}: {STOP_KEY} {value!r} is not what compress writes", hint="export the folder again"
-        )
 
 
 def take_guard(

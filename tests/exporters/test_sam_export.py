@@ -143,7 +143,8 @@ def test_other_sizes_are_in_the_manifest_and_come_back(case, exported, original)
     for module in (loaded, compress.load(folder), transformers.SamModel.from_pretrained(folder).eval()):
         assert torch.equal(_compute(module, model), expected)
     config = json.loads((folder / "config.json").read_text())
-    assert config["vision_config"] == json.loads((original / "config.json").read_text())["vision_config"]
+    before = json.loads((original / "config.json").read_text())["vision_config"]
+    assert config["vision_config"] == {**before, "transformers_weights": STOP}
     assert stored_surgery(folder, model.family, model.config) == model.surgery
 
 
@@ -170,6 +171,7 @@ def test_without_their_manifest_they_are_refused(case, exported):
     config = json.loads((folder / "config.json").read_text())
     for key in ("quantization_config", "transformers_weights"):
         del config[key]
+    del config["vision_config"]["transformers_weights"]
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "compress.json").unlink()
     with pytest.raises(SourceError, match="has shape"):
@@ -180,11 +182,12 @@ def test_without_their_manifest_they_are_refused(case, exported):
         transformers.SamModel.from_pretrained(folder)
 
 
-def test_the_encoder_alone_does_not_load(exported):
-    """Its class reads the part of the config that says nothing of us, and finds other sizes."""
+@pytest.mark.parametrize("options", [{}, {"ignore_mismatched_sizes": True}], ids=["plain", "ignoring sizes"])
+def test_the_encoder_alone_does_not_load(options, exported):
+    """Its class reads a part of the config, and would fill other sizes with random numbers."""
     _, folder, _ = exported(OTHERS["other widths per layer"])
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        transformers.SamVisionModel.from_pretrained(folder)
+    with pytest.raises(ValueError, match=STOP):
+        transformers.SamVisionModel.from_pretrained(folder, **options)
 
 
 @pytest.mark.slow
