@@ -52,3 +52,10 @@ def test_a_run_without_its_images_is_refused_before_anything_is_read(sam_vit_b):
     with pytest.raises(SourceError, match=r"sa_000000\.tar: no such file or folder"):
         compress.run(recipe)
     assert [path.name for path in sam_vit_b.parent.iterdir()] == ["sam"]
+
+
+def test_the_built_in_recipe_is_planned_within_its_gates():
+    plan, recipe = compress.plan("sam_slimsam"), load_recipe("sam_slimsam").recipe
+    before, after = (plan["stages"][0][moment] for moment in ("before", "after"))
+    assert recipe.require["size_ratio"].holds(after["bytes"] / before["bytes"])
+    assert recipe.require["macs"].holds(after["macs"]) and after["macs"] < 0.4 * before["macs"]

@@ -1,6 +1,6 @@
 """Shapes over photographs: images whose masks are known, for the built-in Segment Anything model.
 
-A scene is a crop of a photograph with one to four shapes laid over each other; a shape is filled with a crop
+A scene is a crop of a photograph with up to four shapes laid over each other; a shape is filled with a crop
 of another photograph or with colours, and its edge is soft. What is seen of a shape is its mask.
 """
 
@@ -23,8 +23,10 @@ SOURCES = {
 SIZES = ((128, 128), (128, 128), (128, 128), (96, 128), (128, 96))
 """(height, width) in pixels; three of five scenes are square."""
 KINDS = ("ellipse", "rectangle", "polygon", "star", "ring")
-SMALLEST = 120
-"""A mask of fewer pixels is no mask: that much of the shape is covered."""
+SMALLEST = 200
+"""Shapes of which fewer pixels are seen have no mask."""
+COVERED = 0.25
+"""A shape that would cover more of what is seen of another one is left out."""
 DETAIL = 4
 """Outlines are drawn so many times larger and averaged, so that edges are soft."""
 
@@ -113,7 +115,7 @@ def cover(generator: np.random.Generator, height: int, width: int) -> NDArray[np
     if kind == "ring":
         inner = corners * radius * generator.uniform(0.35, 0.55)
         draw.polygon([tuple(point) for point in (inner + centre) * DETAIL], fill=0)
-    return np.asarray(canvas.reduce(DETAIL), dtype=np.float32) / 255
+    return np.asarray(canvas.reduce(DETAIL), dtype=np.float32) / np.float32(255)
 
 
 def filling(
@@ -143,6 +145,13 @@ def filling(
     return pixels
 
 
+def hides(inside: NDArray[np.bool_], labels: Pixels) -> bool:
+    """Tell whether a shape [h, w] covers too much of another one that `labels` [h, w] shows."""
+    seen = np.bincount(labels.ravel())[1:]
+    left = np.bincount(labels[~inside], minlength=len(seen) + 1)[1:]
+    return bool((left < (1 - COVERED) * seen).any())
+
+
 def draw_scene(photographs: Photographs, generator: np.random.Generator) -> tuple[bytes, Pixels]:
     """Return an image [h, w, 3] as a JPEG file, and what its pixels show: 0 background, 1.. a shape.
 
@@ -156,7 +165,7 @@ def draw_scene(photographs: Photographs, generator: np.random.Generator) -> tupl
     for label in range(1, int(generator.integers(1, 5)) + 1):
         share = cover(generator, height, width)
         inside = share >= 0.5
-        if inside.sum() < SMALLEST:
+        if inside.sum() < SMALLEST or hides(inside, labels):
             continue
         fill = filling(photographs, generator, image[inside].mean(axis=0), which)[:height, :width]
         image += share[:, :, None] * (fill.clip(0, 255) - image)

@@ -1,6 +1,6 @@
 """Train the built-in Segment Anything model on shapes over photographs and measure it.
 
-    python -m compress.models.builtin.train_sam --data FOLDER --out FOLDER --minutes 40
+    python -m compress.models.builtin.train_sam --data FOLDER --out FOLDER --steps 3000
 
 Every image is new (`scenes`). A prompt is one point, mostly on a shape, sometimes on what is left of the
 photograph; the answer is what can be seen of the thing at that point. The losses are those of Segment
@@ -12,8 +12,7 @@ Notable choices
 - The library starts an encoder with weights near 0, and the positions of points at a frequency of half the
   width; here every layer starts as torch starts it, and positions as the paper's code does.
 - Matrices of the blocks are trained by Muon (orthogonalised momentum), everything else by AdamW.
-- The run is bounded by wall time, so the learning rate follows the clock; the number of steps that it
-  reached is written down, and `--steps` makes as many anywhere.
+- The run is bounded by steps or by wall time; the learning rate follows either.
 - Arithmetic is in bfloat16 (autocast), weights in float32. The weights kept are the moving average; the
   figures are those of the file as written.
 """
@@ -47,7 +46,7 @@ Points = NDArray[np.float64]
 SIDE = 128
 OTHERS = 0.5
 """Weight of the loss of all masks beside that of the best: here a point is seldom ambiguous."""
-MEAN, DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 README = """\
 ---
@@ -81,12 +80,11 @@ in the same way. All are made by
 
     python -m compress.models.builtin.write_scenes --data PHOTOGRAPHS
     python -m compress.models.builtin.train_sam \\
-        --data PHOTOGRAPHS --out FOLDER --minutes {minutes:.0f} --seed {seed}
+        --data PHOTOGRAPHS --out FOLDER --steps {steps} --seed {seed}
 
-The learning rate follows the clock, so another machine makes another model; `--steps {steps}` makes as many
-steps anywhere.
+With `--minutes` in place of `--steps` the learning rate follows the clock.
 
-An image is a crop of a photograph with one to four shapes over it, which are filled with another photograph
+An image is a crop of a photograph with up to four shapes over it, which are filled with another photograph
 or with colours. Training sees the left 70 % of each photograph, validation the rest, so no pixel is in both.
 
 | photograph, as scikit-image distributes it | licence |
@@ -163,7 +161,10 @@ def build_model(hidden: int, layers: int, heads: int) -> SamModel:
         },
         prompt_encoder_config={**token, "hidden_size": 64, "mask_input_channels": 8},
         mask_decoder_config={
-            "hidden_size": 64, "mlp_dim": 256, "num_attention_heads": 4, "iou_head_hidden_dim": 64,
+            # Two heads, not more: of so small a decoder those of 8 channels cannot tell places apart. The
+            # library halves widths in its layers; the rate is that of the last attention.
+            "hidden_size": 64, "mlp_dim": 256, "num_attention_heads": 2, "attention_downsample_rate": 1,
+            "iou_head_hidden_dim": 64,
         },
     )  # fmt: skip
     model = SamModel(config)
@@ -186,7 +187,7 @@ def pixel_values(images: list[Pixels]) -> Tensor:
     batch = torch.zeros(len(images), 3, SIDE, SIDE)
     mean, deviation = torch.tensor(MEAN), torch.tensor(DEVIATION)
     for row, image in zip(batch, images, strict=True):
-        normal = (torch.from_numpy(image).float() - mean) / deviation
+        normal = (torch.from_numpy(image).float() / 255 - mean) / deviation
         row[:, : image.shape[0], : image.shape[1]] = normal.permute(2, 0, 1)
     return batch
 
@@ -356,7 +357,7 @@ def save(average: SamModel, args: argparse.Namespace, course: Course) -> None:
     SamImageProcessorPil(
         size={"longest_edge": SIDE}, pad_size=size,
         mask_size={"longest_edge": half}, mask_pad_size={"height": half, "width": half},
-        image_mean=[value / 255 for value in MEAN], image_std=[value / 255 for value in DEVIATION],
+        image_mean=list(MEAN), image_std=list(DEVIATION),
     ).save_pretrained(args.out)  # fmt: skip
     stored = SamModel.from_pretrained(args.out).eval()
     shipped = {part: count_images(args.images / f"{part}.tar") for part in ("train", "validation")}
@@ -389,8 +390,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of scikit-image's photographs")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--images", type=Path, default=FOLDER, help="of write_scenes")
-    parser.add_argument("--minutes", type=float, default=40.0)
-    parser.add_argument("--steps", type=int, help="instead of minutes")
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--steps", type=int, help="in place of minutes")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--points", type=int, default=6, help="of an image")
     parser.add_argument("--lr", type=float, default=2e-3)
