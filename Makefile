@@ -70,7 +70,7 @@ schema: $(STAMP) ## write recipes/schema.json anew
 	$(BIN)/compress schema > recipes/schema.json.new && mv recipes/schema.json.new recipes/schema.json
 
 bench: $(STAMP) ## run every benchmark and print its tables
-	for script in plan_dit_xl allocation linear conv blocks vidit_q_table dit_builtin_table mixdq_dit isomorphic vit_isomorphic tinyfusion experts kv_cache memory; do \
+	for script in plan_dit_xl allocation linear conv blocks vidit_q_table dit_builtin_table mixdq_dit isomorphic vit_isomorphic tinyfusion slimsam experts kv_cache memory; do \
 	  $(BIN)/python benchmarks/$$script.py $(BENCH_FLAGS) || exit 1; done
 
 bench-peers: $(STAMP) ## add the libraries that the benchmarks compare with (one is GPL; never needed to run)
