@@ -146,6 +146,8 @@ class ScenePool:
     notes: tuple[str, ...] = ()
     _seen: dict[int, int | None] = field(default_factory=dict, repr=False)
     """Row -> number of masks, or None: cannot be read. Each is looked at once."""
+    _problems: list[str] = field(default_factory=list, repr=False)
+    """What is wrong with those that cannot be read."""
 
     def first(self, count: int, *, annotated: bool = False) -> SceneSet:
         """Return the first `count` images that can be read.
@@ -163,8 +165,9 @@ class ScenePool:
             what = "are held out for measuring" if self.held_out else "may be calibrated on"
             broken = f"; {len(found.skipped)} cannot be read" if found.skipped else ""
             broken += f"; {self.copies} are held out for measuring" if self.copies else ""
+            first = f"; of those that cannot be read, one is {min(self._problems)}" if self._problems else ""
             raise SourceError(
-                f"{self.path}: {len(found)} images {kind}{what}{broken}; {count} are asked for",
+                f"{self.path}: {len(found)} images {kind}{what}{broken}; {count} are asked for{first}",
                 hint="give more images, or lower samples",
             )
         return found
@@ -178,8 +181,8 @@ class ScenePool:
         found = self._readable(len(self.order), False)
         if not len(found):
             raise SourceError(
-                f"{self.path}: none of its {len(self.order)} images can be read; the first is"
-                f" {found.skipped[0]}",
+                f"{self.path}: none of its {len(self.order)} images can be read; one is"
+                f" {min(self._problems, default='')}",
                 hint="give images that can be read",
             )
         return found
@@ -216,6 +219,7 @@ class ScenePool:
                         str(error), hint="remove the file, or leave out calibration.strict to skip it"
                     ) from None
                 self._seen[row] = None
+                self._problems.append(str(error))
         return self._seen[row]
 
 

@@ -15,6 +15,7 @@ from ..errors import SourceError
 from .config_values import MAX_LAYERS, MAX_WIDTH, check_flag, check_integer, check_shared_keys
 from .mapped_routing import STOCK_CLASSES
 from .moe_classes import is_moe_class
+from .sam_sizes import CLASS_OF_TYPE
 
 MAX_POSITIONS = 2**24
 MAX_NUMBER = 2.0**40  # bases of rotary positions, ids, windows
@@ -82,11 +83,17 @@ def is_language_class(class_name: object) -> bool:
 
 
 def class_name_of(config: Mapping[str, Any]) -> str | None:
-    """Return the stock class that a config.json names: its `_class_name`, or the first of `architectures`."""
+    """Return the stock class that a config.json names: its `_class_name`, or the first of `architectures`.
+
+    Without either it is what the `model_type` can only mean, where there is such a class.
+    """
     given = config.get("_class_name")
     architectures = config.get("architectures")
     if not given and isinstance(architectures, list) and architectures:
         given = architectures[0]
+    model_type = config.get("model_type")
+    if not given and isinstance(model_type, str):
+        given = CLASS_OF_TYPE.get(model_type)
     return _RENAMED.get(given, given) if isinstance(given, str) and given else None
 
 

@@ -12,6 +12,11 @@ from typing import Any
 
 SAM_CLASSES: Mapping[str, str] = {"SamModel": "sam"}
 """Class -> its model_type."""
+CLASS_OF_TYPE: Mapping[str, str] = {
+    **{model_type: name for name, model_type in SAM_CLASSES.items()},
+    "sam_hq": "SamHQModel", "sam2": "Sam2Model", "sam3": "Sam3Model",
+}  # fmt: skip
+"""model_type -> class. A config written without a model names no class, and the type leaves no choice."""
 _ENCODER = "it has another image encoder, and none of its parts are those of a SamModel"
 _ALONE = "it is the image encoder alone; without the mask decoder there are no masks to compare"
 SAM_RELATIVES: Mapping[str, str] = {

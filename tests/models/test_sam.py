@@ -206,3 +206,16 @@ def test_names_and_task(tmp_path):
         f"vision_encoder.layers.{i}.attn" for i in range(3)
     ]
     assert "vision_encoder.layers.0.attn.qkv" in linear_names(locate(ModelRef(id=str(folder))))
+
+
+@pytest.mark.parametrize("model_type", ["sam", "sam_hq"])
+def test_a_config_without_a_class_is_of_the_class_of_its_type(model_type, tmp_path):
+    folder = save_tiny_sam(tmp_path / "sam")
+    config = json.loads((folder / "config.json").read_text())
+    del config["architectures"]
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    if model_type == "sam":
+        assert _opened(folder).spec.family.name == "sam"
+    else:
+        with pytest.raises(SourceError, match="'SamHQModel' is not supported: its mask decoder"):
+            _opened(folder)

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from ....calibration.classification import warn_of_left_out
 from ....calibration.content import hash_weights
-from ....calibration.scene_sets import split_for_choice
+from ....calibration.scene_sets import SceneSet, split_for_choice
 from ....calibration.segmentation import SegmentationCalibration
 from ....models.base import OpenModel
 from ....progress import Progress, step
@@ -65,9 +66,9 @@ class Slimming:
     ) -> None:
         self._model, self._settings, self._calibration = model, settings, calibration
         self._folder, self._progress = folder, progress
-        self._train, self._chosen_by = split_for_choice(
-            calibration.training(), settings.choice_images, calibration.seed
-        )
+        images = calibration.training()
+        _tell(images, calibration, progress)
+        self._train, self._chosen_by = split_for_choice(images, settings.choice_images, calibration.seed)
         self._scored = self._train.first(calibration.samples)
         self._before = Sizes.of(model)
         content = [
@@ -152,7 +153,8 @@ class Slimming:
         if found is None:
             found = verdict_json(choice.judge(original))
             self._records.write("before", found)
-        images = f"{choice.images} images that are not trained on"
+        number = "1 image that is" if choice.images == 1 else f"{choice.images} images that are"
+        images = f"{number} not trained on"
         if choice.by == "miou":
             how = f"mIoU with {choice.masks} masks of {images}, {found['miou']:.3f} of the original"
         else:
@@ -231,3 +233,9 @@ def _told(name: str, aligned: Aligned, by: str, steps: int) -> str:
         f"{name}: the weights after step {aligned.best_step} of {steps} stay, {what} {aligned.best_value:.4g}"
         f" ({first:.4g} before it){halved}"
     )
+
+
+def _tell(images: SceneSet, calibration: SegmentationCalibration, progress: Progress) -> None:
+    """Warn of images that are left out, as far as the calibration, which looks at fewer, has not."""
+    if len(images.skipped) > len(calibration.scenes.skipped):
+        warn_of_left_out(replace(images, copies=0), calibration.pools.train.path.as_posix(), progress)

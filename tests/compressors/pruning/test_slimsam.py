@@ -116,6 +116,15 @@ def test_four_phases_leave_what_was_planned(stored, apply):
     assert not told.warnings
 
 
+def test_images_that_cannot_be_trained_on_are_told(tmp_path, apply):
+    images = write_scenes(tmp_path / "damaged", 12)
+    for path in sorted(images.glob("*.json"))[:4]:
+        path.write_text("{")
+    _, details, told = apply("damaged", images=images)
+    in_training = 10 - details["train_images"] - details["choice"]["images"]
+    assert in_training >= 2 and any(f": {in_training} files cannot be read" in line for line in told.warnings)
+
+
 def test_what_is_not_the_encoder_stays_to_the_bit(stored, apply):
     model, _, _ = apply("a")
     before = open_model(ModelRef(id=str(stored[0])), progress=SilentProgress()).module.state_dict()
