@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ....calibration.scenes import Scene, Scenes
 from ....calibration.segmenting import best_masks, embeddings, iou
+from ....progress import Progress, SilentProgress, track
 
 KEPT_BYTES = 256 * 2**20
 """Largest size of the original's embeddings that stay in memory: those of 64 images of 1024 pixels."""
@@ -95,11 +96,17 @@ class Choice:
         """Return the mean intersection over union, over all masks; None: there are none."""
         return self.judge(module).miou
 
-    def judge(self, module: nn.Module) -> Verdict:
-        """Return both with one pass of the encoder; see `measure`."""
+    def judge(self, module: nn.Module, progress: Progress | None = None) -> Verdict:
+        """Return both with one pass of the encoder; see `measure`.
+
+        Args:
+            module: a whole model, in evaluation mode.
+            progress: gets one step with one unit per image.
+        """
         errors: list[Tensor] = []
         overlaps: list[Tensor] = []
-        for item in self._embedded(module):
+        embedded = self._embedded(module)
+        for item in track(progress or SilentProgress(), "choice images", embedded, self.images):
             errors.append(self._error(*item))
             if self._scenes.annotated:
                 overlaps.append(self._overlaps(module, *item))

@@ -151,7 +151,7 @@ class Slimming:
         """Return what the choice images say of the original, and tell by what they choose."""
         found = self._records.read("before")
         if found is None:
-            found = verdict_json(choice.judge(original))
+            found = verdict_json(choice.judge(original, self._progress))
             self._records.write("before", found)
         number = "1 image that is" if choice.images == 1 else f"{choice.images} images that are"
         images = f"{number} not trained on"
@@ -177,7 +177,7 @@ class Slimming:
         return_freed_memory()
         row = self._records.read(phase)
         if row is None:
-            verdict = choice.judge(self._model.module)
+            verdict = choice.judge(self._model.module, self._progress)
             row = pruned_row(phase, self._model, verdict, time.monotonic() - began)
             self._records.write(phase, row)
         self._phases.append(row)
@@ -193,7 +193,7 @@ class Slimming:
         return_freed_memory()
         row = self._records.read(name)
         if row is None:
-            verdict = choice.judge(self._model.module)
+            verdict = choice.judge(self._model.module, self._progress)
             row = aligned_row(name, aligned, verdict, self._settings, len(self._train))
             self._records.write(name, row)
             self._progress.note(_told(name, aligned, choice.by, steps))
