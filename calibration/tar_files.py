@@ -97,6 +97,10 @@ def _members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
         for _ in range(MAX_MEMBERS):
             member = archive.next()
             if member is None:
+                # The library takes an archive that was cut off between two entries for a whole one.
+                stream.seek(archive.offset)
+                if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise ValueError("it ends without the mark of its end, so entries may be missing")
                 return
             if member.size < 0 or member.offset_data <= before:
                 raise ValueError(f"{member.name[:80]!r} has no place in it")

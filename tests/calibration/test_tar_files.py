@@ -108,8 +108,11 @@ def test_what_is_no_archive_is_refused(tmp_path, data):
 def test_an_archive_that_was_cut_off_is_refused(tmp_path):
     path = write_tar(write_scenes(tmp_path / "s", 3), tmp_path / "x.tar")
     last = tar_parts(path)[-1]
-    for length in (last.start + 1, last.start - 100):
-        path.write_bytes(path.read_bytes()[:length])
+    whole = path.read_bytes()
+    between = last.start - 512  # where the entry before ends
+    end = last.start + -(-last.size // 512) * 512
+    for length in (end, last.start + 1, last.start - 100, between):
+        path.write_bytes(whole[:length])
         with pytest.raises(SourceError, match="cannot be read as a tar archive"):
             tar_parts(path)
 

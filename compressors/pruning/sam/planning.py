@@ -221,16 +221,22 @@ def _work_note(slimmed: Slimmed) -> str:
     before, after = slimmed.before, slimmed.after
     with_products, without = (
         [
-            encoder_macs(one.config, flat_shapes(one.surgery), attention_products=products) / 1e9
+            encoder_macs(one.config, flat_shapes(one.surgery), attention_products=products)
             for one in (before, after)
         ]
         for products in (True, False)
     )
     return (
         f"the encoder alone: {encoder_elements(before):,} to {encoder_elements(after):,} parameters;"
-        f" {with_products[0]:,.1f} to {with_products[1]:,.1f} G multiply-accumulates with attention products,"
-        f" {without[0]:,.1f} to {without[1]:,.1f} G in linears and convolutions, as the paper counts"
+        f" {_work(with_products)} multiply-accumulates with attention products,"
+        f" {_work(without)} in linears and convolutions, as the paper counts"
     )
+
+
+def _work(pair: Sequence[int]) -> str:
+    """Return "before to after" in billions; of small models in millions."""
+    unit, letter = (1e9, "G") if min(pair) >= 1e9 else (1e6, "M")
+    return f"{pair[0] / unit:,.1f} to {pair[1] / unit:,.1f} {letter}"
 
 
 def _global_notes(slimmed: Slimmed) -> list[str]:
@@ -249,5 +255,5 @@ def _course_note(settings: SlimSamSettings) -> str:
         long = f"{2 * steps} steps" if steps is not None else f"{2 * (epochs or 0):g} epochs"
         return f"slimming one_step is a baseline: all is pruned at once and aligned for {long}"
     long = f"{steps} steps" if steps is not None else f"{epochs:g} epochs"
-    turns = f"pruned and aligned in turns, {long} of {settings.batch_size} images each"
+    turns = f"pruned and aligned in turns, {long} in batches of {settings.batch_size} images each"
     return turns if settings.features else f"{turns}; features: false is a baseline"
