@@ -24,9 +24,8 @@ import copy
 import json
 import math
 import tarfile
-import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import SamConfig, SamImageProcessorPil, SamModel
 
+from .course import Course
 from .scenes import Photographs, Pixels, decoded, draw_scene, shapes_of
 from .write_scenes import FOLDER, drawn
 
@@ -94,43 +94,6 @@ or with colours. Training sees the left 70 % of each photograph, validation the 
 | `rocket.jpg`, by SpaceX | public domain |
 | `astronaut.png`, by NASA (of which the suit is used) | public domain |
 """
-
-
-@dataclass
-class Course:
-    """How far the run is, by the clock or by steps.
-
-    Attributes:
-        steps: optimizer steps done.
-        history: what is written to `training.json`.
-    """
-
-    limit_steps: int | None
-    limit_seconds: float
-    started: float = field(default_factory=time.monotonic)
-    steps: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-
-    @property
-    def seconds(self) -> float:
-        """Wall time since the start."""
-        return time.monotonic() - self.started
-
-    @property
-    def progress(self) -> float:
-        """From 0 to 1."""
-        return self.steps / self.limit_steps if self.limit_steps else self.seconds / self.limit_seconds
-
-    def note(self, loss: float, iou: float) -> None:
-        """Keep and print a mean loss and a mean IoU of the training."""
-        row = {
-            "step": self.steps,
-            "seconds": round(self.seconds),
-            "loss": round(loss, 4),
-            "iou": round(iou, 4),
-        }
-        self.history.append(row)
-        print(json.dumps(self.history[-1]), flush=True)  # noqa: T201
 
 
 @dataclass(frozen=True)
@@ -309,7 +272,8 @@ def train(model: SamModel, photographs: Photographs, course: Course, args: argpa
             torch._foreach_lerp_(list(average.parameters()), parameters, 1 - keep)
         running += (loss.item(), iou.item())
         if course.steps % 100 == 0:
-            course.note(*(running / 100).tolist())
+            loss, iou = (running / 100).tolist()
+            course.note(loss=loss, iou=iou)
             running[:] = 0
     return average.eval()
 

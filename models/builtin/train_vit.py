@@ -20,8 +20,6 @@ import argparse
 import copy
 import json
 import math
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from .classifier import load_scorer
+from .course import Course
 from .data import CLASS_NAMES, load_split
 
 README = """\
@@ -72,37 +71,6 @@ steps anywhere.
 Data: Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv 1708.07747), copyright Zalando SE, MIT licence,
 https://github.com/zalandoresearch/fashion-mnist. Teacher: the built-in classifier beside this folder.
 """
-
-
-@dataclass
-class Course:
-    """How far the run is, by the clock or by steps.
-
-    Attributes:
-        steps: optimizer steps done.
-        history: what is written to `training.json`.
-    """
-
-    limit_steps: int | None
-    limit_seconds: float
-    started: float = field(default_factory=time.monotonic)
-    steps: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-
-    @property
-    def seconds(self) -> float:
-        """Wall time since the start."""
-        return time.monotonic() - self.started
-
-    @property
-    def progress(self) -> float:
-        """From 0 to 1."""
-        return self.steps / self.limit_steps if self.limit_steps else self.seconds / self.limit_seconds
-
-    def note(self, loss: float) -> None:
-        """Keep and print a mean loss."""
-        self.history.append({"step": self.steps, "seconds": round(self.seconds), "loss": round(loss, 4)})
-        print(json.dumps(self.history[-1]), flush=True)  # noqa: T201
 
 
 def build_model(hidden: int, layers: int, heads: int, patch: int) -> ViTForImageClassification:
@@ -182,7 +150,7 @@ def train(
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
         running += loss.item()
         if course.steps % 500 == 0:
-            course.note(running / 500)
+            course.note(loss=running / 500)
             running = 0.0
     return average.eval()
 

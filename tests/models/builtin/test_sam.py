@@ -7,10 +7,10 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from compress.models.builtin.course import Course
 from compress.models.builtin.scenes import SOURCES, Photographs, decoded
 from compress.models.builtin.train_sam import (
     OTHERS,
-    Course,
     build_model,
     draw_batch,
     measured,

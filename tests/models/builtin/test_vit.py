@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from compress.models.builtin.course import Course
 from compress.models.builtin.data import CLASS_NAMES, load_split
-from compress.models.builtin.train_vit import Course, build_model, hits, shifted, shipped_accuracy, train
+from compress.models.builtin.train_vit import build_model, hits, shifted, shipped_accuracy, train
 from compress.models.builtin.write_images import FOLDER, balanced, write
 from safetensors.torch import load_file
 
