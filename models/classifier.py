@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from math import prod
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from ..errors import SourceError
-from ..runtime.transformers_model import build_transformers_model
 from ..runtime.vision_sizes import image_shape
 from .base import AS_CONFIGURED, Family, FoldGroup, LinearSite, Role, Shapes
 from .shapes import expected_shapes
+from .stock_module import stock_module
 from .structure import AttentionSite
 from .transformer import (
     config_of,
@@ -60,15 +58,7 @@ class ImageClassifier(Family):
         Raises:
             SourceError: the config is refused, or the installed library builds the class otherwise.
         """
-        module = build_transformers_model(config)
-        other = module.state_dict().keys() ^ expected_shapes(config["_class_name"], config).keys()
-        if other:
-            installed = f"transformers {version('transformers')}"
-            raise SourceError(
-                f"{config['_class_name']}: {installed} builds it with other modules, such as {min(other)}",
-                hint="its modules are known as transformers 5.23 has them; install that release",
-            )
-        return module
+        return stock_module(config, expected_shapes(config["_class_name"], config))
 
     def linears(self, module: nn.Module) -> list[LinearSite]:
         """Every linear in forward order with its role, quantized ones included; classifiers last.

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import SourceError
 from ..runtime.manifest import ModuleSurgery
 from ..runtime.sam_sizes import SAM_CLASSES, sam_encoder
 from ..runtime.transformers_config import implied_copies
-from ..runtime.transformers_model import build_transformers_model
 from .base import AS_CONFIGURED, Family, FoldGroup, LinearSite, Role, Shapes
 from .native_config import Attributes, PrunedSizes
 from .sam_macs import decoder_macs, encoder_macs
@@ -28,6 +25,7 @@ from .sam_shapes import (
     TWO_WAY,
     sam_tensors,
 )
+from .stock_module import stock_module
 from .transformer import config_of, linear_shapes, random_normal, reference_of
 
 _LAYER: tuple[tuple[str, Role], ...] = (
@@ -57,15 +55,7 @@ class SamFamily(Family):
         Raises:
             SourceError: the config is refused, or the installed library builds the class otherwise.
         """
-        module = build_transformers_model(config)
-        other = module.state_dict().keys() ^ dict(sam_tensors(config)).keys()
-        if other:
-            installed = f"transformers {version('transformers')}"
-            raise SourceError(
-                f"{config['_class_name']}: {installed} builds it with other modules, such as {min(other)}",
-                hint="its modules are known as transformers 5.23 has them; install that release",
-            )
-        return module
+        return stock_module(config, dict(sam_tensors(config)))
 
     def linears(self, module: nn.Module) -> list[LinearSite]:
         """Every linear in forward order with its role, quantized ones included.
