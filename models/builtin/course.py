@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, field
 
@@ -35,7 +34,6 @@ class Course:
         return self.steps / self.limit_steps if self.limit_steps else self.seconds / self.limit_seconds
 
     def note(self, **means: float) -> None:
-        """Keep and print mean values by name, such as a loss."""
+        """Keep mean values by name, such as a loss."""
         row = {"step": self.steps, "seconds": round(self.seconds)}
         self.history.append(row | {name: round(value, 4) for name, value in means.items()})
-        print(json.dumps(self.history[-1]), flush=True)  # noqa: T201

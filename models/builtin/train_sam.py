@@ -274,6 +274,7 @@ def train(model: SamModel, photographs: Photographs, course: Course, args: argpa
         if course.steps % 100 == 0:
             loss, iou = (running / 100).tolist()
             course.note(loss=loss, iou=iou)
+            print(json.dumps(course.history[-1]), flush=True)  # noqa: T201
             running[:] = 0
     return average.eval()
 

@@ -151,6 +151,7 @@ def train(
         running += loss.item()
         if course.steps % 500 == 0:
             course.note(loss=running / 500)
+            print(json.dumps(course.history[-1]), flush=True)  # noqa: T201
             running = 0.0
     return average.eval()
 
