@@ -131,9 +131,8 @@ def test_a_changed_config_is_found(exported):
 
 def test_one_way_that_fails_does_not_hide_the_other(exported, monkeypatch):
     model, out = exported("w4a8", "compress")
-    expected = fresh_process._run(
-        model.module, model.family.example_inputs(model.module, 2, torch.Generator().manual_seed(0)), None
-    )
+    inputs = model.family.example_inputs(model.module, 2, torch.Generator().manual_seed(0))
+    expected = fresh_process._run(model.module, inputs, None, model.family.compared)
     answer = fresh_process.Answer({"compress": expected}, {"registered": "OSError: no"}, [])
     monkeypatch.setattr(fresh_process, "ask_fresh_process", lambda request, inputs: answer)
     verification = verify_export(model, out, seed=0, progress=SilentProgress())
